@@ -1,0 +1,100 @@
+"""Image-text pairs for pretraining and pruning: CC3M, SBU, COCO and dense Visual Genome captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datasets.annotations import ImageRoot, Records, get_box, get_text, get_texts, read_records
+from datasets.collate import Skipped
+from datasets.sampler import sample_generator
+from datasets.text import TextEncoder
+
+EXPECTED = '{"image": path, "caption": text or [text], "bb": optional [x, y, w, h], one or one per caption}'
+
+
+class ImageTextDataset(Dataset):
+    """Samples of one or several annotation files such as `cc3m_pretrain.json` or `vg_dense_gby_image.json`.
+
+    A record with several captions gives one of them, drawn, and the part of the image in its box where there is one.
+    It is indexed by a running number n = epoch * len(dataset) + index, and gives the image as `transform` makes it,
+    (3, H, W), with the fields of `TextEncoder`; or `Skipped` where the image cannot be read. Batches: `collate`.
+
+    Args:
+        sources: pairs of annotation file and image folder.
+        transform: (RGB image, generator) -> tensor.
+        text: encodes the captions.
+        seed: of all that is drawn.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing, or none of the images looked up is in its folder.
+        ValueError: an annotation file is not as expected.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[str | Path, str | Path]],
+        transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+        text: TextEncoder,
+        *,
+        seed: int,
+    ):
+        self.roots, records = read_sources(sources, parse_pair, EXPECTED)
+        self.records = Records(records)
+        self.transform, self.text, self.seed = transform, text, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor] | Skipped:
+        index, rng = sample_generator(n, len(self), self.seed)
+        source, (path, captions, boxes) = self.records[index]
+        image = self.roots[source].load(path)
+        if isinstance(image, Skipped):
+            return image
+        drawn = int(rng.integers(len(captions)))
+        if boxes:
+            image = crop_to(image, boxes[drawn % len(boxes)])  # one box for all the captions, or one for each
+        if image is None:
+            return Skipped(str(self.roots[source].find(path)), f"the box of caption {drawn} lies outside the image")
+        return {"image": self.transform(image, rng), **self.text(captions[drawn], rng)}
+
+
+def read_sources(
+    sources: Sequence[tuple[str | Path, str | Path]], parse: Callable[[dict], tuple], expected: str
+) -> tuple[list[ImageRoot], list[tuple[int, tuple]]]:
+    """Image folders, and all the records as (number of the source, what `parse` keeps, the image path first)."""
+    if not sources:
+        raise ValueError("at least one pair of annotation file and image folder is needed, got none")
+    roots, records = [], []
+    for number, (annotation_file, root) in enumerate(sources):
+        found = read_records(annotation_file, parse, expected)
+        roots.append(ImageRoot(root))
+        roots[-1].check(annotation_file, [record[0] for record in found])
+        records += [(number, record) for record in found]
+    return roots, records
+
+
+def parse_pair(record: dict) -> tuple[str, list[str], list[tuple[float, float, float, float]]]:
+    """Image path, captions, and no box, one box, or one box for each caption."""
+    captions = get_texts(record, "caption")
+    boxes = record.get("bb") or []
+    if boxes and not (isinstance(boxes, list) and isinstance(boxes[0], list)):
+        boxes = [boxes]
+    boxes = [get_box(box) for box in boxes]
+    if len(boxes) not in (0, 1, len(captions)):
+        raise ValueError(f"'bb' must hold one box or one per caption, got {len(boxes)} for {len(captions)} captions")
+    return get_text(record, "image"), captions, boxes
+
+
+def crop_to(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image | None:
+    """The part of an image inside the box x, y, width, height, in whole pixels; None where there is none."""
+    x, y, w, h = box
+    left, top = max(0, int(x)), max(0, int(y))
+    right, bottom = min(image.width, round(x + w)), min(image.height, round(y + h))
+    return image.crop((left, top, right, bottom)) if right > left and bottom > top else None

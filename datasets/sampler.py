@@ -1,0 +1,82 @@
+"""Which sample is read when: an order that a run can leave and enter again at any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class ResumableSampler(Sampler[int]):
+    """Running numbers n = epoch * size + index, epoch after epoch, each epoch in its own order.
+
+    The whole stream is cut into batches of `batch_size` (a batch may span two epochs: nothing is dropped or repeated);
+    batch b goes to rank b % world_size. A position in it is one integer, the batches that this rank has read, so a run
+    resumes with `start` = its step. Give it to a DataLoader as `sampler` with the same `batch_size`, and keep Fabric
+    from replacing it (`use_distributed_sampler=False`).
+
+    Args:
+        size: samples in the dataset (in one epoch).
+        seed: order of the samples; the same on every rank.
+        shuffle: a new permutation every epoch, or 0 .. size - 1.
+        start: batches of this rank that are skipped, because they were read before.
+        stop: batch of this rank at which the stream ends, counted from 0 (not from `start`); None is never.
+        rank, world_size: this process and the number of processes.
+        batch_size: samples in a batch of one rank.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        batch_size: int,
+        shuffle: bool = True,
+        start: int = 0,
+        stop: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"size and batch_size must be at least 1, got {size!r} and {batch_size!r}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
+        if start < 0 or (stop is not None and stop < 0):
+            raise ValueError(f"start and stop must not be negative, got {start!r} and {stop!r}")
+        self.size, self.seed, self.batch_size, self.shuffle = size, seed, batch_size, shuffle
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        step = self.start
+        while self.stop is None or step < self.stop:
+            first = (step * self.world_size + self.rank) * self.batch_size
+            for place in range(first, first + self.batch_size):
+                if place // self.size != epoch:
+                    epoch = place // self.size
+                    order = self._order(epoch)
+                yield epoch * self.size + int(order[place % self.size])
+            step += 1
+
+    def __len__(self) -> int:
+        """Running numbers from `start` to `stop`; raises TypeError without a stop: an endless stream has no length."""
+        if self.stop is None:
+            raise TypeError("a ResumableSampler without stop never ends")
+        return max(0, self.stop - self.start) * self.batch_size
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.size)
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(epoch,))).permutation(self.size)
+
+
+def sample_generator(n: int, size: int, seed: int) -> tuple[int, np.random.Generator]:
+    """Index of running number n in a dataset of `size` samples, and the generator of that sample in that epoch.
+
+    What a sample draws depends on (seed, epoch, index) alone, never on workers, ranks or the order of reading.
+    """
+    if n < 0:
+        raise IndexError(f"a running number must not be negative, got {n!r}")
+    epoch, index = divmod(n, size)
+    return index, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, index)))

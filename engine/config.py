@@ -1,0 +1,105 @@
+"""YAML files to dataclasses and back: an unknown key or a wrong type is an error that names the file and the key."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from engine.files import write_atomic
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, schema: type[T]) -> T:
+    """Read a YAML mapping into the dataclass `schema`; keys that are left out keep their defaults.
+
+    Raises FileNotFoundError or ValueError (malformed YAML, unknown or missing key, wrong type), each one line that names
+    the file.
+    """
+    return build(schema, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Mapping in a YAML file, by the safe loader."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: configuration file not found; see configs/ for those that exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def build(schema: type[T], values: Any, where: str) -> T:
+    """Dataclass `schema` from a mapping; `where` (a file, then the keys that lead there) begins every message."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of keys to values, got {values!r}")
+    kinds = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{where}: key {name!r} is missing")
+    return schema(**{key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` checked against the annotation `kind`; nested dataclasses, lists, tuples and unions are followed."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where)
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a mapping, got {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
+    if kind is float:
+        return _number(value, where)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    """YAML 1.1 reads 1e-4 as text: accept it as the number that it is meant to be."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected a number, got {value!r}") from None
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration beside a result, as YAML that `load_config` reads."""
+    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    write_atomic(path, yaml.safe_dump(_lists(plain), sort_keys=False, allow_unicode=True).encode())
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,11 @@
+"""Learning-rate schedules as functions of the step alone, so that a resumed run needs no scheduler state."""
+
+import math
+
+
+def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
+    """Factor of the peak rate at `step` (from 0): linear over `warmup` steps, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

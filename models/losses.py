@@ -1,0 +1,73 @@
+"""Losses that vision-language models share: contrastive, matching with hard negatives, box regression."""
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+from torchvision.ops import box_convert, generalized_box_iou
+
+
+def gather_features(features: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...). B may differ between ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return features
+    counts = [torch.zeros(1, dtype=torch.long, device=features.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, torch.tensor([len(features)], device=features.device))
+    counts = [int(c) for c in counts]
+    padded = F.pad(features, (0, 0) * (features.ndim - 1) + (0, max(counts) - len(features)))
+    return torch.cat([rows[:n] for rows, n in zip(all_gather(padded), counts, strict=True)])
+
+
+def contrastive_loss(image_feat: Tensor, text_feat: Tensor, temp: Tensor, ids: Tensor | None = None) -> Tensor:
+    """ITC: symmetric cross-entropy of the similarities (CLIP, ALBEF eq. 1).
+
+    image_feat, text_feat: l2-normalised (B, E). temp: scalar. ids: (B,) sample ids; targets are spread over equal ids.
+    """
+    logits = image_feat @ text_feat.t() / temp
+    if ids is None:
+        targets = torch.arange(len(logits), device=logits.device)
+    else:
+        same = (ids[:, None] == ids[None, :]).to(logits.dtype)
+        targets = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+
+
+@torch.no_grad()
+def hard_negatives(
+    image_feat: Tensor,
+    text_feat: Tensor,
+    temp: Tensor,
+    ids: Tensor | None = None,
+    *,
+    floor: float = 1e-5,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """One negative image per text and one negative text per image, drawn in proportion to their similarity (ALBEF, 3.2).
+
+    floor is added to the softmax, so that every other sample can be drawn. Returns image indices (B,) and text indices
+    (B,), or None where there is no negative: one sample only, or all ids equal.
+    """
+    similarity = (image_feat @ text_feat.t() / temp).float()
+    ids = torch.arange(len(similarity), device=similarity.device) if ids is None else ids
+    same = ids[:, None] == ids[None, :]
+    if bool(same.all()):
+        return None
+    drawn = []
+    for rows in (similarity.t(), similarity):  # images for each text, then texts for each image
+        weights = (rows.softmax(1) + floor).masked_fill(same, 0.0)
+        # One call per row: the order in which the public code consumes the random stream.
+        drawn.append(torch.cat([torch.multinomial(row, 1, generator=generator) for row in weights]))
+    return drawn[0], drawn[1]
+
+
+def box_losses(predicted: Tensor, target: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 and 1 - GIoU, averaged over the regions (rows with is_image = 0).
+
+    predicted, target: (R, 4) as (cx, cy, w, h) in [0, 1]. is_image: (R,), 1 where the row is a whole image.
+    """
+    weight = 1.0 - is_image.to(predicted.dtype)
+    count = weight.sum().clamp(min=1.0)
+    l1 = (F.l1_loss(predicted, target, reduction="none").sum(1) * weight).sum() / count
+    corners = box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy")
+    overlap = generalized_box_iou(*corners).diagonal()
+    return l1, ((1.0 - overlap) * weight).sum() / count

@@ -1,0 +1,38 @@
+"""Which weights go: one file per method, whose name is its name on the command line.
+
+`available()` lists them and imports none; `build(name)` imports that one alone.
+"""
+
+import difflib
+import importlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pruners.base import Pruner
+
+
+def available() -> list[str]:
+    """The names of the pruners: the files of this folder."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+
+
+def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
+    """A pruner from its name, or from its class, with its options. ValueError for an unknown name (with the nearest one) or option."""
+    kind = _find(pruner) if isinstance(pruner, str) else pruner
+    known = inspect.signature(kind).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"pruner {kind.name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    return kind(**options)
+
+
+def _find(name: str) -> "type[Pruner]":
+    names = available()
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise ValueError(f"there is no pruner {name!r}, did you mean {nearest[0]!r}? There are: {', '.join(names)}")
+    module = importlib.import_module(f"pruners.{name}")
+    (kind,) = (item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__)
+    return kind

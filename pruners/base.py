@@ -1,0 +1,166 @@
+"""A pruner is an equation: it declares a statistic and turns (weight, statistic) into a score.
+
+Which weights go is decided elsewhere: by the pool (sparsity.allocation), by the pattern (sparsity.pattern) and by the selection. A new method is a file with a
+class of about ten lines: a docstring with paper and equation, `statistic`, `pool` and `score`.
+"""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsity.allocation import POOLS, Sparsity, fraction
+from sparsity.masks import Masks, model_digest
+from sparsity.pattern import NM
+from sparsity.selection import check_finite, select
+from sparsity.statistics import Statistics
+from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
+
+
+class Pruner:
+    """Base of all pruners: from a view, and the statistic that the pruner declares, to masks. The model is never changed."""
+
+    statistic: ClassVar[str | None] = None  # a measure of sparsity.statistics, or None: no data is read
+    pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.POOLS
+    cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2] if cls.__module__.startswith("pruners.") else cls.__name__.lower()
+
+    def score(self, weight: Tensor, statistic: Tensor | None, generator: torch.Generator) -> Tensor:
+        """weight (out, in), its statistic, and a generator of its own -> scores (out, in), floating point; the lowest go first."""
+        raise NotImplementedError(f"pruner {self.name!r} does not score single weights")
+
+    def measure(
+        self,
+        view: PrunableView,
+        batches: Iterable[Any] | None,
+        *,
+        progress: Callable[[Iterable], Iterable] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The declared statistic, name -> tensor, from one pass over the batches; none are read when none is declared.
+
+        progress: wraps the batches, as tqdm does. reduce: sums a tensor over ranks, each of which reads its own batches.
+        """
+        if self.statistic is None:
+            return {}
+        if batches is None:
+            raise ValueError(f"pruner {self.name!r} needs calibration data")
+        with Statistics(view, self.statistic) as statistics:
+            for batch in progress(batches) if progress else batches:
+                statistics.add(batch)
+        if reduce:
+            statistics.reduce(reduce)
+        return statistics.result()
+
+    def scores(
+        self,
+        view: PrunableView,
+        statistics: Mapping[str, Tensor],
+        *,
+        seed: int = 42,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, score (out, in)) of all weights, or of `names`, one at a time and in order. statistics: from `measure`."""
+        for name in view.weights if names is None else names:
+            with torch.no_grad():
+                score = self.score(view.weights[name].matrix(), statistics.get(name), _generator(seed, name))
+            yield name, score
+
+    def masks(
+        self,
+        view: PrunableView,
+        statistics: Mapping[str, Tensor],
+        sparsities: Sequence[Sparsity] | None,
+        *,
+        pattern: NM | None = None,
+        pool: str | None = None,
+        seed: int = 42,
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """(sparsity, masks) for each sparsity, or once for a pattern. statistics: from `measure`."""
+        pool = self._check(sparsities, pattern, pool)
+        provenance = self._provenance(view, seed)
+
+        def scores(names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+            return self.scores(view, statistics, seed=seed, names=names)
+
+        if pattern:
+            kept, dense = _follow(pattern, scores(list(view.weights)))
+            provenance |= {"pattern": str(pattern), "sparsity": str(pattern.sparsity), "dense_layers": dense}
+            yield pattern.sparsity, _as_masks(view, kept, provenance)
+            return
+        if not self.cheap:
+            held = dict(scores(list(view.weights)))
+            scores = lambda names: ((name, held[name]) for name in names)  # noqa: E731
+        for sparsity, kept in zip(sparsities, select(view, scores, pool, sparsities), strict=True):
+            yield sparsity, _as_masks(view, kept, provenance | {"pool": pool, "sparsity": str(sparsity)})
+
+    def prune(
+        self,
+        view: PrunableView,
+        batches: Iterable[Any] | None,
+        sparsities: Sequence[Sparsity] | None,
+        *,
+        pattern: NM | None = None,
+        pool: str | None = None,
+        seed: int = 42,
+        progress: Callable[[Iterable], Iterable] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """`measure`, then `masks`: (sparsity, masks) for each sparsity (fractions); one pass over the data serves them all.
+
+        A pattern replaces pool and sparsities, which must then be None or empty. Raises ValueError for options that cannot be, before any data is read.
+        """
+        self._check(sparsities, pattern, pool)
+        statistics = self.measure(view, batches, progress=progress, reduce=reduce)
+        yield from self.masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
+
+    def _check(self, sparsities: Sequence[Sparsity] | None, pattern: NM | None, pool: str | None) -> str:
+        """The pool, when the options go together."""
+        if pattern and (sparsities or pool):
+            raise ValueError(f"the pattern {pattern} decides how many weights go and where: give no sparsity and no pool")
+        if not pattern and not sparsities:
+            raise ValueError("give at least one sparsity, or a pattern")
+        if pool is not None and pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        for sparsity in sparsities or ():
+            fraction(sparsity)
+        return pool or self.pool
+
+    def _provenance(self, view: PrunableView, seed: int) -> dict[str, Any]:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        return {"pruner": self.name, "seed": seed, "model": model_digest(view), "versions": versions}
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """One stream of random numbers for each layer, that depends on nothing but the seed and the layer's name."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _follow(pattern: NM, scores: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
+    """N:M masks, and the names of the layers that stay dense because M does not divide their inputs."""
+    kept, dense = {}, []
+    for name, score in scores:
+        check_finite(name, score)
+        if pattern.fits(score.shape[1]):
+            kept[name] = pattern.keep(score)
+        else:
+            kept[name] = torch.ones_like(score, dtype=torch.bool)
+            dense.append(name)
+    if dense:
+        logger.warning("%d layers stay dense, as %d does not divide their inputs: %s", len(dense), pattern.m, ", ".join(dense))
+    return kept, dense
+
+
+def _as_masks(view: PrunableView, kept: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
+    stored = {name: view.weights[name].as_stored(mask).cpu() for name, mask in kept.items()}
+    return Masks(stored, provenance, {weight.name: weight.aliases for weight in view.weights.values()})

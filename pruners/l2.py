@@ -1,0 +1,10 @@
+from pruners.base import Pruner
+
+
+class LayerWiseL2Norm(Pruner):
+    """LayerWiseL2Norm: score = abs(W) / Frobenius norm of W, compared over all weights. A layer of zeros scores 0."""
+
+    def score(self, weight, statistic, generator):
+        magnitude = weight.double().abs_()
+        norm = magnitude.square().sum().sqrt()
+        return magnitude.div_(norm) if norm > 0 else magnitude

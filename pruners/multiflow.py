@@ -1,0 +1,15 @@
+from pruners.base import Pruner
+
+
+class MultiFlow(Pruner):
+    """MULTIFLOW, arXiv 2404.05621: with a_ij = abs(w_ij) * ||X_j||, score_ij = (mean over j of a_ij) * abs(w_ij) * (mean over i of a_ij), eq. 6;
+    each layer loses as many weights as a magnitude selection over its modality takes from it, eq. 7 and 8."""
+
+    statistic = "input_norms"
+    pool = "magnitude"
+
+    def score(self, weight, statistic, generator):
+        magnitude, norms = weight.double().abs_(), statistic.sqrt()  # (out, in), (in,)
+        inward = magnitude.mean(dim=0) * norms  # (in,)
+        outward = (magnitude @ norms) / weight.shape[1]  # (out,)
+        return magnitude.mul_(outward[:, None]).mul_(inward)

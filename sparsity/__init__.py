@@ -1,0 +1,24 @@
+"""What a mask is: prunable views, masks, patterns, statistics, allocation and selection.
+
+The names below load on first use, so that arguments can be parsed (`sparsity.allocation`, `sparsity.pattern`) before torch is imported.
+"""
+
+import importlib
+
+_HOMES = {
+    "Masks": "masks",
+    "PrunableView": "view",
+    "PrunableWeight": "view",
+    "Statistics": "statistics",
+    "budget": "allocation",
+    "parse_pattern": "pattern",
+    "parse_sparsities": "allocation",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparsity' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sparsity.{_HOMES[name]}"), name)

@@ -1,0 +1,68 @@
+"""How the budget is split: sparsities, the number of weights that a pool loses, and the pools. Needs no torch.
+
+Sparsity is the fraction of prunable weights that are zero. Everything is computed in decimal arithmetic: 0.57 of 100 is 57, though 0.57 * 100 < 57 in binary.
+"""
+
+from collections.abc import Iterable, Mapping
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+# "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude selection over its group takes from it.
+POOLS = ("global", "layer", "group", "row", "magnitude")
+
+Sparsity = str | int | float | Decimal | Fraction
+
+
+def fraction(sparsity: Sparsity) -> Fraction:
+    """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. ValueError outside [0, 1)."""
+    try:
+        if isinstance(sparsity, Fraction):
+            exact = sparsity
+        elif isinstance(sparsity, float):
+            exact = Fraction(float.__repr__(sparsity))  # of numpy's floats too, whose own repr is no number
+        else:
+            exact = Fraction(str(sparsity))
+    except (ValueError, ZeroDivisionError):
+        exact = None
+    if exact is None or not 0 <= exact < 1:
+        raise ValueError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r}")
+    return exact
+
+
+def budget(sparsity: Sparsity, numel: int) -> int:
+    """How many of `numel` weights go: floor(sparsity * numel), exactly."""
+    return int(fraction(sparsity) * numel // 1)
+
+
+def parse_sparsities(text: str) -> list[Decimal]:
+    """"63,75,90" -> fractions. Percentages from 1 to 99.99 or, below 1, fractions. ValueError that names the bad item."""
+    return [_parse_sparsity(item.strip(), text) for item in text.split(",")]
+
+
+def _parse_sparsity(item: str, text: str) -> Decimal:
+    try:
+        value = Decimal(item)
+    except InvalidOperation:
+        raise ValueError(f"sparsities are comma-separated numbers like 63,75,90, got {item!r} in {text!r}") from None
+    if not value.is_finite() or not 0 < value <= Decimal("99.99"):
+        raise ValueError(f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r} in {text!r}")
+    return value if value < 1 else value / 100
+
+
+def pools(groups: Mapping[str, str], pool: str) -> list[list[str]]:
+    """The names of the weights that compete with each other, from name -> group in prunable order. A row pool or MULTIFLOW's is decided within layers."""
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if pool == "global":
+        return [list(groups)]
+    if pool == "group":
+        return list(members(groups).values())
+    return [[name] for name in groups]
+
+
+def members(groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """Group -> its names, from name -> group, keeping the order."""
+    result: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        result.setdefault(group, []).append(name)
+    return result

@@ -1,0 +1,346 @@
+"""Masks are data: name of a prunable weight -> bool tensor, True where the weight is kept, in the parameter's own layout.
+
+The file that `save` writes is a safetensors file, the same to the byte for the same masks and provenance:
+- one tensor per prunable weight, under its state-dict key ("....weight"): uint8, one bit per weight. The mask is flattened row-major in the parameter's own
+  shape; weight i is bit i % 8 (least significant first) of byte i // 8, 1 = kept; the padding bits of the last byte are 0.
+- one metadata entry, "sparsity", JSON with sorted keys:
+  "format" (1); "shapes": [name, shape] pairs in prunable order; "aliases": name -> all the keys of a tied weight, itself first;
+  "ties": the rule by which equal scores were ordered when the masks were chosen; "digest": SHA-256 over the JSON of "shapes" (separators "," and ":")
+  followed by the packed bytes in that order; "provenance": what the caller recorded (pruner, pattern, pool, sparsity, seed, config, digest of the model,
+  versions).
+A file is written beside its final place, flushed to disk and renamed, so that no half-written mask file is ever seen.
+
+`load` also reads the public mask files: pickles (or safetensors) of `<layer>.weight_pruning_mask`, bool or float, bare or nested under "model", with an entry
+for every key of a tied weight; all-ones `<layer>.bias_pruning_mask` entries are passed over.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from sparsity.view import PrunableView, canonical
+
+logger = logging.getLogger(__name__)
+
+TIES = "equal scores: prunable order, then row-major in (out, in), lowest index pruned first"
+_METADATA = "sparsity"
+_WEIGHT, _BIAS = ".weight_pruning_mask", ".bias_pruning_mask"
+_NESTS = ("model", "model_state", "state_dict", "student")
+# Where `report` warns. A layer that keeps one weight in a thousand no longer carries a signal; a modality that keeps one in fifty has collapsed.
+_LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
+
+
+class Masks(Mapping[str, Tensor]):
+    """masks: name -> bool tensor, in prunable order. provenance: whatever can be written as JSON. aliases: name -> all keys of a tied weight."""
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        provenance: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, tuple[str, ...]] | None = None,
+    ):
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
+        self._masks = dict(masks)
+        self.provenance = dict(provenance or {})
+        self.aliases = {name: tuple(keys) for name, keys in (aliases or {}).items() if len(keys) > 1}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @property
+    def total(self) -> int:
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def kept(self) -> int:
+        return sum(int(mask.count_nonzero()) for mask in self.values())
+
+    def digest(self) -> str:
+        """SHA-256 of names, shapes and bits: equal for equal masks, whatever their provenance."""
+        return _digest(self._shapes(), {name: _pack(mask) for name, mask in self.items()})
+
+    def _shapes(self) -> list[list]:
+        return [[name, list(mask.shape)] for name, mask in self.items()]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file that the module describes, whole or not at all."""
+        packed = {name: _pack(mask) for name, mask in self.items()}
+        metadata = {
+            "format": 1,
+            "shapes": self._shapes(),
+            "aliases": self.aliases,
+            "ties": TIES,
+            "digest": _digest(self._shapes(), packed),
+            "provenance": self.provenance,
+        }
+        # One entry: the order in which safetensors writes several is not fixed.
+        _write_atomically(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Masks":
+        """Reads our files and the public ones. FileNotFoundError, or a one-line ValueError that names the file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no mask file {str(path)!r}")
+        try:
+            with path.open("rb") as file:
+                is_safetensors = file.read(9)[8:] == b"{"
+            return cls._read_safetensors(path) if is_safetensors else cls._read_public(_unpickle(path))
+        except _BadFileError as error:
+            raise ValueError(f"{str(path)!r} is not a usable mask file: {error}") from error.__cause__
+
+    @classmethod
+    def _read_safetensors(cls, path: Path) -> "Masks":
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                text = (file.metadata() or {}).get(_METADATA)
+        except (SafetensorError, OSError) as error:
+            raise _BadFileError("it is truncated or damaged") from error
+        if text is None:
+            return cls._read_public(tensors)
+        try:
+            metadata = json.loads(text)
+            shapes, digest = metadata["shapes"], metadata["digest"]
+            if _digest(shapes, {name: tensors[name] for name, _ in shapes}) != digest:
+                raise _BadFileError("its masks do not match the digest that was written with them")
+            masks = {name: _unpack(tensors[name], shape) for name, shape in shapes}
+            return cls(masks, metadata["provenance"], metadata["aliases"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _BadFileError("its description is damaged") from error
+
+    @classmethod
+    def _read_public(cls, content: Any) -> "Masks":
+        masks = {}
+        for key, value in _public_entries(content):
+            if not isinstance(value, Tensor) or not bool(((value == 0) | (value == 1)).all()):
+                raise _BadFileError(f"{key!r} holds values other than 0 and 1")
+            if key.endswith(_WEIGHT):
+                masks[canonical(key.removesuffix(_WEIGHT) + ".weight")] = value.bool()
+            elif not bool(value.all()):
+                raise _BadFileError(f"{key!r} prunes a bias, and biases are never pruned")
+        if not masks:
+            raise _BadFileError(f"it has no key like '<layer>{_WEIGHT}'")
+        return cls(masks)
+
+    def resolve(self, view: PrunableView) -> dict[str, Tensor]:
+        """The masks under the names that this model gives its weights, in its order.
+
+        A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies, heads) are left out.
+        Raises one ValueError that lists what is missing, unknown or misshapen.
+        """
+        known = {key: name for name in self for key in (name, *self.aliases.get(name, ()))}
+        used: set[str] = set()
+        resolved: dict[str, Tensor] = {}
+        missing, misshapen = [], []
+        for weight in view.weights.values():
+            names = list(dict.fromkeys(known[alias] for alias in weight.aliases if alias in known))
+            used.update(names)
+            if not names:
+                missing.append(weight.name)
+            elif self[names[0]].shape != weight.parameter.shape:
+                misshapen.append(f"{weight.name} {tuple(self[names[0]].shape)} for {tuple(weight.parameter.shape)}")
+            elif any(not torch.equal(self[names[0]], self[name]) for name in names[1:]):
+                misshapen.append(f"{weight.name} (tied to {names[1]}, with another mask)")
+            else:
+                resolved[weight.name] = self[names[0]]
+        ignored = [name for name in self if name in view.dense and name not in used]
+        unknown = [name for name in self if name not in used and name not in view.dense]
+        problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+        if any(problems.values()):
+            lists = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+            raise ValueError(f"the masks do not fit this model: {lists}")
+        if any(not self[name].all() for name in ignored):
+            logger.warning("masks of layers that this model keeps dense are not used: %s", _first(ignored))
+        return resolved
+
+    def check(self, view: PrunableView) -> None:
+        """Raises one ValueError that lists what is missing, unknown or misshapen for this model."""
+        self.resolve(view)
+
+    def apply(self, view: PrunableView) -> None:
+        """Zeroes the pruned weights in place, under all their names. Nothing is changed when the masks do not fit."""
+        with torch.no_grad():
+            for name, mask in self.resolve(view).items():
+                parameter = view.weights[name].parameter
+                parameter.masked_fill_(~mask.to(parameter.device), 0)
+
+    def hold(self, view: PrunableView, optimizer: torch.optim.Optimizer) -> "Hold":
+        """Applies the masks, and returns what keeps the zeros in training."""
+        self.apply(view)
+        return Hold(self, view, optimizer)
+
+    def report(self, view: PrunableView) -> "Report":
+        """Kept and total weights per layer and group, with warnings where one collapses."""
+        report = Report()
+        for name, mask in self.resolve(view).items():
+            group = view.weights[name].group
+            kept, total = int(mask.count_nonzero()), mask.numel()
+            report.layers[name] = Count(kept, total)
+            before = report.groups.get(group, Count(0, 0))
+            report.groups[group] = Count(before.kept + kept, before.total + total)
+        return report
+
+
+class Hold:
+    """Keeps pruned weights at zero while a model trains.
+
+    A weight that is zero, with a zero gradient and zero moments, stays zero under weight decay and momentum alike: so masking the gradients before each step is
+    all that is needed. `verify` makes sure of it before a checkpoint is written.
+    """
+
+    def __init__(self, masks: Masks, view: PrunableView, optimizer: torch.optim.Optimizer):
+        self._optimizer = optimizer
+        self._pruned = []  # (parameter, where it is pruned)
+        for name, mask in masks.resolve(view).items():
+            parameter = view.weights[name].parameter
+            self._pruned.append((parameter, ~mask.to(parameter.device)))
+        self._clear_moments()  # a resumed optimizer may have moved while the model was dense
+
+    def before_step(self) -> None:
+        """Zeroes the gradients of pruned weights. Call it after backward (and unscaling), before clipping.
+
+        Filled, not multiplied: an inf of fp16 times zero would be NaN.
+        """
+        for parameter, pruned in self._pruned:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(pruned, 0)
+
+    @torch.no_grad()
+    def verify(self) -> int:
+        """How many pruned weights are not zero; they are set back to zero, with the optimizer's moments."""
+        violations = 0
+        for parameter, pruned in self._pruned:
+            moved = int((parameter != 0).logical_and_(pruned).count_nonzero())
+            if moved:
+                parameter.masked_fill_(pruned, 0)
+                violations += moved
+        if violations:
+            self._clear_moments()
+            logger.warning("%d pruned weights had moved from zero, and were set back", violations)
+        return violations
+
+    @torch.no_grad()
+    def _clear_moments(self) -> None:
+        for parameter, pruned in self._pruned:
+            for moment in self._optimizer.state.get(parameter, {}).values():
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    moment.masked_fill_(pruned.to(moment.device), 0)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Weights kept, of how many."""
+
+    kept: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.total
+
+
+@dataclass
+class Report:
+    """What masks leave of each layer and each group."""
+
+    layers: dict[str, Count] = field(default_factory=dict)
+    groups: dict[str, Count] = field(default_factory=dict)
+
+    @property
+    def overall(self) -> Count:
+        return Count(sum(c.kept for c in self.layers.values()), sum(c.total for c in self.layers.values()))
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each layer with at least 99.9 % and each group with at least 98 % of its weights gone."""
+        kinds = (("group", self.groups, _GROUP_LIMIT), ("layer", self.layers, _LAYER_LIMIT))
+        return [
+            f"{kind} {name} has collapsed: {count.kept} of {count.total} weights are left"
+            for kind, counts, limit in kinds
+            for name, count in counts.items()
+            if count.sparsity >= limit
+        ]
+
+
+def model_digest(view: PrunableView) -> str:
+    """SHA-256 over the names, shapes and bytes of the prunable weights."""
+    sha = hashlib.sha256()
+    for weight in view.weights.values():
+        parameter = weight.parameter.detach().cpu().contiguous()
+        sha.update(f"{weight.name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        sha.update(parameter.view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+class _BadFileError(Exception):
+    """Why a file cannot be read as masks."""
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().view(-1).numpy(), bitorder="little"))
+
+
+def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=int(np.prod(shape)), bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).reshape(shape)
+
+
+def _digest(shapes: list[list], packed: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps(shapes, separators=(",", ":")).encode())
+    for name, _ in shapes:
+        sha.update(packed[name].numpy())
+    return sha.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises is anyone's guess
+        raise _BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error
+
+
+def _public_entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """The mask entries of a public file, bare or nested."""
+    while isinstance(content, Mapping):
+        entries = [(k, v) for k, v in content.items() if isinstance(k, str) and k.endswith((_WEIGHT, _BIAS))]
+        if entries:
+            yield from entries
+            return
+        content = next((content[nest] for nest in _NESTS if nest in content), None)
+
+
+def _first(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,51 @@
+"""What a legal mask is: unstructured, or N:M. Needs torch's tensors, not torch itself, so that arguments are parsed without it.
+
+N:M means that exactly N are kept in every M consecutive weights along the input dimension: N is always what is kept.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NM:
+    """N weights kept of every M."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> Fraction:
+        return Fraction(self.m - self.n, self.m)
+
+    def fits(self, inputs: int) -> bool:
+        """Whether a layer with so many inputs divides into groups of M; one that does not stays dense."""
+        return inputs % self.m == 0
+
+    def keep(self, scores: "Tensor") -> "Tensor":
+        """The N highest scores of each M along the last dimension, (..., in) -> bool (..., in). Of equal scores the lowest index is pruned first."""
+        if not self.fits(scores.shape[-1]):
+            raise ValueError(f"a layer with {scores.shape[-1]} inputs does not divide into groups of {self.m}")
+        groups = scores.unflatten(-1, (-1, self.m))  # (..., in / M, M)
+        order = groups.argsort(dim=-1, stable=True)
+        kept = groups.new_ones(groups.shape, dtype=bool).scatter_(-1, order[..., : self.m - self.n], False)
+        return kept.flatten(-2)
+
+
+def parse_pattern(text: str | None) -> NM | None:
+    """"2:4" -> NM(2, 4); None or "unstructured" -> None. ValueError unless 1 <= N < M."""
+    if text is None or text == "unstructured":
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    pattern = NM(int(match[1]), int(match[2])) if match else None
+    if pattern is None or not 1 <= pattern.n < pattern.m:
+        raise ValueError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r}")
+    return pattern

@@ -1,0 +1,177 @@
+"""Statistics of the layers' inputs, streamed: one object owns every hook, adds up what is asked for batch by batch, and leaves no trace in the model.
+
+A measure turns the real tokens of a layer's input, (tokens, in), into a tensor that adds up over batches. Pruners name the one that they need.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.view import PrunableView
+
+_PIECE = 1 << 20  # input elements converted to float64 together
+_SMALL = 1 << 16  # parameters of at most so many elements are copied before a pass, since a forward may move them in place
+
+
+def input_norms(rows: Tensor) -> Tensor:
+    """(tokens, in) -> (in,): for each input feature the sum of squares over tokens, in float64."""
+    total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+    for piece in rows.split(max(1, _PIECE // rows.shape[1])):
+        total += piece.double().square_().sum(dim=0)
+    return total
+
+
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms}
+
+
+@dataclass
+class _Sum:
+    """What a layer has seen."""
+
+    value: Tensor | None = None
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A measured input: layers that read the very same tensor (query, key, value) need not measure it again."""
+
+    source: ReferenceType
+    version: int
+    valid: Tensor | None
+    measured: Tensor
+    tokens: int
+
+    def matches(self, source: Tensor, valid: Tensor | None) -> bool:
+        if self.source() is not source or self.version != source._version or (self.valid is None) != (valid is None):
+            return False
+        return valid is None or valid is self.valid or torch.equal(valid, self.valid)
+
+
+class Statistics:
+    """Runs calibration batches through a model and adds up a measure of each prunable layer's inputs.
+
+        with Statistics(view, "input_norms") as statistics:
+            for batch in batches:
+                statistics.add(batch)
+        values = statistics.result()  # name -> tensor
+
+    Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an exception. The uses of a tied weight add up.
+    Padding counts where the view says that it does not: never.
+    """
+
+    def __init__(self, view: PrunableView, measure: str):
+        if measure not in MEASURES:
+            raise ValueError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
+        self._view, self._measure = view, MEASURES[measure]
+        self._sums = {name: _Sum() for name in view.weights}
+        self._batch: Any = None
+        self._seen: list[_Seen] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Statistics":
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self._view.model))
+            for weight in self._view.weights.values():
+                for module, key in zip(weight.modules, weight.uses, strict=True):
+                    hook = partial(self._observe, weight.name, key)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._batch, self._seen = None, []
+        self._stack.close()
+
+    def add(self, batch: Any) -> None:
+        """Runs one batch through the view's forward."""
+        self._batch = batch
+        with torch.inference_mode(False), torch.no_grad():
+            self._view.forward(batch)
+        self._seen.clear()
+
+    def _observe(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        source = args[0] if args else next(iter(kwargs.values()))
+        valid = self._view.valid_tokens(key, self._batch)
+        seen = next((s for s in self._seen if s.matches(source, valid)), None)
+        if seen is None:
+            rows = _real_rows(key, source, valid)
+            seen = _Seen(ref(source), source._version, valid, self._measure(rows), len(rows))
+            self._seen = [s for s in self._seen if s.source() is not None] + [seen]
+        entry = self._sums[name]
+        entry.value = seen.measured.clone() if entry.value is None else entry.value.add_(seen.measured)
+        entry.samples += source.shape[0] if source.ndim > 1 else 1
+        entry.tokens += seen.tokens
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it for the same tensors."""
+        for name, entry in self._sums.items():
+            weight = self._view.weights[name].matrix()
+            if entry.value is None:  # this rank saw nothing of the layer; the others wait for its zeros
+                entry.value = self._measure(weight.new_zeros(0, weight.shape[1]))
+            entry.value = all_reduce(entry.value)
+            counts = all_reduce(torch.tensor([entry.samples, entry.tokens], device=weight.device))
+            entry.samples, entry.tokens = counts.tolist()
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many samples each layer's inputs came from; a tied weight counts those of all its uses."""
+        return {name: entry.samples for name, entry in self._sums.items()}
+
+    def result(self) -> dict[str, Tensor]:
+        """Name -> the sum over all batches. ValueError that names a layer which saw no real token, or NaN or Inf."""
+        for name, entry in self._sums.items():
+            if entry.tokens == 0:
+                raise ValueError(f"layer {name!r} saw no calibration sample")
+            if not entry.value.isfinite().all():
+                raise ValueError(f"the inputs of layer {name!r} hold NaN or Inf")
+        return {name: entry.value for name, entry in self._sums.items()}
+
+
+def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
+    """(..., in) -> (real tokens, in)."""
+    rows = source.detach().reshape(-1, source.shape[-1])
+    if valid is None:
+        return rows
+    if valid.numel() != len(rows):
+        raise ValueError(f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}")
+    return rows[valid.reshape(-1).bool()]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """The model in eval(); afterwards its training flags, buffers and parameters are what they were, to the bit.
+
+    Buffers and small parameters (a clamped temperature) are copied. Of large parameters only the storage is remembered, which costs no memory: a parameter
+    that was given another one gets its own back, and one that was written to in place is an error (RuntimeError), since it cannot be restored.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in modules]
+    parameters = [(name, p, p.data, p.data.clone() if p.numel() <= _SMALL else None, p._version) for name, p in model.named_parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        with torch.no_grad():
+            for module, originals, copies in buffers:
+                for key, copy in copies.items():
+                    originals[key].copy_(copy)
+                module._buffers.clear()
+                module._buffers.update(originals)
+            for _, parameter, data, copy, _ in parameters:
+                parameter.data = data
+                if copy is not None:
+                    data.copy_(copy)
+    moved = [name for name, p, data, copy, version in parameters if copy is None and p._version != version]
+    if moved:
+        raise RuntimeError(f"the calibration pass changed {moved[0]!r} in place, and it was too large to be copied")

@@ -1,0 +1,214 @@
+"""A prunable model is a view, not a surgery: nothing in the model is replaced, and no state-dict key changes.
+
+The view names the prunable weights (an nn.Linear's, or a transformers Conv1D's), finds tied ones by parameter identity, and refuses by name what it
+could only prune wrongly. `canonical` is the one place where the prefixes of wrappers (compile, Fabric, DDP) are stripped from a name.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparsity.allocation import members
+
+_WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
+
+
+def canonical(key: str) -> str:
+    """The state-dict key without what torch.compile, Fabric and DDP put in front of it."""
+    return _WRAPPERS.sub("", key)
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableWeight:
+    """One prunable parameter, under every name that it has."""
+
+    name: str  # canonical state-dict key, "....weight"
+    aliases: tuple[str, ...]  # every state-dict key of the same parameter, canonical first (tied weights)
+    modules: tuple[nn.Module, ...]  # the layers that use it, in the model's order
+    uses: tuple[str, ...]  # for each of `modules`, the state-dict key of its weight
+    group: str  # modality: "vision", "text", "fusion"
+    transposed: bool = False  # transformers' Conv1D stores (in, out)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.modules[0].weight
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in), whichever way it is stored."""
+        return self.matrix().shape
+
+    @property
+    def numel(self) -> int:
+        return self.parameter.numel()
+
+    def matrix(self) -> Tensor:
+        """The weight as (out, in), without gradient, on the parameter's own storage."""
+        weight = self.parameter.detach()
+        return weight.t() if self.transposed else weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """An (out, in) tensor, such as a mask, in the parameter's own layout."""
+        return matrix.t().contiguous() if self.transposed else matrix
+
+
+class PrunableView:
+    """The prunable weights of a model, and how to run it.
+
+    group_of: state-dict key -> modality group. keep_dense: globs over module names; a module that matches stays dense with all that is in it.
+    forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch): (samples, tokens), true where a token of the input of the
+    layer whose weight has that key is real, or None when all are; a tied weight is asked about once for each layer that uses it. blocks: the model's
+    blocks in execution order, for layer-wise methods.
+    Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        group_of: Callable[[str], str],
+        keep_dense: Sequence[str] = (),
+        forward: Callable[[Any], Any] | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
+        blocks: Sequence[nn.Module] | None = None,
+    ):
+        self.model = model
+        self.blocks = blocks
+        self._forward, self._loss, self._valid_tokens = forward, loss, valid_tokens
+        self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> names of its weights, both in prunable order."""
+        return members({weight.name: weight.group for weight in self.weights.values()})
+
+    @property
+    def numel(self) -> int:
+        return sum(weight.numel for weight in self.weights.values())
+
+    def forward(self, batch: Any) -> Any:
+        if self._forward is None:
+            raise ValueError("this pruner needs calibration data, and the model's view has no forward to run it")
+        return self._forward(batch)
+
+    def loss(self, batch: Any) -> Tensor:
+        if self._loss is None:
+            raise ValueError("this pruner needs gradients, and the model's view has no loss")
+        return self._loss(batch)
+
+    def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
+        return None if self._valid_tokens is None else self._valid_tokens(key, batch)
+
+
+@dataclass
+class _Found:
+    """One parameter while the model is walked through."""
+
+    aliases: list[str]
+    modules: list[nn.Module]
+    uses: list[str]
+    transposed: bool
+
+
+def _discover(
+    model: nn.Module, group_of: Callable[[str], str], keep_dense: tuple[str, ...]
+) -> tuple[dict[str, PrunableWeight], tuple[str, ...]]:
+    """The weights in the model's own module order, and the keys of the linear layers that stay dense."""
+    found: dict[int, _Found] = {}
+    fixed: set[int] = set()  # parameters that something not prunable uses
+    dense: list[str] = []
+    for name, module, kept_dense in _walk(model, keep_dense):
+        if not kept_dense:
+            _refuse_experts(name, module)
+        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        if kept_dense or not linear:
+            if not kept_dense:
+                _refuse_opaque(name, module)
+            fixed.update(id(p) for p in module._parameters.values() if p is not None)
+            if linear:
+                dense.append(f"{name}.weight")
+            continue
+        weight = _plain_weight(name, module)
+        entry = found.setdefault(id(weight), _Found([], [], [], not isinstance(module, nn.Linear)))
+        entry.aliases.append(f"{name}.weight")
+        if not any(module is known for known in entry.modules):
+            entry.modules.append(module)
+            entry.uses.append(f"{name}.weight")
+    weights: dict[str, PrunableWeight] = {}
+    for key, entry in found.items():
+        if key in fixed:  # tied to an embedding or to a layer kept dense
+            dense.extend(entry.aliases)
+            continue
+        name = entry.aliases[0]
+        if name in weights:
+            raise ValueError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
+        weights[name] = PrunableWeight(
+            name, tuple(entry.aliases), tuple(entry.modules), tuple(entry.uses), group_of(name), entry.transposed
+        )
+    if not weights:
+        raise ValueError("the model has no prunable weight (an nn.Linear that is not kept dense)")
+    return weights, tuple(dense)
+
+
+def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(canonical name, module, whether it is kept dense), under every name of each module."""
+    dense_roots: list[str] = []
+    for raw, module in model.named_modules(remove_duplicate=False):
+        name = canonical(raw + ".").removesuffix(".")
+        inside = any(name.startswith(root + ".") for root in dense_roots)
+        matches = any(fnmatchcase(name, glob) for glob in keep_dense)
+        if matches:
+            dense_roots.append(name)
+        yield name, module, inside or matches
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that stores (in, out); told by its name, since transformers is not imported here."""
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+
+
+def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
+    """The layer's weight, when it is a plain floating-point matrix."""
+    if parametrize.is_parametrized(module, "weight"):
+        raise _refusal(name, "its weight is parametrised")
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise _refusal(name, "its weight is computed from others (weight norm, spectral norm, torch.nn.utils.prune)")
+    if isinstance(weight, nn.UninitializedParameter):
+        raise _refusal(name, "its weight has no shape before a first forward")
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+        raise _refusal(name, f"its weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})")
+    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
+        raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")
+    return weight
+
+
+def _refuse_opaque(name: str, module: nn.Module) -> None:
+    """Layers that hold linear weights where no hook sees their input."""
+    if isinstance(module, nn.MultiheadAttention):
+        raise _refusal(name, "the projections of nn.MultiheadAttention cannot be observed")
+    kind = type(module)
+    if "quantized" in kind.__module__ and "Linear" in kind.__name__:
+        raise _refusal(name, f"it is quantised ({kind.__module__}.{kind.__name__})")
+
+
+def _refuse_experts(name: str, module: nn.Module) -> None:
+    """3-D weights (experts, nn.Bilinear); position embeddings (1, tokens, width) and convolutions are none."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return
+    for key, parameter in module._parameters.items():
+        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+            raise _refusal(name, f"its {key} is 3-D, {tuple(parameter.shape)}")
+
+
+def _refusal(name: str, why: str) -> ValueError:
+    layer = name or "the model itself"
+    return ValueError(f"layer {layer!r} cannot be pruned: {why}; keep it dense (keep_dense) to prune the others")

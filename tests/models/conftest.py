@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import xvlm
+from models.bert import TextConfig
+from models.clip_vision import VisionConfig
+
+SMALL = Path("tests/data/xvlm_small")
+CONFIG = xvlm.Config(
+    vision=VisionConfig(image_size=48, patch_size=16, width=64, layers=2, heads=4, mlp_width=320, local_attn_depth=1),
+    text=TextConfig(vocab_size=210, width=48, layers=8, fusion_layer=6, heads=4, mlp_width=96, max_positions=64),
+    embed_dim=32,
+)
+
+
+@pytest.fixture
+def small_xvlm():
+    """The model of the known answers, in evaluation mode."""
+    return xvlm.build(CONFIG, SMALL / "state_dict.safetensors").eval()
+
+
+@pytest.fixture(scope="session")
+def small_batches():
+    """{"general": [batch, ...], "region": [batch, ...]} of the known answers."""
+
+    def split(tensors):
+        names = {name.split(".", 1)[0] for name in tensors}
+        return [{k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == i} for i in sorted(names)]
+
+    return {kind: split(load_file(SMALL / f"{kind}_batches.safetensors")) for kind in ("general", "region")}
+
+
+@pytest.fixture(scope="session")
+def small_losses():
+    return json.loads((SMALL / "losses.json").read_text())["losses"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
