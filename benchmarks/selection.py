@@ -1,4 +1,5 @@
-"""Choosing which weights go at one sparsity: ours against torch.cat + torch.kthvalue, on random magnitudes in layers of ViT-B's size.
+"""Choosing which weights go at one sparsity: ours against torch.cat + torch.kthvalue, on random magnitudes in layers of
+ViT-B's size.
 
     python -m benchmarks.selection                  # 1.8e8 weights: 4 GB of memory, about two minutes on two cores
     python -m benchmarks.selection --numel 1e7
@@ -26,7 +27,9 @@ def concatenated(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: score > value for name, score in scores.items()}
 
 
-def timed(select: Callable[[dict[str, Tensor], int], dict[str, Tensor]], scores: dict[str, Tensor], count: int) -> tuple[float, int]:
+def timed(
+    select: Callable[[dict[str, Tensor], int], dict[str, Tensor]], scores: dict[str, Tensor], count: int
+) -> tuple[float, int]:
     """Seconds, and how many weights go."""
     start = time.perf_counter()
     masks = select(scores, count)

@@ -163,6 +163,8 @@ def draw_scene(
     """
     if not 1 <= n_objects <= MAX_OBJECTS:
         raise ValueError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects!r}")
+    if side < 16:
+        raise ValueError(f"side must be at least 16 pixels, got {side!r}")
     if concepts is None:
         concepts = rng.choice(len(glyphs), n_objects, replace=False).tolist()
     if len(concepts) != n_objects or len(set(concepts)) != n_objects:
@@ -405,7 +407,7 @@ class BundledRegions(BundledScenes):
     """The scenes of `BundledScenes` with their regions: the whole image with the scene's caption, then every object.
 
     Items {"image", "regions": [{**text fields, "image_atts" (1 + patches,), "target_bbox" (4,) = cx, cy, w, h in
-    [0, 1], "is_image" 0 or 1}]}.
+    [0, 1], "is_image" 0 or 1, "sample_ids" ()}]}.
 
     Args:
         patch: side of a patch of the vision model, in pixels; divides `side`.
@@ -424,12 +426,14 @@ class BundledRegions(BundledScenes):
         own = [(*item.centre, *item.box[2:]) for item in scene.objects]
         boxes = np.array([(self.side / 2, self.side / 2, self.side, self.side), *own]) / self.side
         attention, boxes = box_attention(boxes, self.side // self.patch), boxes.astype(np.float32)
+        named = (scene.objects, *((item,) for item in scene.objects))  # by each caption
         regions = [
             {
                 **self.encode(caption, rng),
                 "image_atts": attention[i],
                 "target_bbox": torch.from_numpy(boxes[i]),
                 "is_image": torch.tensor(int(i == 0)),
+                "sample_ids": self.sample_id(named[i]),
             }
             for i, caption in enumerate(captions)
         ]

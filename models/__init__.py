@@ -7,10 +7,14 @@ from types import ModuleType
 NAMES = ("xvlm",)
 
 
-def find(name: str) -> ModuleType:
-    """Module of a model, with `Config`, `build(config)` and `prunable_view(model)`. ValueError suggests the nearest name."""
+def check(name: str) -> None:
+    """ValueError, with the nearest name, unless there is a model of this name."""
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known models: {', '.join(NAMES)}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
+        raise ValueError(f"there is no model {name!r}, did you mean {nearest!r}? There are: {', '.join(NAMES)}")
+
+
+def find(name: str) -> ModuleType:
+    """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; ValueError as `check`."""
+    check(name)
     return importlib.import_module(f"models.{name}")

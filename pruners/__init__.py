@@ -19,7 +19,9 @@ def available() -> list[str]:
 
 
 def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
-    """A pruner from its name, or from its class, with its options. ValueError for an unknown name (with the nearest one) or option."""
+    """A pruner from its name, or from its class, with its options. ValueError for an unknown name (with the nearest
+    one) or option.
+    """
     kind = _find(pruner) if isinstance(pruner, str) else pruner
     known = inspect.signature(kind).parameters
     for option in options:
@@ -28,11 +30,16 @@ def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
     return kind(**options)
 
 
-def _find(name: str) -> "type[Pruner]":
+def check(name: str) -> None:
+    """ValueError, with the nearest name, unless there is a pruner of this name."""
     names = available()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         raise ValueError(f"there is no pruner {name!r}, did you mean {nearest[0]!r}? There are: {', '.join(names)}")
+
+
+def _find(name: str) -> "type[Pruner]":
+    check(name)
     module = importlib.import_module(f"pruners.{name}")
     (kind,) = (item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__)
     return kind

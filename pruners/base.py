@@ -1,7 +1,8 @@
 """A pruner is an equation: it declares a statistic and turns (weight, statistic) into a score.
 
-Which weights go is decided elsewhere: by the pool (sparsity.allocation), by the pattern (sparsity.pattern) and by the selection. A new method is a file with a
-class of about ten lines: a docstring with paper and equation, `statistic`, `pool` and `score`.
+Which weights go is decided elsewhere: by the pool (sparsity.allocation), by the pattern (sparsity.pattern) and by the
+selection. A new method is a file with a class of about ten lines: a docstring with paper and equation, `statistic`,
+`pool` and `score`.
 """
 
 import hashlib
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class Pruner:
-    """Base of all pruners: from a view, and the statistic that the pruner declares, to masks. The model is never changed."""
+    """Base of all pruners: from a view, and the statistic that the pruner declares, to masks. The model is never
+    changed.
+    """
 
     statistic: ClassVar[str | None] = None  # a measure of sparsity.statistics, or None: no data is read
     pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.POOLS
@@ -35,7 +38,9 @@ class Pruner:
         cls.name = cls.__module__.rpartition(".")[2] if cls.__module__.startswith("pruners.") else cls.__name__.lower()
 
     def score(self, weight: Tensor, statistic: Tensor | None, generator: torch.Generator) -> Tensor:
-        """weight (out, in), its statistic, and a generator of its own -> scores (out, in), floating point; the lowest go first."""
+        """weight (out, in), its statistic, and a generator of its own -> scores (out, in), floating point; the lowest
+        go first.
+        """
         raise NotImplementedError(f"pruner {self.name!r} does not score single weights")
 
     def measure(
@@ -48,7 +53,8 @@ class Pruner:
     ) -> dict[str, Tensor]:
         """The declared statistic, name -> tensor, from one pass over the batches; none are read when none is declared.
 
-        progress: wraps the batches, as tqdm does. reduce: sums a tensor over ranks, each of which reads its own batches.
+        progress: wraps the batches, as tqdm does. reduce: sums a tensor over ranks, each of which reads its own
+        batches.
         """
         if self.statistic is None:
             return {}
@@ -69,7 +75,9 @@ class Pruner:
         seed: int = 42,
         names: Sequence[str] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, score (out, in)) of all weights, or of `names`, one at a time and in order. statistics: from `measure`."""
+        """(name, score (out, in)) of all weights, or of `names`, one at a time and in order. statistics: from
+        `measure`.
+        """
         for name in view.weights if names is None else names:
             with torch.no_grad():
                 score = self.score(view.weights[name].matrix(), statistics.get(name), _generator(seed, name))
@@ -115,9 +123,11 @@ class Pruner:
         progress: Callable[[Iterable], Iterable] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Sparsity, Masks]]:
-        """`measure`, then `masks`: (sparsity, masks) for each sparsity (fractions); one pass over the data serves them all.
+        """`measure`, then `masks`: (sparsity, masks) for each sparsity (fractions); one pass over the data serves them
+        all.
 
-        A pattern replaces pool and sparsities, which must then be None or empty. Raises ValueError for options that cannot be, before any data is read.
+        A pattern replaces pool and sparsities, which must then be None or empty. Raises ValueError for options that
+        cannot be, before any data is read.
         """
         self._check(sparsities, pattern, pool)
         statistics = self.measure(view, batches, progress=progress, reduce=reduce)
@@ -126,7 +136,9 @@ class Pruner:
     def _check(self, sparsities: Sequence[Sparsity] | None, pattern: NM | None, pool: str | None) -> str:
         """The pool, when the options go together."""
         if pattern and (sparsities or pool):
-            raise ValueError(f"the pattern {pattern} decides how many weights go and where: give no sparsity and no pool")
+            raise ValueError(
+                f"the pattern {pattern} decides how many weights go and where: give no sparsity and no pool"
+            )
         if not pattern and not sparsities:
             raise ValueError("give at least one sparsity, or a pattern")
         if pool is not None and pool not in POOLS:
@@ -157,7 +169,9 @@ def _follow(pattern: NM, scores: Iterable[tuple[str, Tensor]]) -> tuple[dict[str
             kept[name] = torch.ones_like(score, dtype=torch.bool)
             dense.append(name)
     if dense:
-        logger.warning("%d layers stay dense, as %d does not divide their inputs: %s", len(dense), pattern.m, ", ".join(dense))
+        logger.warning(
+            "%d layers stay dense, as %d does not divide their inputs: %s", len(dense), pattern.m, ", ".join(dense)
+        )
     return kept, dense
 
 

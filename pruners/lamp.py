@@ -1,15 +1,16 @@
 from pruners.base import Pruner
+from sparsity.selection import ascending
 
 
 class LAMP(Pruner):
-    """Layer-adaptive magnitude pruning, arXiv 2010.07611, eq. 5: with the layer's w^2 in ascending order (ties by index),
-    score = w^2 / (itself + all after it), summed from the top in float64, so that the last scores exactly 1. A zero scores 0."""
+    """Layer-adaptive magnitude pruning, arXiv 2010.07611, eq. 5: with the layer's w^2 in ascending order (ties by
+    index), score = w^2 / (itself + all after it), summed from the top in float64: the last scores exactly 1."""
 
     cheap = False  # a sort per layer
 
     def score(self, weight, statistic, generator):
-        magnitudes, order = weight.abs().flatten().sort(stable=True)
-        squares = magnitudes.double().square_()
+        order = ascending(weight.abs().flatten())
+        squares = weight.flatten()[order].double().square_()
         rest = squares.flip(0).cumsum(0).flip(0)
-        scores = squares.div_(rest).nan_to_num_(nan=0.0)  # 0 / 0 in a layer of zeros
-        return scores.new_empty(scores.shape).scatter_(0, order, scores).view(weight.shape)
+        scores = squares.div_(rest).nan_to_num_(nan=0.0)  # zero weights score 0, in a layer of zeros too
+        return squares.new_empty(len(order)).scatter_(0, order, scores).view(weight.shape)

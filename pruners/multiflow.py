@@ -2,8 +2,8 @@ from pruners.base import Pruner
 
 
 class MultiFlow(Pruner):
-    """MULTIFLOW, arXiv 2404.05621: with a_ij = abs(w_ij) * ||X_j||, score_ij = (mean over j of a_ij) * abs(w_ij) * (mean over i of a_ij), eq. 6;
-    each layer loses as many weights as a magnitude selection over its modality takes from it, eq. 7 and 8."""
+    """MULTIFLOW, arXiv 2404.05621: with a_ij = abs(w_ij) * ||X_j||, score_ij = (mean over j of a_ij) * abs(w_ij) *
+    (mean over i of a_ij), eq. 6; layers lose what a magnitude selection over their modality takes, eq. 7 and 8."""
 
     statistic = "input_norms"
     pool = "magnitude"

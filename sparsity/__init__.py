@@ -1,6 +1,7 @@
 """What a mask is: prunable views, masks, patterns, statistics, allocation and selection.
 
-The names below load on first use, so that arguments can be parsed (`sparsity.allocation`, `sparsity.pattern`) before torch is imported.
+The names below load on first use, so that arguments can be parsed (`sparsity.allocation`, `sparsity.pattern`) before
+torch is imported.
 """
 
 import importlib

@@ -1,9 +1,10 @@
 """How the budget is split: sparsities, the number of weights that a pool loses, and the pools. Needs no torch.
 
-Sparsity is the fraction of prunable weights that are zero. Everything is computed in decimal arithmetic: 0.57 of 100 is 57, though 0.57 * 100 < 57 in binary.
+Sparsity is the fraction of prunable weights that are zero. Everything is computed in decimal arithmetic: 0.57 of 100 is
+57, though 0.57 * 100 < 57 in binary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
@@ -14,7 +15,9 @@ Sparsity = str | int | float | Decimal | Fraction
 
 
 def fraction(sparsity: Sparsity) -> Fraction:
-    """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. ValueError outside [0, 1)."""
+    """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. ValueError outside
+    [0, 1).
+    """
     try:
         if isinstance(sparsity, Fraction):
             exact = sparsity
@@ -35,7 +38,9 @@ def budget(sparsity: Sparsity, numel: int) -> int:
 
 
 def parse_sparsities(text: str) -> list[Decimal]:
-    """"63,75,90" -> fractions. Percentages from 1 to 99.99 or, below 1, fractions. ValueError that names the bad item."""
+    """The fractions in "63,75,90". Percentages from 1 to 99.99 or, below 1, fractions. ValueError that names the bad
+    item.
+    """
     return [_parse_sparsity(item.strip(), text) for item in text.split(",")]
 
 
@@ -50,7 +55,9 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
 
 
 def pools(groups: Mapping[str, str], pool: str) -> list[list[str]]:
-    """The names of the weights that compete with each other, from name -> group in prunable order. A row pool or MULTIFLOW's is decided within layers."""
+    """The names of the weights that compete with each other, from name -> group in prunable order. A row pool or
+    MULTIFLOW's is decided within layers.
+    """
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if pool == "global":

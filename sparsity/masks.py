@@ -1,17 +1,21 @@
-"""Masks are data: name of a prunable weight -> bool tensor, True where the weight is kept, in the parameter's own layout.
+"""Masks are data: name of a prunable weight -> bool tensor, True where the weight is kept, in the parameter's own
+layout.
 
 The file that `save` writes is a safetensors file, the same to the byte for the same masks and provenance:
-- one tensor per prunable weight, under its state-dict key ("....weight"): uint8, one bit per weight. The mask is flattened row-major in the parameter's own
-  shape; weight i is bit i % 8 (least significant first) of byte i // 8, 1 = kept; the padding bits of the last byte are 0.
+- one tensor per prunable weight, under its state-dict key ("....weight"): uint8, one bit per weight. The mask is
+  flattened row-major in the parameter's own shape; weight i is bit i % 8 (least significant first) of byte i // 8, 1 =
+  kept; the padding bits of the last byte are 0.
 - one metadata entry, "sparsity", JSON with sorted keys:
-  "format" (1); "shapes": [name, shape] pairs in prunable order; "aliases": name -> all the keys of a tied weight, itself first;
-  "ties": the rule by which equal scores were ordered when the masks were chosen; "digest": SHA-256 over the JSON of "shapes" (separators "," and ":")
-  followed by the packed bytes in that order; "provenance": what the caller recorded (pruner, pattern, pool, sparsity, seed, config, digest of the model,
-  versions).
-A file is written beside its final place, flushed to disk and renamed, so that no half-written mask file is ever seen.
+  "format" (1); "shapes": [name, shape] pairs in prunable order; "aliases": name -> all the keys of a tied weight,
+  itself first;
+  "ties": the rule by which equal scores were ordered when the masks were chosen; "digest": SHA-256 over the JSON of
+  "shapes" (separators "," and ":") followed by the packed bytes in that order; "provenance": what the caller recorded
+  (pruner, pattern, pool, sparsity, seed, config, digest of the model, versions). A file is written beside its final
+  place, flushed to disk and renamed, so that no half-written mask file is ever seen.
 
-`load` also reads the public mask files: pickles (or safetensors) of `<layer>.weight_pruning_mask`, bool or float, bare or nested under "model", with an entry
-for every key of a tied weight; all-ones `<layer>.bias_pruning_mask` entries are passed over.
+`load` also reads the public mask files: pickles (or safetensors) of `<layer>.weight_pruning_mask`, bool or float, bare
+or nested under "model", with an entry for every key of a tied weight; all-ones `<layer>.bias_pruning_mask` entries are
+passed over.
 """
 
 import hashlib
@@ -19,6 +23,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +47,9 @@ _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
 
 
 class Masks(Mapping[str, Tensor]):
-    """masks: name -> bool tensor, in prunable order. provenance: whatever can be written as JSON. aliases: name -> all keys of a tied weight."""
+    """masks: name -> bool tensor, in prunable order. provenance: whatever can be written as JSON. aliases: name -> all
+    keys of a tied weight.
+    """
 
     def __init__(
         self,
@@ -145,8 +152,8 @@ class Masks(Mapping[str, Tensor]):
     def resolve(self, view: PrunableView) -> dict[str, Tensor]:
         """The masks under the names that this model gives its weights, in its order.
 
-        A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies, heads) are left out.
-        Raises one ValueError that lists what is missing, unknown or misshapen.
+        A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies,
+        heads) are left out. Raises one ValueError that lists what is missing, unknown or misshapen.
         """
         known = {key: name for name in self for key in (name, *self.aliases.get(name, ()))}
         used: set[str] = set()
@@ -184,6 +191,20 @@ class Masks(Mapping[str, Tensor]):
                 parameter = view.weights[name].parameter
                 parameter.masked_fill_(~mask.to(parameter.device), 0)
 
+    @contextmanager
+    def applied(self, view: PrunableView) -> Iterator[None]:
+        """The pruned model inside the block; afterwards every weight is what it was, also after an exception."""
+        pruned = {name: ~mask for name, mask in self.resolve(view).items()}
+        before = {name: view.weights[name].parameter.detach()[pruned[name].to(view.weights[name].parameter.device)] for name in pruned}
+        self.apply(view)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, values in before.items():
+                    parameter = view.weights[name].parameter
+                    parameter[pruned[name].to(parameter.device)] = values
+
     def hold(self, view: PrunableView, optimizer: torch.optim.Optimizer) -> "Hold":
         """Applies the masks, and returns what keeps the zeros in training."""
         self.apply(view)
@@ -204,8 +225,9 @@ class Masks(Mapping[str, Tensor]):
 class Hold:
     """Keeps pruned weights at zero while a model trains.
 
-    A weight that is zero, with a zero gradient and zero moments, stays zero under weight decay and momentum alike: so masking the gradients before each step is
-    all that is needed. `verify` makes sure of it before a checkpoint is written.
+    A weight that is zero, with a zero gradient and zero moments, stays zero under weight decay and momentum alike: so
+    masking the gradients before each step is all that is needed. `verify` makes sure of it before a checkpoint is
+    written.
     """
 
     def __init__(self, masks: Masks, view: PrunableView, optimizer: torch.optim.Optimizer):

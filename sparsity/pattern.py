@@ -1,4 +1,5 @@
-"""What a legal mask is: unstructured, or N:M. Needs torch's tensors, not torch itself, so that arguments are parsed without it.
+"""What a legal mask is: unstructured, or N:M. Needs torch's tensors, not torch itself, so that arguments are parsed
+without it.
 
 N:M means that exactly N are kept in every M consecutive weights along the input dimension: N is always what is kept.
 """
@@ -31,7 +32,9 @@ class NM:
         return inputs % self.m == 0
 
     def keep(self, scores: "Tensor") -> "Tensor":
-        """The N highest scores of each M along the last dimension, (..., in) -> bool (..., in). Of equal scores the lowest index is pruned first."""
+        """The N highest scores of each M along the last dimension, (..., in) -> bool (..., in). Of equal scores the
+        lowest index is pruned first.
+        """
         if not self.fits(scores.shape[-1]):
             raise ValueError(f"a layer with {scores.shape[-1]} inputs does not divide into groups of {self.m}")
         groups = scores.unflatten(-1, (-1, self.m))  # (..., in / M, M)
@@ -41,7 +44,7 @@ class NM:
 
 
 def parse_pattern(text: str | None) -> NM | None:
-    """"2:4" -> NM(2, 4); None or "unstructured" -> None. ValueError unless 1 <= N < M."""
+    """NM(2, 4) for "2:4"; None for None or "unstructured". ValueError unless 1 <= N < M."""
     if text is None or text == "unstructured":
         return None
     match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)

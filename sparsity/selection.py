@@ -1,11 +1,12 @@
 """Which scores are the k lowest: the one place where a threshold is computed.
 
-Exactly k go, also when scores tie: ties are pruned in prunable order, then row-major in the (out, in) view, lowest index first.
+Exactly k go, also when scores tie: ties are pruned in prunable order, then row-major in the (out, in) view, lowest
+index first.
 
-Radix selection. A float is read as an integer that sorts like it, and a histogram of the top 16 bits tells in which bucket the k-th lowest score lies; the
-next pass looks into that bucket only, at the next 16 bits, until none are left (two passes for float32, four for float64). Scores are seen tensor by
-tensor, in pieces that stay in the processor's cache: they are never put side by side, sorted or even held at once, and one histogram serves any number of
-sparsities.
+Radix selection. A float is read as an integer that sorts like it, and a histogram of the top 16 bits tells in which
+bucket the k-th lowest score lies; the next pass looks into that bucket only, at the next 16 bits, until none are left
+(two passes for float32, four for float64). Scores are seen tensor by tensor, in pieces that stay in the processor's
+cache: they are never put side by side, sorted or even held at once, and one histogram serves any number of sparsities.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from sparsity.view import PrunableView
 Named = Iterable[tuple[str, Tensor]]
 Scores = Mapping[str, Tensor] | Callable[[], Named]  # held, or computed again for each pass
 
-_PIECE = 1 << 20  # scores looked at together: small enough for a cache, large enough to be worth sharing between threads
+_PIECE = 1 << 20  # scores looked at together: they fit a cache, and are worth sharing between threads
 _DIGIT = 16
 _BUCKETS = 1 << _DIGIT
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -39,7 +40,8 @@ NOTHING = Threshold(float("-inf"), 0, 0)
 
 
 def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
-    """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating-point scores of one dtype.
+    """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating-point scores of one
+    dtype.
 
     Raises ValueError, naming the layer, for NaN or Inf.
     """
@@ -106,7 +108,8 @@ def select(
     if pool == "row":
         for sparsity in sparsities:
             yield {
-                name: keep_rows(name, score, budget(sparsity, score.shape[1])) for name, score in scores(list(view.weights))
+                name: keep_rows(name, score, budget(sparsity, score.shape[1]))
+                for name, score in scores(list(view.weights))
             }
         return
     contests = pools({weight.name: weight.group for weight in view.weights.values()}, pool)
@@ -133,9 +136,22 @@ def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> S
 
 
 def magnitude_counts(view: PrunableView, sparsities: Sequence[Sparsity]) -> list[dict[str, int]]:
-    """For each sparsity, how many weights each layer loses when abs(W) is thresholded over its whole group (arXiv 2404.05621, eq. 7)."""
-    masks = select(view, lambda names: ((name, view.weights[name].matrix().abs()) for name in names), "group", sparsities)
+    """For each sparsity, how many weights each layer loses when abs(W) is thresholded over its whole group (arXiv
+    2404.05621, eq. 7).
+    """
+    masks = select(
+        view, lambda names: ((name, view.weights[name].matrix().abs()) for name in names), "group", sparsities
+    )
     return [{name: kept.numel() - int(kept.count_nonzero()) for name, kept in each.items()} for each in masks]
+
+
+def ascending(values: Tensor) -> Tensor:
+    """The order that sorts floating-point values (n,), as indices (n,): of equal values the lowest index first."""
+    if not values.is_cpu or values.dtype == torch.float64:
+        return values.argsort(stable=True)
+    packed = (_ordered(values.float()).long() << 32) | torch.arange(len(values))
+    packed.numpy().sort()  # value, then index: several times as fast as a stable sort
+    return packed.bitwise_and_((1 << 32) - 1)
 
 
 def check_finite(name: str, score: Tensor) -> None:
@@ -152,7 +168,9 @@ def _named(scores: Scores) -> Named:
 
 
 def _histograms(scores: Scores, prefixes: Sequence[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
-    """For each distinct prefix, how many of the scores that begin with it have each of the 2^16 next digits; and the dtype of the scores."""
+    """For each distinct prefix, how many of the scores that begin with it have each of the 2^16 next digits; and the
+    dtype of the scores.
+    """
     totals = {prefix: torch.zeros(_BUCKETS, dtype=torch.int64) for prefix in prefixes}
     dtype = None
     for name, score in _named(scores):

@@ -1,6 +1,8 @@
-"""Statistics of the layers' inputs, streamed: one object owns every hook, adds up what is asked for batch by batch, and leaves no trace in the model.
+"""Statistics of the layers' inputs, streamed: one object owns every hook, adds up what is asked for batch by batch, and
+leaves no trace in the model.
 
-A measure turns the real tokens of a layer's input, (tokens, in), into a tensor that adds up over batches. Pruners name the one that they need.
+A measure turns the real tokens of a layer's input, (tokens, in), into a tensor that adds up over batches. Pruners name
+the one that they need.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from sparsity.view import PrunableView
 
 _PIECE = 1 << 20  # input elements converted to float64 together
-_SMALL = 1 << 16  # parameters of at most so many elements are copied before a pass, since a forward may move them in place
+_SMALL = 1 << 16  # parameters of at most so many elements are copied before a pass
 
 
 def input_norms(rows: Tensor) -> Tensor:
@@ -63,8 +65,8 @@ class Statistics:
                 statistics.add(batch)
         values = statistics.result()  # name -> tensor
 
-    Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an exception. The uses of a tied weight add up.
-    Padding counts where the view says that it does not: never.
+    Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an
+    exception. The uses of a tied weight add up. Padding counts where the view says that it does not: never.
     """
 
     def __init__(self, view: PrunableView, measure: str):
@@ -111,7 +113,9 @@ class Statistics:
         entry.tokens += seen.tokens
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it for the same tensors."""
+        """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it
+        for the same tensors.
+        """
         for name, entry in self._sums.items():
             weight = self._view.weights[name].matrix()
             if entry.value is None:  # this rank saw nothing of the layer; the others wait for its zeros
@@ -141,7 +145,9 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return rows
     if valid.numel() != len(rows):
-        raise ValueError(f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}")
+        raise ValueError(
+            f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}"
+        )
     return rows[valid.reshape(-1).bool()]
 
 
@@ -149,13 +155,17 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
 def untouched(model: nn.Module) -> Iterator[None]:
     """The model in eval(); afterwards its training flags, buffers and parameters are what they were, to the bit.
 
-    Buffers and small parameters (a clamped temperature) are copied. Of large parameters only the storage is remembered, which costs no memory: a parameter
-    that was given another one gets its own back, and one that was written to in place is an error (RuntimeError), since it cannot be restored.
+    Buffers and small parameters (a clamped temperature) are copied. Of large parameters only the storage is remembered,
+    which costs no memory: a parameter that was given another one gets its own back, and one that was written to in
+    place is an error (RuntimeError), since it cannot be restored.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in modules]
-    parameters = [(name, p, p.data, p.data.clone() if p.numel() <= _SMALL else None, p._version) for name, p in model.named_parameters()]
+    parameters = [
+        (name, p, p.data, p.data.clone() if p.numel() <= _SMALL else None, p._version)
+        for name, p in model.named_parameters()
+    ]
     model.eval()
     try:
         yield

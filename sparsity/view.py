@@ -1,7 +1,8 @@
 """A prunable model is a view, not a surgery: nothing in the model is replaced, and no state-dict key changes.
 
-The view names the prunable weights (an nn.Linear's, or a transformers Conv1D's), finds tied ones by parameter identity, and refuses by name what it
-could only prune wrongly. `canonical` is the one place where the prefixes of wrappers (compile, Fabric, DDP) are stripped from a name.
+The view names the prunable weights (an nn.Linear's, or a transformers Conv1D's), finds tied ones by parameter identity,
+and refuses by name what it could only prune wrongly. `canonical` is the one place where the prefixes of wrappers
+(compile, Fabric, DDP) are stripped from a name.
 """
 
 import re
@@ -61,11 +62,11 @@ class PrunableWeight:
 class PrunableView:
     """The prunable weights of a model, and how to run it.
 
-    group_of: state-dict key -> modality group. keep_dense: globs over module names; a module that matches stays dense with all that is in it.
-    forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch): (samples, tokens), true where a token of the input of the
-    layer whose weight has that key is real, or None when all are; a tied weight is asked about once for each layer that uses it. blocks: the model's
-    blocks in execution order, for layer-wise methods.
-    Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
+    group_of: state-dict key -> modality group. keep_dense: globs over module names; a module that matches stays dense
+    with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
+    (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
+    are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
+    for layer-wise methods. Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(
@@ -170,7 +171,9 @@ def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D: a linear layer that stores (in, out); told by its name, since transformers is not imported here."""
+    """transformers' Conv1D: a linear layer that stores (in, out); told by its name, since transformers is not imported
+    here.
+    """
     weight = module._parameters.get("weight")
     return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
 

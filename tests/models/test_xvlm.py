@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from models import xvlm
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import contrastive_loss, hard_negatives
-from tests.models.conftest import CONFIG, SMALL
+from tests.conftest import CONFIG, SMALL
 
 KEYS = json.loads(Path("tests/data/checkpoints/XVLMPretrain.json").read_text())
 PRUNABLE = json.loads(Path("tests/data/checkpoints/prunable_xvlm.json").read_text())
