@@ -1,5 +1,6 @@
 """Calibration batches for pruning: general image-text pairs and regions, read in lockstep, whole batches to each rank."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from datasets.sources import PruneConfig
 from datasets.text import TextEncoder
 from datasets.transforms import TrainTransform
 
+log = logging.getLogger(__name__)
+
 
 class Calibration:
     """At most `num_batches` batches of each source, one after the other; the shorter source ends the pass.
 
     Iterating reads this rank's share: batch b goes to rank b % world_size. `len` counts the batches of this rank.
+    skipped_path: list of the images that cannot be read; other ranks than 0 write their own, beside it.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class Calibration:
         sources = _bundled if config.bundled else _files
         self.sources = sources(config, encode, image_size, patch_size, seed, num_batches)
         self.batches = min(num_batches, *(max(1, len(data) // config.batch_size) for data, _ in self.sources))
-        self.config, self.seed, self.skipped_path = config, seed, skipped_path
+        if self.batches < num_batches:
+            log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
+        self.config, self.seed, self.skipped_path = config, seed, rank_path(skipped_path, rank)
         self.rank, self.world_size = rank, world_size
         self.steps = len(range(rank, self.batches, world_size))
 
@@ -63,6 +69,11 @@ class Calibration:
         ]
         for batches in zip(*loaders, strict=True):
             yield from skipped.watch(batches)
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """`path` for rank 0, `stem_rank1.suffix` for rank 1: no file is written by two processes."""
+    return path.with_stem(f"{path.stem}_rank{rank}") if rank else path
 
 
 Source = tuple[Dataset, Callable[[list[Any]], dict[str, Any]]]

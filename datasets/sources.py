@@ -1,7 +1,18 @@
-"""What a pruning run reads, as it stands in configs/<model>/prune_*.yaml. Needs no torch, so that it is checked at once."""
+"""What runs read, as it stands in the YAML files of configs/. Needs no torch, so that it is checked at once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+HOW_TO_GET = "README.md says how to get the annotations and images"
+
+
+def at_least(config: Any, minimum: int, *names: str) -> None:
+    """ValueError where one of these fields is set and less."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -14,18 +25,26 @@ class Files:
     def check(self) -> None:
         """Raises FileNotFoundError, naming what is missing."""
         if not Path(self.annotations).is_file():
-            raise FileNotFoundError(f"{self.annotations}: annotation file not found; README.md says how to get it")
+            raise FileNotFoundError(f"{self.annotations}: annotation file not found; {HOW_TO_GET}")
         if not Path(self.images).is_dir():
-            raise FileNotFoundError(f"{self.images}: image folder not found; README.md says how to get the images")
+            raise FileNotFoundError(f"{self.images}: image folder not found; {HOW_TO_GET}")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Zero-shot retrieval: on `bundled_scenes` scenes that were never trained on, or on files in the COCO layout."""
+    """Zero-shot retrieval: on `bundled_scenes` scenes that were never trained on, or on files in the COCO layout.
+
+    k_test: candidates of each query that are re-ranked; 0 for contrastive similarity alone.
+    """
 
     k_test: int = 256
     bundled_scenes: int = 0
     files: Files | None = None
+
+    def __post_init__(self):
+        at_least(self, 0, "k_test", "bundled_scenes")
+        if self.bundled_scenes and self.files:
+            raise ValueError("set bundled_scenes or files, not both")
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,14 @@ class PruneConfig:
     max_skipped: float = 0.01
     evaluation: Evaluation = field(default_factory=Evaluation)
 
+    def __post_init__(self):
+        at_least(self, 1, "batch_size")
+        at_least(self, 0, "workers")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped must be a fraction between 0 and 1, got {self.max_skipped!r}")
+        if self.bundled and (self.general or self.region):
+            raise ValueError("set bundled: true, or give general and region files, not both")
+
     def check_calibration(self, where: str) -> None:
         """Raises ValueError or FileNotFoundError where calibration data is not configured or not there."""
         if self.bundled:
@@ -61,3 +88,25 @@ class PruneConfig:
             self.evaluation.files.check()
         elif not self.evaluation.bundled_scenes:
             raise ValueError(f"{where}: no evaluation data: set evaluation.bundled_scenes or evaluation.files")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a curriculum: `steps` batches of scenes with up to `max_objects` glyphs.
+
+    objectives: the losses. region_images: images in the region batch of each step; 0 for none. fused_pairs: only so
+    many pairs go through the fusion encoder.
+    """
+
+    steps: int
+    batch_size: int
+    max_objects: int
+    objectives: list[str]
+    region_images: int = 0
+    fused_pairs: int | None = None
+
+    def __post_init__(self):
+        at_least(self, 1, "steps", "batch_size", "max_objects", "fused_pairs")
+        at_least(self, 0, "region_images")
+        if not self.objectives:
+            raise ValueError("objectives must name at least one loss")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -17,8 +18,8 @@ T = TypeVar("T")
 def load_config(path: str | Path, schema: type[T]) -> T:
     """Read a YAML mapping into the dataclass `schema`; keys that are left out keep their defaults.
 
-    Raises FileNotFoundError or ValueError (malformed YAML, unknown or missing key, wrong type), each one line that names
-    the file.
+    Raises FileNotFoundError or ValueError (malformed YAML, unknown or missing key, wrong type, a value that the schema
+    itself refuses), each one line that names the file.
     """
     return build(schema, read_yaml(path), str(path))
 
@@ -54,7 +55,11 @@ def build(schema: type[T], values: Any, where: str) -> T:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"{where}: key {name!r} is missing")
-    return schema(**{key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()})
+    converted = {key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return schema(**converted)
+    except ValueError as error:  # from __post_init__
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -79,18 +84,20 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is float:
         return _number(value, where)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
+        expected = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
+        raise ValueError(f"{where}: expected {expected}, got {value!r}")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     """YAML 1.1 reads 1e-4 as text: accept it as the number that it is meant to be."""
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected a number, got {value!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: expected a number, got {value!r}")
+    return number
 
 
 def save_config(config: Any, path: str | Path) -> None:

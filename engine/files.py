@@ -11,11 +11,12 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends.
 
-    On an exception nothing is left behind, and an older `path` stays as it was.
+    On an exception nothing is left behind, and an older `path` stays as it was. A kill leaves the temporary file, which
+    `remove_leftovers` removes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -30,7 +31,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what killed processes left of `path`; for files that one process at a time writes."""
+    path = Path(path)
+    for temporary in path.parent.glob(f"{_prefix(path)}*"):
+        temporary.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.tmp-"
+
+
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`, all of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """ValueError naming the option unless files can be written to `folder`, which need not exist; it is not made."""
+    existing = Path(os.path.abspath(folder))
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"{option} {folder}: {existing} is not a folder; choose another {option}")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror}); choose another {option}") from None

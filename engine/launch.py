@@ -1,68 +1,90 @@
-"""Start of every script: user errors as one line, Fabric with the asked devices, seeds."""
+"""Start of every script: user errors as one line, Fabric on the devices that were asked for, seeds, what is logged."""
 
 import argparse
 import logging
+import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-USER_ERROR = 2
+from engine.options import USER_ERROR
+
+INTERRUPTED = 130
+PACKAGES = ("datasets", "engine", "models", "pruners", "sparsity")
+ROOT = Path(__file__).resolve().parent.parent
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the first that is set counts
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a ValueError or a file error ends the program with one line on stderr and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Call `main`; what the user can mend ends the program with one line on stderr and exit code 2, a bug with its
+    traceback.
+
+    The user's errors are files (OSError) and every ValueError that this project raises itself.
+    """
+    rank = _rank()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, ValueError) and not _deliberate(error):
+            raise
+        print(f"error{f' (rank {rank})' if rank else ''}: {_line(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        if not rank:
+            print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """`--devices`, `--num_nodes`, `--accelerator`, `--strategy`, `--precision`, `--seed`, as every script has them."""
-    group = parser.add_argument_group("devices")
-    group.add_argument("-d", "--devices", type=positive_int, default=1, help="devices per node")
-    group.add_argument("--num_nodes", type=positive_int, default=1, help="nodes (under SLURM or torchrun)")
-    group.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, mps, ...")
-    group.add_argument("--strategy", default="auto", help="auto or ddp")
-    group.add_argument(
-        "--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"], help="arithmetic of the forward"
-    )
-    group.add_argument("--seed", type=int, default=42, help="seed of all randomness")
+def _rank() -> int:
+    """Number of this process, known before anything is launched: 0 in the one that the user started."""
+    return int(next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), 0))
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return value
+def _deliberate(error: ValueError) -> bool:
+    """Whether a `raise` of this project made the error: one that comes out of a library, or of zip(), is a bug."""
+    text = "".join(traceback.format_exception(error))  # holds the traceback of a DataLoader worker too
+    file, code = re.findall(r'File "(.+)", line \d+, in .+\n\s*(.*)', text)[-1]
+    return ROOT in Path(file).resolve().parents[:2] and code.startswith("raise ")
 
 
-def launch(args: argparse.Namespace, *, unused_parameters: bool = False):
+def _line(error: Exception) -> str:
+    """The message in one line; of a DataLoader worker's, which holds a traceback, the end."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.rpartition("\n")[2].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def launch(args: argparse.Namespace, *, unused_parameters: bool = False) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded.
 
-    unused_parameters: some parameters get no gradient in some steps (DDP must look for them).
+    unused_parameters: some parameters get no gradient in some steps (DDP must look for them). Raises ValueError where
+    there are no such devices.
     """
     from lightning.fabric import Fabric, seed_everything
     from lightning.fabric.strategies import DDPStrategy
 
-    strategy = args.strategy
-    if strategy in ("auto", "ddp") and args.devices * args.num_nodes > 1:
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    strategy = "auto"
+    if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
         strategy = DDPStrategy(find_unused_parameters=unused_parameters)
-    fabric = Fabric(
-        accelerator=args.accelerator,
-        devices=args.devices,
-        num_nodes=args.num_nodes,
-        strategy=strategy,
-        precision=args.precision,
-    )
+    try:
+        fabric = Fabric(
+            accelerator=args.accelerator,
+            devices=args.devices,
+            num_nodes=args.num_nodes,
+            strategy=strategy,
+            precision=args.precision,
+        )
+    except Exception as error:  # each accelerator raises its own kind
+        wanted = f"--accelerator {args.accelerator} --devices {args.devices} --num_nodes {args.num_nodes}"
+        raise ValueError(f"{wanted}: {error}") from error
     fabric.launch()
     seed_everything(args.seed, verbose=False)
     return fabric

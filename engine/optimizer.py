@@ -1,16 +1,67 @@
-"""Optimizers as the public recipes set them up."""
+"""Optimizers as the recipes set them up."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
     """AdamW without decay on norms, biases and scalars (every parameter of fewer than two dimensions)."""
+    return _adamw([p for p in model.parameters() if p.requires_grad], lr, weight_decay, betas)
+
+
+def muon(
+    model: nn.Module, *, lr: float, matrix_lr: float, weight_decay: float, betas: Sequence[float]
+) -> "ChainedOptimizer":
+    """Muon (K. Jordan et al., 2024) on the matrices of linear layers, AdamW on all else: fewer steps from scratch.
+
+    matrix_lr: peak rate of the matrices. lr: peak rate of embeddings, convolutions, norms and biases.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # with what is tied to them
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tables
     parameters = [p for p in model.parameters() if p.requires_grad]
+    return ChainedOptimizer(
+        _adamw([p for p in parameters if id(p) not in linears], lr, weight_decay, betas),
+        torch.optim.Muon([p for p in parameters if id(p) in linears], lr=matrix_lr, weight_decay=weight_decay),
+    )
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
+
+
+class ChainedOptimizer(torch.optim.Optimizer):
+    """Several optimizers on different parameters, stepped as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        self.defaults: dict[str, Any] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    def step(self, closure: Any = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)

@@ -1,29 +1,109 @@
 """Zero-shot image-text retrieval: features once, then the best candidates of several queries re-ranked together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.bundled import BundledRetrieval, load_glyphs
+from datasets.calibration import rank_path
+from datasets.collate import Skipped, SkippedImages
+from datasets.retrieval import RetrievalEvalDataset, recall
+from datasets.sources import Evaluation
+from datasets.text import TextEncoder
+from datasets.transforms import EvalTransform
 
 NOT_RANKED = -100.0  # score of the candidates that the contrastive similarity left out
+READ = 64  # images read together
+
+
+class ZeroShot:
+    """Recalls of a model, in per cent, as it is when this is called; the ranks share the re-ranking.
+
+    encode: of the captions. image_size: of the model, in pixels. skipped_path: list of the images that cannot be read;
+    they count as not found, and more than `max_skipped` of them is an error.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluation: Evaluation,
+        encode: TextEncoder,
+        fabric: Any,
+        *,
+        image_size: int,
+        skipped_path: Path,
+        workers: int = 0,
+        max_skipped: float = 0.01,
+    ):
+        self.model, self.k_test, self.fabric = model, evaluation.k_test, fabric
+        self.items, captions, self.txt2img, self.img2txt = _open(evaluation, image_size)
+        self.texts = encode.plain(captions)
+        self.images = DataLoader(self.items, READ, num_workers=workers, collate_fn=partial(_stack, side=image_size))
+        self.skipped = SkippedImages(rank_path(skipped_path, fabric.global_rank), len(self.items), max_skipped)
+
+    def __call__(self) -> dict[str, float]:
+        shared = self.fabric.world_size > 1
+        scores = retrieval_scores(
+            self.model,
+            self._read(),
+            self.texts,
+            k_test=self.k_test,
+            device=self.fabric.device,
+            share=(self.fabric.global_rank, self.fabric.world_size),
+            reduce=partial(self.fabric.all_reduce, reduce_op="sum") if shared else None,
+        )
+        return recall(*scores, self.txt2img, self.img2txt)
+
+    def _read(self) -> Iterator[Tensor]:
+        """Batches (B, 3, H, W) of all images, NaN for those that cannot be read."""
+        self.skipped.count = 0  # the same images at each call
+        quiet = not self.fabric.is_global_zero
+        for batch in tqdm(self.images, desc="evaluation", unit="batch", leave=False, disable=quiet):
+            self.skipped.add(batch["skipped"])
+            yield batch["image"]
+
+
+def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
+    """Images, captions, and which belong together: for each caption its image, for each image its captions."""
+    if evaluation.files:
+        files = RetrievalEvalDataset(evaluation.files.annotations, evaluation.files.images, EvalTransform(side))
+        return files, files.texts, files.txt2img, files.img2txt
+    scenes = BundledRetrieval(load_glyphs(), "scenes", evaluation.bundled_scenes, side=side)
+    own = list(range(len(scenes)))
+    return scenes, [scenes.scene(i).caption for i in own], own, [[i] for i in own]
+
+
+def _stack(items: Sequence[Mapping[str, Any] | Skipped], side: int) -> dict[str, Any]:
+    """Images (B, 3, side, side), NaN where one cannot be read, and which those are."""
+    unread = torch.full((3, side, side), torch.nan)
+    images = [unread if isinstance(item, Skipped) else item["image"] for item in items]
+    return {"image": torch.stack(images), "skipped": [item for item in items if isinstance(item, Skipped)]}
 
 
 @torch.no_grad()
 def retrieval_scores(
     model: nn.Module,
     images: Iterable[Tensor],
-    texts: dict[str, Tensor],
+    texts: Mapping[str, Tensor],
     *,
     k_test: int,
     device: Any = None,
     batch_size: int = 128,
+    share: tuple[int, int] = (0, 1),
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all image-text pairs both ways, in float32 and evaluation mode.
 
     model gives `encode_image`, `encode_text` and `match` (see models/xvlm.py). images: batches (B, 3, H, W). texts:
     `text_ids`, `text_atts` (N, T). k_test: candidates of each query that the ITM head re-ranks by its positive logit,
-    the others get -100; 0 scores by contrastive similarity alone. Returns (I, N) and (N, I), on the CPU.
+    the others get -100; 0 scores by contrastive similarity alone. share: (rank, ranks), of which this one re-ranks its
+    part of the queries; reduce: sums a tensor over them. Returns (I, N) and (N, I), on the CPU; NaN stays NaN.
     """
     was_training = model.training
     model.eval()
@@ -41,25 +121,31 @@ def retrieval_scores(
         def matched(image: Tensor, text: Tensor) -> Tensor:
             return model.match(states[text], atts[text], tokens[image])[:, 1]
 
-        i2t = _rerank(similarity, k_test, matched, batch_size)
-        t2i = _rerank(similarity.t(), k_test, lambda text, image: matched(image, text), batch_size)
-        return i2t.cpu(), t2i.cpu()
+        def ranked(similarity: Tensor, matched: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            scores = _rerank(similarity, k_test, matched, batch_size, share)
+            scores = reduce(scores) if reduce else scores
+            return scores.masked_fill_(similarity.isnan(), torch.nan).cpu()
+
+        return ranked(similarity, matched), ranked(similarity.t(), lambda text, image: matched(image, text))
     finally:
         model.train(was_training)
 
 
-def _rerank(similarity: Tensor, k_test: int, matched: Any, batch_size: int) -> Tensor:
-    """Replace the best `k_test` similarities of each row by `matched(rows, columns)`, the others by -100."""
-    scores = torch.full_like(similarity, NOT_RANKED)
-    best = similarity.topk(min(k_test, similarity.shape[1]), dim=1).indices
-    rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
-    columns = best.flatten()
+def _rerank(
+    similarity: Tensor,
+    k_test: int,
+    matched: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+    share: tuple[int, int],
+) -> Tensor:
+    """`matched(rows, columns)` for the best `k_test` of each row, -100 for the others; rows of other ranks are 0."""
+    rank, ranks = share
+    own = torch.arange(rank, len(similarity), ranks, device=similarity.device)
+    scores = torch.zeros_like(similarity)
+    scores[own] = NOT_RANKED
+    known = similarity[own].nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
+    best = known.topk(min(k_test, similarity.shape[1]), dim=1).indices
+    rows, columns = own.repeat_interleave(best.shape[1]), best.flatten()
     for r, c in zip(rows.split(batch_size), columns.split(batch_size), strict=True):
         scores[r, c] = matched(r, c).to(scores.dtype)
     return scores
-
-
-def batches_of(items: Sequence[dict[str, Any]], batch_size: int = 128) -> Iterable[Tensor]:
-    """The "image" of each item, stacked in batches (B, 3, H, W)."""
-    for first in range(0, len(items), batch_size):
-        yield torch.stack([items[i]["image"] for i in range(first, min(first + batch_size, len(items)))])

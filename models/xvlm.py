@@ -57,14 +57,20 @@ class XVLM(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> "XVLM":
-        """Random weights for training from scratch: N(0, 0.02^2), biases 0, norms 1 (BERT's)."""
+        """Random weights for training from scratch: N(0, 1 / (2 * inputs)) for layers, biases 0, norms 1.
+
+        At BERT's width that is close to its 0.02; narrower models need more to begin to learn.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-                module.weight.normal_(0.0, 0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(0.0, (2 * module.weight[0].numel()) ** -0.5)
+            if isinstance(module, nn.Linear):
                 module.bias.zero_()
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        for module in self.modules():  # last, since the vocabulary logits share the word embeddings
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, 0.02)
         self.vision_encoder.class_embedding.normal_(0.0, 0.02)
         self.temp.fill_(self.config.temp)
         return self

@@ -176,5 +176,5 @@ def _follow(pattern: NM, scores: Iterable[tuple[str, Tensor]]) -> tuple[dict[str
 
 
 def _as_masks(view: PrunableView, kept: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
-    stored = {name: view.weights[name].as_stored(mask).cpu() for name, mask in kept.items()}
-    return Masks(stored, provenance, {weight.name: weight.aliases for weight in view.weights.values()})
+    stored = {name: weight.as_stored(kept[name]).cpu() for name, weight in view.weights.items()}
+    return Masks(stored, provenance, {name: weight.aliases for name, weight in view.weights.items()})

@@ -1,3 +1,5 @@
+import torch
+
 from pruners.base import Pruner
 
 
@@ -6,5 +8,5 @@ class LayerWiseL2Norm(Pruner):
 
     def score(self, weight, statistic, generator):
         magnitude = weight.double().abs_()
-        norm = magnitude.square().sum().sqrt()
+        norm = torch.linalg.vector_norm(magnitude)
         return magnitude.div_(norm) if norm > 0 else magnitude

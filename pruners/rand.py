@@ -4,7 +4,7 @@ from pruners.base import Pruner
 
 
 class Rand(Pruner):
-    """Random pruning: scores are i.i.d. uniform, one draw from the seed for all sparsities, the same on every device."""
+    """Random pruning: scores are i.i.d. uniform, one draw from the seed for all sparsities, alike on every device."""
 
     def score(self, weight, statistic, generator):
         return torch.rand(weight.shape, generator=generator).to(weight.device)

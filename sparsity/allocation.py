@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-# "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude selection over its group takes from it.
+# "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude
+# selection over its group takes from it.
 POOLS = ("global", "layer", "group", "row", "magnitude")
 
 Sparsity = str | int | float | Decimal | Fraction

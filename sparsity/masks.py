@@ -42,7 +42,8 @@ TIES = "equal scores: prunable order, then row-major in (out, in), lowest index 
 _METADATA = "sparsity"
 _WEIGHT, _BIAS = ".weight_pruning_mask", ".bias_pruning_mask"
 _NESTS = ("model", "model_state", "state_dict", "student")
-# Where `report` warns. A layer that keeps one weight in a thousand no longer carries a signal; a modality that keeps one in fifty has collapsed.
+# Where `report` warns: a layer that keeps one weight in a thousand no longer carries a signal, and a modality that
+# keeps one in fifty has collapsed.
 _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
 
 
@@ -195,7 +196,10 @@ class Masks(Mapping[str, Tensor]):
     def applied(self, view: PrunableView) -> Iterator[None]:
         """The pruned model inside the block; afterwards every weight is what it was, also after an exception."""
         pruned = {name: ~mask for name, mask in self.resolve(view).items()}
-        before = {name: view.weights[name].parameter.detach()[pruned[name].to(view.weights[name].parameter.device)] for name in pruned}
+        before = {
+            name: view.weights[name].parameter.detach()[pruned[name].to(view.weights[name].parameter.device)]
+            for name in pruned
+        }
         self.apply(view)
         try:
             yield

@@ -3,13 +3,14 @@
 Exactly k go, also when scores tie: ties are pruned in prunable order, then row-major in the (out, in) view, lowest
 index first.
 
-Radix selection. A float is read as an integer that sorts like it, and a histogram of the top 16 bits tells in which
-bucket the k-th lowest score lies; the next pass looks into that bucket only, at the next 16 bits, until none are left
-(two passes for float32, four for float64). Scores are seen tensor by tensor, in pieces that stay in the processor's
-cache: they are never put side by side, sorted or even held at once, and one histogram serves any number of sparsities.
+Radix selection. A float is read as an integer that sorts like it, and a histogram of the top 14 bits tells in which
+bucket the k-th lowest score lies. The next pass looks into that bucket only: at the scores themselves when they are
+few, else at the next 14 bits, and so on (two passes; with many ties up to three for float32, five for float64). Scores
+are seen tensor by tensor, in pieces: they are never put side by side, sorted or even held at once, and one histogram
+serves any number of sparsities.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,13 @@ from sparsity.view import PrunableView
 Named = Iterable[tuple[str, Tensor]]
 Scores = Mapping[str, Tensor] | Callable[[], Named]  # held, or computed again for each pass
 
-_PIECE = 1 << 20  # scores looked at together: they fit a cache, and are worth sharing between threads
-_DIGIT = 16
+# Scores looked at together. On the processor they stay in its cache, and below the size from which torch would share
+# them between threads: waiting for each other in thousands of small operations costs more than it gains.
+_PIECE = 1 << 15
+_DIGIT = 14  # bits; the last digit has what is left
 _BUCKETS = 1 << _DIGIT
+_HALF = _BUCKETS // 2  # the top digit is signed
+_FEW = 1 << 22  # so many keys are looked at themselves instead of counted
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -40,34 +45,60 @@ NOTHING = Threshold(float("-inf"), 0, 0)
 
 
 def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
-    """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating-point scores of one
-    dtype.
+    """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating point, of one dtype.
 
     Raises ValueError, naming the layer, for NaN or Inf.
     """
-    wanted = sorted(set(counts) - {0})
-    if not wanted:
-        return [NOTHING for _ in counts]
-    prefixes = [0] * len(wanted)  # the bits that are known, as an ordered integer
-    ranks = list(wanted)  # the rank of the k-th lowest among the scores with these bits, from 1
-    level, levels, ties = 0, 1, [0] * len(wanted)
-    while level < levels:
-        histograms, dtype = _histograms(scores, prefixes, level)
-        levels = torch.finfo(dtype).bits // _DIGIT
-        for i, prefix in enumerate(prefixes):
-            cumulative = histograms[prefix].cumsum(0)
-            if level == 0 and wanted[i] > cumulative[-1]:
-                raise ValueError(f"cannot prune {wanted[i]} of {int(cumulative[-1])} weights")
-            bucket = int(torch.searchsorted(cumulative, ranks[i]))
-            ties[i] = int(histograms[prefix][bucket])
-            ranks[i] -= int(cumulative[bucket]) - ties[i]
-            prefixes[i] = prefix * _BUCKETS + bucket - (_BUCKETS // 2 if level == 0 else 0)
+    searches = {k: _Search(rank=k) for k in counts if k > 0}
+    if not searches:
+        for _ in _keys(scores):  # NaN and Inf are errors all the same
+            pass
+    level, dtype = 0, None
+    while searches and (dtype is None or _shift(dtype, level - 1) > 0):
+        prefixes = {search.prefix for search in searches.values()}
+        few = level > 0 and all(search.ties <= _FEW for search in searches.values())
+        found, dtype = (_gather if few else _histograms)(scores, prefixes, level)
+        for search in searches.values():
+            if few:
+                search.finish(found[search.prefix])
+            else:
+                search.narrow(found[search.prefix], level, _width(dtype, level))
+        if few:
+            break
         level += 1
-    found = {
-        k: Threshold(_as_float(prefix, dtype), rank, tied)
-        for k, prefix, rank, tied in zip(wanted, prefixes, ranks, ties, strict=True)
-    }
-    return [found.get(k, NOTHING) for k in counts]
+    return [searches[k].threshold(dtype) if k > 0 else NOTHING for k in counts]
+
+
+@dataclass
+class _Search:
+    """A score that is sought: the `rank`-th lowest (from 1) of the `ties` scores whose keys begin with `prefix`."""
+
+    rank: int
+    prefix: int = 0
+    ties: int = 0
+
+    def narrow(self, histogram: Tensor, level: int, width: int) -> None:
+        """One digit further, of `width` bits, by how many scores there are for each."""
+        cumulative = histogram.cumsum(0)
+        if self.rank > cumulative[-1]:
+            raise ValueError(f"cannot prune {self.rank} of {int(cumulative[-1])} weights")
+        digit = int(torch.searchsorted(cumulative, self.rank))
+        self.ties = int(histogram[digit])
+        self.rank -= int(cumulative[digit]) - self.ties
+        self.prefix = digit - _HALF if level == 0 else (self.prefix << width) + digit
+
+    def finish(self, keys: Tensor) -> None:
+        """All digits at once, from the keys themselves."""
+        key = keys.kthvalue(self.rank).values
+        self.rank -= int((keys < key).sum())
+        self.ties = int((keys == key).sum())
+        self.prefix = int(key)
+
+    def threshold(self, dtype: torch.dtype) -> Threshold:
+        """Once all digits are known."""
+        bits = torch.tensor(self.prefix, dtype=_INTEGER[dtype])
+        bits = bits if self.prefix >= 0 else bits ^ torch.iinfo(bits.dtype).max
+        return Threshold(bits.view(dtype).item(), self.rank, self.ties)
 
 
 def keep(scores: Scores, threshold: Threshold) -> Iterator[tuple[str, Tensor]]:
@@ -149,7 +180,7 @@ def ascending(values: Tensor) -> Tensor:
     """The order that sorts floating-point values (n,), as indices (n,): of equal values the lowest index first."""
     if not values.is_cpu or values.dtype == torch.float64:
         return values.argsort(stable=True)
-    packed = (_ordered(values.float()).long() << 32) | torch.arange(len(values))
+    packed = (_ordered("", values.float()).long() << 32) | torch.arange(len(values))
     packed.numpy().sort()  # value, then index: several times as fast as a stable sort
     return packed.bitwise_and_((1 << 32) - 1)
 
@@ -167,55 +198,78 @@ def _named(scores: Scores) -> Named:
     return scores.items() if isinstance(scores, Mapping) else scores()
 
 
-def _histograms(scores: Scores, prefixes: Sequence[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
-    """For each distinct prefix, how many of the scores that begin with it have each of the 2^16 next digits; and the
-    dtype of the scores.
-    """
-    totals = {prefix: torch.zeros(_BUCKETS, dtype=torch.int64) for prefix in prefixes}
-    dtype = None
-    for name, score in _named(scores):
-        score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-        dtype = dtype or score.dtype
-        if score.dtype != dtype or dtype not in _INTEGER:
-            raise ValueError(f"scores must be floating point and of one dtype, got {score.dtype} for layer {name!r}")
-        digits = {prefix: torch.zeros(_BUCKETS, dtype=torch.int64, device=score.device) for prefix in totals}
-        for piece in score.reshape(-1).split(_PIECE):
-            keys = _ordered(piece)
-            for prefix, histogram in digits.items():
-                histogram += _digit_counts(keys, prefix, level)
-        if level == 0 and _any_not_finite(digits[0], dtype):
-            raise _not_finite(name)
-        for prefix, histogram in digits.items():
-            totals[prefix] += histogram.cpu()
-    if dtype is None:
-        raise ValueError("there are no scores to choose from")
+def _histograms(scores: Scores, prefixes: Collection[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
+    """For each prefix, how many keys that begin with it have each possible next digit; the dtype of the scores."""
+    totals: dict[int, Tensor] = {}
+    for keys, dtype in _keys(scores):
+        for prefix, inside in _inside(keys, prefixes, level):
+            first = -_HALF if level == 0 else prefix << _width(dtype, level)
+            counts = torch.bincount((inside >> _shift(dtype, level)).sub_(first), minlength=_BUCKETS).cpu()
+            totals[prefix] = totals[prefix].add_(counts) if prefix in totals else counts
     return totals, dtype
 
 
-def _ordered(piece: Tensor) -> Tensor:
-    """Integers that compare as the floats do; -0.0 and 0.0 are one."""
-    bits = (piece + 0.0).view(_INTEGER[piece.dtype])
-    flips = (bits >> (torch.iinfo(bits.dtype).bits - 1)).bitwise_and_(torch.iinfo(bits.dtype).max)
-    return bits.bitwise_xor_(flips)  # negative floats sort the other way round: turn all bits but the sign
+def _gather(scores: Scores, prefixes: Collection[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
+    """For each prefix, the keys that begin with it; the dtype of the scores."""
+    gathered: dict[int, list[Tensor]] = {prefix: [] for prefix in prefixes}
+    for keys, dtype in _keys(scores):  # noqa: B007 (the last is returned)
+        for prefix, inside in _inside(keys, prefixes, level):
+            gathered[prefix].append(inside.cpu())
+    return {prefix: torch.cat(pieces) for prefix, pieces in gathered.items()}, dtype
 
 
-def _as_float(key: int, dtype: torch.dtype) -> float:
-    """The float whose ordered integer is `key`."""
-    bits = torch.tensor(key, dtype=_INTEGER[dtype])
-    return (bits if key >= 0 else bits ^ torch.iinfo(bits.dtype).max).view(dtype).item()
-
-
-def _digit_counts(keys: Tensor, prefix: int, level: int) -> Tensor:
-    """Histogram (2^16,) of the digit at `level` of those keys whose higher digits are `prefix`."""
-    shift = torch.iinfo(keys.dtype).bits - _DIGIT * (level + 1)
+def _inside(keys: Tensor, prefixes: Collection[int], level: int) -> Iterator[tuple[int, Tensor]]:
+    """For each prefix of `level` digits, the keys that begin with it."""
     if level == 0:
-        return torch.bincount((keys >> shift).add_(_BUCKETS // 2), minlength=_BUCKETS)
-    inside = keys[(keys >> (shift + _DIGIT)) == prefix]
-    return torch.bincount((inside >> shift).bitwise_and_(_BUCKETS - 1), minlength=_BUCKETS)
+        yield 0, keys
+        return
+    heads = keys >> _shift(keys.dtype, level - 1)
+    for prefix in prefixes:
+        chosen = heads == prefix
+        if keys.is_cpu:  # numpy picks few of many several times as fast
+            yield prefix, torch.from_numpy(keys.numpy()[chosen.numpy()])
+        else:
+            yield prefix, keys[chosen]
 
 
-def _any_not_finite(top_digits: Tensor, dtype: torch.dtype) -> bool:
-    """Whether Inf or NaN was counted: their keys are the highest and, negative, the lowest of all."""
-    infinity = torch.tensor(float("inf"), dtype=dtype).view(_INTEGER[dtype]).item()
-    half, first = _BUCKETS // 2, infinity >> (torch.iinfo(_INTEGER[dtype]).bits - _DIGIT)
-    return bool(top_digits[half + first :].any() | top_digits[: half - first].any())
+def _keys(scores: Scores) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """All scores in pieces, as integers that sort like them, and their dtype. Raises ValueError for NaN or Inf."""
+    first = None
+    for name, score in _named(scores):
+        score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+        first = first or score.dtype
+        if score.dtype != first or first not in _INTEGER:
+            raise ValueError(f"scores must be floating point and of one dtype, got {score.dtype} for layer {name!r}")
+        for piece in score.detach().reshape(-1).split(_PIECE if score.is_cpu else score.numel()):
+            yield _ordered(name, piece), first
+    if first is None:
+        raise ValueError("there are no scores to choose from")
+
+
+def _ordered(name: str, piece: Tensor) -> Tensor:
+    """Integers that sort as the floats do; -0.0 and 0.0 are one."""
+    integer = _INTEGER[piece.dtype]
+    infinity = int(torch.tensor(float("inf"), dtype=piece.dtype).view(integer))
+    bits = piece.view(integer)
+    lowest, highest = torch.stack(bits.aminmax()).tolist()
+    if lowest < 0:  # negative floats sort the other way round: turn all their bits but the sign
+        bits = (piece + 0.0).view(integer)
+        bits = bits ^ (bits >> (_bits(integer) - 1)).bitwise_and_(torch.iinfo(integer).max)
+        lowest, highest = torch.stack(bits.aminmax()).tolist()
+    if highest >= infinity or lowest <= ~infinity:
+        raise _not_finite(name)
+    return bits
+
+
+def _shift(dtype: torch.dtype, level: int) -> int:
+    """How many bits of a key are below the digit at `level`; all of them at level -1."""
+    return max(_bits(dtype) - _DIGIT * (level + 1), 0)
+
+
+def _width(dtype: torch.dtype, level: int) -> int:
+    """The bits of the digit at `level`."""
+    return _shift(dtype, level - 1) - _shift(dtype, level)
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return dtype.itemsize * 8

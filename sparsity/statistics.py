@@ -179,7 +179,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(originals)
             for _, parameter, data, copy, _ in parameters:
-                parameter.data = data
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
                 if copy is not None:
                     data.copy_(copy)
     moved = [name for name, p, data, copy, version in parameters if copy is None and p._version != version]

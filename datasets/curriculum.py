@@ -1,0 +1,70 @@
+"""Pretraining batches of the bundled scenes, stage after stage."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets.bundled import BundledRegions, BundledScenes, Glyphs
+from datasets.collate import collate, collate_regions
+from datasets.loaders import loader
+from datasets.sources import Stage
+from datasets.text import TextEncoder
+
+REGION_SEED = 1000  # region scenes come from other random streams than the general ones
+
+
+class Curriculum:
+    """The steps of all stages, from any step on.
+
+    Args:
+        encode: of the captions.
+        epoch_length: scenes in an epoch; a new epoch draws new ones.
+        image_size, patch_size: of the vision model, in pixels.
+
+    Raises:
+        ValueError: a stage that cannot be, before any step is done.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        glyphs: Glyphs,
+        encode: TextEncoder,
+        *,
+        image_size: int,
+        patch_size: int,
+        epoch_length: int,
+        workers: int,
+        seed: int,
+    ):
+        self.stages, self.workers, self.seed = tuple(stages), workers, seed
+        self._sources = []
+        for number, stage in enumerate(stages):
+            options = {"side": image_size, "max_objects": stage.max_objects}
+            general = BundledScenes(glyphs, encode, epoch_length, seed=seed + number, **options)
+            options |= {"seed": seed + REGION_SEED + number, "patch": patch_size}
+            region = BundledRegions(glyphs, encode, epoch_length, **options)
+            self._sources.append((general, region))
+
+    def __len__(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+        """Steps `start` to the last of one rank: {"sources": {"general": batch, "region": batch}, "objectives",
+        "fused_pairs"}.
+        """
+        first = 0
+        for number, (stage, (general, region)) in enumerate(zip(self.stages, self._sources, strict=True)):
+            done, first = max(0, start - first), first + stage.steps
+            if done >= stage.steps:
+                continue
+            order = {"seed": self.seed + number, "start": done, "stop": stage.steps, "workers": self.workers}
+            order |= {"rank": rank, "world_size": world_size}
+            loaders = {"general": loader(general, stage.batch_size, collate, **order)}
+            if stage.region_images:
+                loaders["region"] = loader(region, stage.region_images, collate_regions, **order)
+            for batches in zip(*loaders.values(), strict=True):
+                yield {
+                    "sources": dict(zip(loaders, batches, strict=True)),
+                    "objectives": stage.objectives,
+                    "fused_pairs": stage.fused_pairs,
+                }
