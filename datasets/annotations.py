@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -144,8 +144,14 @@ class ImageRoot:
 
 def load_image(path: Path) -> Image.Image | Skipped:
     """The image as RGB, or why it cannot be read."""
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | BinaryIO, name: str) -> Image.Image | Skipped:
+    """The image in a file as RGB, or why it cannot be read; `name` is what it is listed under."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:  # a damaged file makes Pillow raise almost anything
-        return Skipped(str(path), " ".join(f"{type(error).__name__}: {error}".split()))
+        reason = f"{type(error).__name__}: {error}".replace(repr(file), name)  # not an object's address
+        return Skipped(name, " ".join(reason.split()))

@@ -1,17 +1,18 @@
-"""Calibration batches for pruning: general image-text pairs and regions, read in lockstep, whole batches to each rank."""
+"""Calibration batches for pruning: general image-text pairs and regions, in lockstep, whole batches to each rank."""
 
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from datasets.bundled import BundledRegions, BundledScenes, load_glyphs
 from datasets.collate import SkippedImages, collate, collate_regions
 from datasets.loaders import loader
 from datasets.pretraining import ImageTextDataset
 from datasets.regions import RegionDataset
+from datasets.shards import ShardDataset, shard_loader
 from datasets.sources import PruneConfig
 from datasets.text import TextEncoder
 from datasets.transforms import TrainTransform
@@ -20,81 +21,94 @@ log = logging.getLogger(__name__)
 
 
 class Calibration:
-    """At most `num_batches` batches of each source, one after the other; the shorter source ends the pass.
+    """At most `num_batches` general and as many region batches, in turns; the shorter of the two ends the pass.
 
-    Iterating reads this rank's share: batch b goes to rank b % world_size. `len` counts the batches of this rank.
-    skipped_path: list of the images that cannot be read; other ranks than 0 write their own, beside it.
+    General batches come from annotated images and from shards, in proportion to what there is of them. Iterating reads
+    this rank's share: batch b of a source goes to rank b % world_size. `len` counts the batches of this rank.
+
+    Args:
+        vision: has `image_size` and `patch_size`, in pixels.
+        folder: where the images that cannot be read are listed.
     """
 
     def __init__(
         self,
         config: PruneConfig,
         encode: TextEncoder,
+        vision: Any,
+        folder: Path,
         *,
-        image_size: int,
-        patch_size: int,
         num_batches: int,
         seed: int,
-        skipped_path: Path,
         rank: int = 0,
         world_size: int = 1,
     ):
         sources = _bundled if config.bundled else _files
-        self.sources = sources(config, encode, image_size, patch_size, seed, num_batches)
-        self.batches = min(num_batches, *(max(1, len(data) // config.batch_size) for data, _ in self.sources))
+        kinds = sources(config, encode, vision.image_size, vision.patch_size, seed, num_batches)
+        available = [max(1, sum(len(data) // config.batch_size for data, _ in kind)) for kind in kinds]
+        self.batches = min(num_batches, *available)
         if self.batches < num_batches:
             log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
-        self.config, self.seed, self.skipped_path = config, seed, rank_path(skipped_path, rank)
+        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, rank)
         self.rank, self.world_size = rank, world_size
-        self.steps = len(range(rank, self.batches, world_size))
+        self.sources = [source for kind in kinds for source in kind]
+        shares = (share for kind in kinds for share in proportional(self.batches, [len(data) for data, _ in kind]))
+        self.steps = [len(range(rank, share, world_size)) for share in shares]  # of this rank, from each source
 
     def __len__(self) -> int:
-        return self.steps * len(self.sources)
+        return sum(self.steps)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        size = self.config.batch_size
-        skipped = SkippedImages(self.skipped_path, max(1, len(self) * size), self.config.max_skipped)
-        loaders = [
-            loader(
-                data,
-                min(size, len(data)),
-                gather,
-                seed=self.seed,
-                stop=self.steps,
-                rank=self.rank,
-                world_size=self.world_size,
-                workers=self.config.workers,
-            )
-            for data, gather in self.sources
-        ]
-        for batches in zip(*loaders, strict=True):
-            yield from skipped.watch(batches)
+        expected = max(1, len(self) * self.config.batch_size)
+        skipped = SkippedImages(self.skipped_path, expected, self.config.max_skipped)
+        loaders = [iter(self._loader(*source, steps)) for source, steps in zip(self.sources, self.steps, strict=True)]
+        turns = sorted(((step + 0.5) / steps, i) for i, steps in enumerate(self.steps) for step in range(steps))
+        yield from skipped.watch(next(loaders[i]) for _, i in turns)
+
+    def _loader(self, data: Any, gather: Callable[[list[Any]], dict[str, Any]], steps: int) -> DataLoader:
+        options = {"stop": steps, "rank": self.rank, "world_size": self.world_size, "workers": self.config.workers}
+        size = min(self.config.batch_size, len(data))
+        if isinstance(data, ShardDataset):
+            return shard_loader(data, size, gather, **options)
+        return loader(data, size, gather, seed=self.seed, **options)
 
 
-def rank_path(path: Path, rank: int) -> Path:
-    """`path` for rank 0, `stem_rank1.suffix` for rank 1: no file is written by two processes."""
-    return path.with_stem(f"{path.stem}_rank{rank}") if rank else path
+def proportional(total: int, sizes: list[int]) -> list[int]:
+    """`total` as a sum of whole numbers in proportion to `sizes`, by largest remainders."""
+    shares = [total * size // sum(sizes) for size in sizes]
+    for i in sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % sum(sizes)))[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
-Source = tuple[Dataset, Callable[[list[Any]], dict[str, Any]]]
+def skipped_path(folder: Path, rank: int) -> Path:
+    """List of unreadable images in a folder of results; each rank has its own."""
+    return folder / (f"skipped_rank{rank}.txt" if rank else "skipped.txt")
+
+
+Source = tuple[Dataset | ShardDataset, Callable[[list[Any]], dict[str, Any]]]
 
 
 def _bundled(
     config: PruneConfig, encode: TextEncoder, side: int, patch: int, seed: int, num_batches: int
-) -> list[Source]:
+) -> list[list[Source]]:
     glyphs, scenes = load_glyphs(), num_batches * config.batch_size
     return [
-        (BundledScenes(glyphs, encode, scenes, side=side, seed=seed), collate),
-        (BundledRegions(glyphs, encode, scenes, patch=patch, side=side, seed=seed + 1), collate_regions),
+        [(BundledScenes(glyphs, encode, scenes, side=side, seed=seed), collate)],
+        [(BundledRegions(glyphs, encode, scenes, patch=patch, side=side, seed=seed + 1), collate_regions)],
     ]
 
 
-def _files(config: PruneConfig, encode: TextEncoder, side: int, patch: int, seed: int, _: int) -> list[Source]:
-    general = [(f.annotations, f.images) for f in config.general]
+def _files(config: PruneConfig, encode: TextEncoder, side: int, patch: int, seed: int, _: int) -> list[list[Source]]:
+    annotated = [(f.annotations, f.images) for f in config.general if f.annotations]
+    shards = [f.images for f in config.general if not f.annotations]
     region = [(f.annotations, f.images) for f in config.region]
-    sources: list[Source] = []
-    if general:
-        sources.append((ImageTextDataset(general, TrainTransform(side), encode, seed=seed), collate))
+    general: list[Source] = []
+    if annotated:
+        general.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+    if shards:
+        general.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+    kinds = [general] if general else []
     if region:
-        sources.append((RegionDataset(region, encode, side, patch, seed=seed + 1), collate_regions))
-    return sources
+        kinds.append([(RegionDataset(region, encode, side, patch, seed=seed + 1), collate_regions)])
+    return kinds

@@ -1,12 +1,11 @@
 """Pretraining batches of the bundled scenes, stage after stage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from datasets.bundled import BundledRegions, BundledScenes, Glyphs
 from datasets.collate import collate, collate_regions
 from datasets.loaders import loader
-from datasets.sources import Stage
 from datasets.text import TextEncoder
 
 REGION_SEED = 1000  # region scenes come from other random streams than the general ones
@@ -16,34 +15,23 @@ class Curriculum:
     """The steps of all stages, from any step on.
 
     Args:
+        config: has `stages` (`datasets.sources.Stage`), `workers` and `epoch_length`, the scenes in an epoch; a new
+            epoch draws new ones.
         encode: of the captions.
-        epoch_length: scenes in an epoch; a new epoch draws new ones.
-        image_size, patch_size: of the vision model, in pixels.
+        vision: has `image_size` and `patch_size`, in pixels.
 
     Raises:
         ValueError: a stage that cannot be, before any step is done.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        glyphs: Glyphs,
-        encode: TextEncoder,
-        *,
-        image_size: int,
-        patch_size: int,
-        epoch_length: int,
-        workers: int,
-        seed: int,
-    ):
-        self.stages, self.workers, self.seed = tuple(stages), workers, seed
+    def __init__(self, config: Any, glyphs: Glyphs, encode: TextEncoder, vision: Any, *, seed: int):
+        self.stages, self.workers, self.seed = tuple(config.stages), config.workers, seed
         self._sources = []
-        for number, stage in enumerate(stages):
-            options = {"side": image_size, "max_objects": stage.max_objects}
-            general = BundledScenes(glyphs, encode, epoch_length, seed=seed + number, **options)
-            options |= {"seed": seed + REGION_SEED + number, "patch": patch_size}
-            region = BundledRegions(glyphs, encode, epoch_length, **options)
-            self._sources.append((general, region))
+        for number, stage in enumerate(self.stages):
+            options = {"side": vision.image_size, "max_objects": stage.max_objects}
+            general = BundledScenes(glyphs, encode, config.epoch_length, seed=seed + number, **options)
+            options |= {"seed": seed + REGION_SEED + number, "patch": vision.patch_size}
+            self._sources.append((general, BundledRegions(glyphs, encode, config.epoch_length, **options)))
 
     def __len__(self) -> int:
         return sum(stage.steps for stage in self.stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class RegionDataset(Dataset):
         if image_res % patch_size:
             raise ValueError(f"image_res must be a multiple of patch_size = {patch_size!r}, got {image_res!r}")
         self.min_box, self.max_regions = min_box, max_regions
-        self.roots, records = read_sources(sources, self._parse, EXPECTED)
+        self.roots, records = read_sources(sources, partial(parse_regions, min_box=min_box), EXPECTED)
         useful = [record for record in records if record[1][1] or record[1][2]]
         if not useful:
             files = ", ".join(str(source[0]) for source in sources)
@@ -109,14 +110,15 @@ class RegionDataset(Dataset):
         caption = _draw(captions, rng)
         return f"{_draw(attributes, rng)} {caption}" if attributes else caption
 
-    def _parse(self, record: dict) -> tuple[str, list[str], list[tuple]]:
-        """Image path, captions of the whole image, and (box, captions, attributes) of the regions of enough size."""
-        elems = record.get("elems")
-        if not isinstance(elems, list) or not all(isinstance(elem, dict) for elem in elems):
-            raise ValueError(f"'elems' must be a list of regions, got {elems!r:.60}")
-        regions = [(get_box(e.get("bb")), get_texts(e, "caption"), _optional(e, "attributes")) for e in elems]
-        large = [region for region in regions if min(region[0][2:]) >= self.min_box]
-        return get_text(record, "image"), _optional(record, "caption"), large
+
+def parse_regions(record: dict, min_box: float = 1.0) -> tuple[str, list[str], list[tuple]]:
+    """Image path, captions of the whole image, and (box, captions, attributes) of the regions of enough size."""
+    elems = record.get("elems")
+    if not isinstance(elems, list) or not all(isinstance(elem, dict) for elem in elems):
+        raise ValueError(f"'elems' must be a list of regions, got {elems!r:.60}")
+    regions = [(get_box(e.get("bb")), get_texts(e, "caption"), _optional(e, "attributes")) for e in elems]
+    large = [region for region in regions if min(region[0][2:]) >= min_box]
+    return get_text(record, "image"), _optional(record, "caption"), large
 
 
 def clip_boxes(boxes: np.ndarray, size: tuple[int, int], min_box: float) -> tuple[np.ndarray, np.ndarray]:

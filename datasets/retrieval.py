@@ -42,9 +42,7 @@ class RetrievalEvalDataset(Dataset):
         image_root: str | Path,
         transform: Callable[[Image.Image], torch.Tensor],
     ):
-        records = read_records(
-            annotation_file, lambda record: (get_text(record, "image"), get_texts(record, "caption")), EXPECTED
-        )
+        records = read_records(annotation_file, parse_captioned, EXPECTED)
         self.images = [path for path, _ in records]
         self.texts = [caption for _, captions in records for caption in captions]
         self.txt2img = [i for i, (_, captions) in enumerate(records) for _ in captions]
@@ -62,6 +60,11 @@ class RetrievalEvalDataset(Dataset):
         if isinstance(image, Skipped):
             return image
         return {"image": self.transform(image), "index": torch.tensor(i)}
+
+
+def parse_captioned(record: dict) -> tuple[str, list[str]]:
+    """Image path and captions."""
+    return get_text(record, "image"), get_texts(record, "caption")
 
 
 def recall(

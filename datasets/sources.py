@@ -1,8 +1,11 @@
 """What runs read, as it stands in the YAML files of configs/. Needs no torch, so that it is checked at once."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from datasets.shard_names import is_pattern, shard_paths
 
 HOW_TO_GET = "README.md says how to get the annotations and images"
 
@@ -17,13 +20,24 @@ def at_least(config: Any, minimum: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """An annotation file in one of the public layouts and the folder of its images."""
+    """An annotation file in one of the public layouts and the folder of its images; or WebDataset shards, which have
+    both: no `annotations`, and `images` as `datasets.shard_names.shard_paths` takes it.
+    """
 
-    annotations: str
-    images: str
+    annotations: str = ""
+    images: str = ""
+
+    def __post_init__(self):
+        if not self.images:
+            raise ValueError("images must name a folder, or shards such as images/cc3m/{00000..00331}.tar")
+        if self.annotations and is_pattern(self.images):
+            raise ValueError(f"images {self.images} are shards, which hold their captions: leave annotations out")
 
     def check(self) -> None:
-        """Raises FileNotFoundError, naming what is missing."""
+        """Raises FileNotFoundError, naming what is missing, or ValueError for a pattern that cannot be."""
+        if not self.annotations:
+            shard_paths(self.images)
+            return
         if not Path(self.annotations).is_file():
             raise FileNotFoundError(f"{self.annotations}: annotation file not found; {HOW_TO_GET}")
         if not Path(self.images).is_dir():
@@ -45,6 +59,8 @@ class Evaluation:
         at_least(self, 0, "k_test", "bundled_scenes")
         if self.bundled_scenes and self.files:
             raise ValueError("set bundled_scenes or files, not both")
+        if self.files and not self.files.annotations:
+            raise ValueError("files must name annotations: shards are for calibration only")
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,20 @@ class PruneConfig:
             raise ValueError(f"max_skipped must be a fraction between 0 and 1, got {self.max_skipped!r}")
         if self.bundled and (self.general or self.region):
             raise ValueError("set bundled: true, or give general and region files, not both")
+        if not all(files.annotations for files in self.region):
+            raise ValueError("region files must name annotations: shards have no regions")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The file with the weights; None for random ones."""
+        return None if self.weights == "random" else self.weights
+
+    def check_weights(self) -> None:
+        """Raises FileNotFoundError where the file is not there."""
+        if self.checkpoint and not Path(self.checkpoint).is_file():
+            raise FileNotFoundError(
+                f"{self.checkpoint}: weights file not found; give --weights PATH, or --weights random"
+            )
 
     def check_calibration(self, where: str) -> None:
         """Raises ValueError or FileNotFoundError where calibration data is not configured or not there."""
@@ -110,3 +140,9 @@ class Stage:
         at_least(self, 0, "region_images")
         if not self.objectives:
             raise ValueError("objectives must name at least one loss")
+
+    def check(self, objectives: Collection[str], where: str) -> None:
+        """ValueError where the model does not have one of the losses."""
+        for name in self.objectives:
+            if name not in objectives:
+                raise ValueError(f"{where}: unknown objective {name!r}; the model has {', '.join(objectives)}")

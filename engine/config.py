@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -12,6 +13,7 @@ import yaml
 
 from engine.files import write_atomic
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -38,6 +40,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     return content
+
+
+def find_variant(folder: Path, task: str, variant: str, weights: str | None) -> Path:
+    """`<folder>/<task>_<variant>.yaml`; "auto" is "base" where weights are given or its own are there, else "mini".
+
+    weights: a file, "random", or None for those of the configuration.
+    """
+    if variant == "auto":
+        base = read_yaml(folder / f"{task}_base.yaml").get("weights")
+        variant = "base" if weights not in (None, "random") or Path(str(base)).is_file() else "mini"
+        if variant == "mini":
+            log.info("%s is not there: using the bundled %s-mini (--variant base for the full size)", base, folder.name)
+    return folder / f"{task}_{variant}.yaml"
 
 
 def build(schema: type[T], values: Any, where: str) -> T:

@@ -58,4 +58,5 @@ def check_writable(folder: str | Path, option: str) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror}); choose another {option}") from None
+        reason = f"cannot be written to ({error.strerror}); choose another {option}"
+        raise ValueError(f"{option} {folder}: {reason}") from None

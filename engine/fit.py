@@ -23,7 +23,7 @@ class Run:
 
     rate: factor of each parameter group's peak learning rate at a step. identity: what the run depends on, as plain
     values; a checkpoint of another one is refused. validate: called every `validate_every` steps on every rank, returns
-    metrics for the log.
+    metrics for the log, as validation/<name>.
     """
 
     fabric: Any
@@ -93,7 +93,7 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int) -> None:
             torch.manual_seed((run.seed * 1_000_003 + step) * fabric.world_size + fabric.global_rank)
             for group, peak in zip(run.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * run.rate(step)
-            losses, norm = _step(run, batch)
+            losses, norm = _step(run, fabric.to_device(batch))
             log.add(losses)
             done = step + 1
 
@@ -104,7 +104,7 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int) -> None:
                 loss = log.flush(done, norm=float(norm), lr=run.optimizer.param_groups[0]["lr"])
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if run.validate and due(run.validate_every):
-                log.write({"step": done, **run.validate()})
+                log.write({"step": done, **{f"validation/{k}": v for k, v in run.validate().items()}})
             if due(run.save_every):
                 run.save(done)
             bar.update()

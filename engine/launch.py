@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         if not rank:
-            print("interrupted", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)  # below a progress bar
         sys.exit(INTERRUPTED)
 
 
@@ -70,7 +70,8 @@ def launch(args: argparse.Namespace, *, unused_parameters: bool = False) -> Any:
     from lightning.fabric import Fabric, seed_everything
     from lightning.fabric.strategies import DDPStrategy
 
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # they set their own level when they are imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
         strategy = DDPStrategy(find_unused_parameters=unused_parameters)

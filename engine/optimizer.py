@@ -7,9 +7,24 @@ import torch
 from torch import Tensor, nn
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
-    """AdamW without decay on norms, biases and scalars (every parameter of fewer than two dimensions)."""
-    return _adamw([p for p in model.parameters() if p.requires_grad], lr, weight_decay, betas)
+def build_optimizer(model: nn.Module, config: Any, precision: str) -> torch.optim.Optimizer:
+    """The optimizer that a configuration names: `optimizer` ("adamw" or "muon", which also takes `matrix_lr`), `lr`,
+    `weight_decay` and `betas`.
+    """
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas}
+    if config.optimizer == "muon":
+        return muon(model, matrix_lr=config.matrix_lr, **options)
+    return adamw(model, fused=precision != "16-mixed", **options)
+
+
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float], fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW without decay on norms, biases and scalars (every parameter of fewer than two dimensions).
+
+    fused: faster, but Fabric does not clip gradients for it under 16-mixed.
+    """
+    return _adamw([p for p in model.parameters() if p.requires_grad], lr, weight_decay, betas, fused)
 
 
 def muon(
@@ -23,17 +38,19 @@ def muon(
     linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - tables
     parameters = [p for p in model.parameters() if p.requires_grad]
     return ChainedOptimizer(
-        _adamw([p for p in parameters if id(p) not in linears], lr, weight_decay, betas),
+        _adamw([p for p in parameters if id(p) not in linears], lr, weight_decay, betas, fused=True),
         torch.optim.Muon([p for p in parameters if id(p) in linears], lr=matrix_lr, weight_decay=weight_decay),
     )
 
 
-def _adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
+def _adamw(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float, betas: Sequence[float], fused: bool
+) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=fused)
 
 
 class ChainedOptimizer(torch.optim.Optimizer):

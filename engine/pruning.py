@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,16 @@ Metrics = Mapping[str, float]
 RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
 
 
-def calibrate(pruner: Any, view: PrunableView, data: Collection[Any] | None, fabric: Any) -> dict[str, Tensor]:
-    """The pruner's statistic over the batches, summed over ranks; {} for a pruner without one, whose data is None."""
-    if pruner.statistic is None:
-        return {}
+def calibrate(
+    pruner: Any, view: PrunableView, data: Collection[Any] | None, fabric: Any
+) -> tuple[dict[str, Tensor], float]:
+    """The pruner's statistic over the batches, summed over ranks, and the seconds that it took.
+
+    A pruner without a statistic has no data (None), and gets {}.
+    """
+    if data is None:
+        return {}, 0.0
+    begin = time.perf_counter()
 
     def progress(batches: Iterable) -> Iterable:
         quiet = not fabric.is_global_zero
@@ -35,7 +40,8 @@ def calibrate(pruner: Any, view: PrunableView, data: Collection[Any] | None, fab
 
     batches = (fabric.to_device(batch) for batch in data)
     with fabric.autocast(), logging_redirect_tqdm():
-        return pruner.measure(view, batches, progress=progress, reduce=total if fabric.world_size > 1 else None)
+        statistics = pruner.measure(view, batches, progress=progress, reduce=total if fabric.world_size > 1 else None)
+    return statistics, time.perf_counter() - begin
 
 
 def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
@@ -73,7 +79,7 @@ class Results:
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label = str(self.options["pattern"] or _percent(sparsity))
+        label = str(self.options["pattern"] or f"{float(100 * sparsity):.12g}")
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         if self.writes:
             masks.save(path)
@@ -142,12 +148,6 @@ class Results:
 def _row(label: str, groups: Mapping[str, float], total: float, metrics: Metrics, seconds: str) -> dict[str, Any]:
     row = {"sparsity": label, **{f"{name} %": f"{value:.2f}" for name, value in (groups | {"all": total}).items()}}
     return row | {name: metrics[key] for name, key in RECALLS.items() if key in metrics} | {"seconds": seconds}
-
-
-def _percent(sparsity: Any) -> str:
-    """A fraction as its exact percentage: 63, 99.99, 2/3 as 66.6667."""
-    exact = 100 * Fraction(sparsity)
-    return f"{float(exact):.10g}" if exact.denominator <= 10**8 else str(float(exact))
 
 
 def _plain(value: Any) -> Any:

@@ -15,9 +15,10 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     header = list(rows[0])
     cells = [header, *([_cell(row[key]) for key in header] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    lines = [" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
-    rule = " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    lines = [cells[0], rule, *cells[1:]]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _cell(value: Any) -> str:
@@ -25,12 +26,22 @@ def _cell(value: Any) -> str:
 
 
 def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV in one write, so that runs that share a folder do not cut into each other's lines."""
+    """Add rows to a CSV in one write, so that runs that share a folder do not cut into each other's lines.
+
+    A file with other columns is renamed to `<name>_old.csv`.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    header = text.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.stat().st_size == 0:
-        writer.writeheader()
+    if path.is_file():
+        with path.open(newline="") as file:
+            known = file.readline()
+        if known == header:
+            text.truncate(text.seek(0))
+        elif known:
+            path.replace(path.with_stem(f"{path.stem}_old"))
     writer.writerows(rows)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -92,5 +103,6 @@ def write_report(
     """`report.md`: how the run was made, the table of results, warnings, the plot and the layers."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", markdown_table(rows), ""]
     lines += ["## Warnings", "", *(f"- {line}" for line in warnings), ""] if warnings else []
-    lines += ["## Sparsity per layer and group", "", f"![sparsity per layer and group]({plot})", "", markdown_table(layers), ""]
+    heading = "## Sparsity per layer and group"
+    lines += [heading, "", f"![sparsity per layer and group]({plot})", "", markdown_table(layers), ""]
     write_atomic(path, "\n".join(lines).encode())

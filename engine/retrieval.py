@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from datasets.bundled import BundledRetrieval, load_glyphs
-from datasets.calibration import rank_path
+from datasets.calibration import skipped_path
 from datasets.collate import Skipped, SkippedImages
 from datasets.retrieval import RetrievalEvalDataset, recall
 from datasets.sources import Evaluation
@@ -25,8 +25,8 @@ READ = 64  # images read together
 class ZeroShot:
     """Recalls of a model, in per cent, as it is when this is called; the ranks share the re-ranking.
 
-    encode: of the captions. image_size: of the model, in pixels. skipped_path: list of the images that cannot be read;
-    they count as not found, and more than `max_skipped` of them is an error.
+    encode: of the captions. vision: has the model's `image_size`, in pixels. Images that cannot be read are listed in
+    `folder` and count as not found; more than `max_skipped` of them is an error.
     """
 
     def __init__(
@@ -35,17 +35,18 @@ class ZeroShot:
         evaluation: Evaluation,
         encode: TextEncoder,
         fabric: Any,
+        vision: Any,
+        folder: Path,
         *,
-        image_size: int,
-        skipped_path: Path,
         workers: int = 0,
         max_skipped: float = 0.01,
     ):
         self.model, self.k_test, self.fabric = model, evaluation.k_test, fabric
-        self.items, captions, self.txt2img, self.img2txt = _open(evaluation, image_size)
+        self.items, captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size)
         self.texts = encode.plain(captions)
-        self.images = DataLoader(self.items, READ, num_workers=workers, collate_fn=partial(_stack, side=image_size))
-        self.skipped = SkippedImages(rank_path(skipped_path, fabric.global_rank), len(self.items), max_skipped)
+        gather = partial(_stack, side=vision.image_size)
+        self.images = DataLoader(self.items, READ, num_workers=workers, collate_fn=gather)
+        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), len(self.items), max_skipped)
 
     def __call__(self) -> dict[str, float]:
         shared = self.fabric.world_size > 1
@@ -57,16 +58,19 @@ class ZeroShot:
             device=self.fabric.device,
             share=(self.fabric.global_rank, self.fabric.world_size),
             reduce=partial(self.fabric.all_reduce, reduce_op="sum") if shared else None,
+            progress=partial(self._progress, desc="re-ranking"),
         )
         return recall(*scores, self.txt2img, self.img2txt)
 
     def _read(self) -> Iterator[Tensor]:
         """Batches (B, 3, H, W) of all images, NaN for those that cannot be read."""
         self.skipped.count = 0  # the same images at each call
-        quiet = not self.fabric.is_global_zero
-        for batch in tqdm(self.images, desc="evaluation", unit="batch", leave=False, disable=quiet):
+        for batch in self._progress(self.images, desc="images"):
             self.skipped.add(batch["skipped"])
             yield batch["image"]
+
+    def _progress(self, batches: Iterable, desc: str) -> Iterable:
+        return tqdm(batches, desc=desc, unit="batch", leave=False, disable=not self.fabric.is_global_zero)
 
 
 def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
@@ -97,13 +101,15 @@ def retrieval_scores(
     batch_size: int = 128,
     share: tuple[int, int] = (0, 1),
     reduce: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all image-text pairs both ways, in float32 and evaluation mode.
 
     model gives `encode_image`, `encode_text` and `match` (see models/xvlm.py). images: batches (B, 3, H, W). texts:
     `text_ids`, `text_atts` (N, T). k_test: candidates of each query that the ITM head re-ranks by its positive logit,
     the others get -100; 0 scores by contrastive similarity alone. share: (rank, ranks), of which this one re-ranks its
-    part of the queries; reduce: sums a tensor over them. Returns (I, N) and (N, I), on the CPU; NaN stays NaN.
+    part of the queries; reduce: sums a tensor over them. progress: wraps the batches to re-rank, as tqdm does. Returns
+    (I, N) and (N, I), on the CPU; NaN stays NaN.
     """
     was_training = model.training
     model.eval()
@@ -122,7 +128,7 @@ def retrieval_scores(
             return model.match(states[text], atts[text], tokens[image])[:, 1]
 
         def ranked(similarity: Tensor, matched: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            scores = _rerank(similarity, k_test, matched, batch_size, share)
+            scores = _rerank(similarity, k_test, matched, batch_size, share, progress)
             scores = reduce(scores) if reduce else scores
             return scores.masked_fill_(similarity.isnan(), torch.nan).cpu()
 
@@ -137,15 +143,16 @@ def _rerank(
     matched: Callable[[Tensor, Tensor], Tensor],
     batch_size: int,
     share: tuple[int, int],
+    progress: Callable[[Sequence], Iterable],
 ) -> Tensor:
     """`matched(rows, columns)` for the best `k_test` of each row, -100 for the others; rows of other ranks are 0."""
     rank, ranks = share
-    own = torch.arange(rank, len(similarity), ranks, device=similarity.device)
+    own = torch.arange(len(similarity), device=similarity.device)[rank::ranks]
     scores = torch.zeros_like(similarity)
     scores[own] = NOT_RANKED
     known = similarity[own].nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
     best = known.topk(min(k_test, similarity.shape[1]), dim=1).indices
     rows, columns = own.repeat_interleave(best.shape[1]), best.flatten()
-    for r, c in zip(rows.split(batch_size), columns.split(batch_size), strict=True):
+    for r, c in progress(list(zip(rows.split(batch_size), columns.split(batch_size), strict=True))):
         scores[r, c] = matched(r, c).to(scores.dtype)
     return scores

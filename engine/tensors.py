@@ -13,7 +13,9 @@ _HEADER_ALIGNMENT = 8
 
 
 def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write float32 tensors in the order of `shapes`, each as soon as it is there. A safetensors file, whole or not at all."""
+    """Write float32 tensors in the order of `shapes`, each as soon as it is there: a safetensors file, whole or not at
+    all. ValueError where a tensor is not the one that comes next.
+    """
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + 4 * torch.Size(shape).numel()

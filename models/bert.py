@@ -1,6 +1,6 @@
 """BERT encoder whose upper layers may look at an image, under the key names of the public BERT and XVLM checkpoints.
 
-Post-norm layers, exact GELU. Attention goes through `scaled_dot_product_attention`, so no attention matrix is materialised.
+Post-norm layers, exact GELU. Attention goes through `scaled_dot_product_attention`: no attention matrix is kept.
 Shapes: B samples, T text tokens, L image tokens, D text width, V vision width.
 """
 
@@ -45,7 +45,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of `x` over `context` (itself when None); `context_width` is the width of the keys' source."""
+    """Multi-head attention of `x` over `context`, whose width is `context_width` (over itself when None)."""
 
     def __init__(self, config: TextConfig, context_width: int):
         super().__init__()
@@ -57,9 +57,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
         source = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), self.key(source), self.value(source))
-        )  # (B, H, T or L, D / H)
+        projected = self.query(x), self.key(source), self.value(source)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)  # (B, H, T or L, D / H)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
 

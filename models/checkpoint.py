@@ -1,19 +1,19 @@
 """Weights of public and own checkpoints into a model: wrappers unpacked, prefixes stripped, positions interpolated."""
 
+import math
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.view import canonical
 
-WRAPPERS = ("model", "model_state", "student")  # keys under which public checkpoints hold the weights
+WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
 SHOWN = 3  # names in an error message
 
 
@@ -25,15 +25,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: weights file not found")
+    with path.open("rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a readable weights file (safetensors, or a pickle of tensors): {reason}") from None
+        content = load_file(path) if is_safetensors else _read_pickle(path)
+    except Exception as error:  # a damaged file makes both readers raise almost anything
+        raise ValueError(f"{path}: not a readable weights file: {_reason(error)}") from error
     for key in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, WRAPPERS))}")
     return {canonical(name): tensor for name, tensor in content.items()}
 
@@ -45,42 +46,79 @@ def _read_pickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _reason(error: Exception) -> str:
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it holds {refused[1]}, and only tensors and plain values are loaded, since others could run code"
+    return "it is damaged, or neither safetensors nor a pickle of tensors"
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str | Path, *, positions: Sequence[str] = (), ignored: Sequence[str] = ()) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, *, positions: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> None:
     """Copy the weights of a file into `model`, whose every tensor must be there, and nothing else.
 
-    positions: names of position tables (1 + grid^2, width), interpolated where the image size differs. ignored: globs of
-    names that may be missing or superfluous on either side. Raises ValueError naming the first tensors that don't fit.
+    positions: names of position tables (1 + grid^2, width), interpolated where the image size differs. ignored: globs
+    of names that may be missing or superfluous on either side. A tied tensor may stand under any of its names. Raises
+    ValueError naming the first tensors that don't fit; the model is not changed then.
     """
     weights = {name: t for name, t in read_weights(path).items() if not _matches(name, ignored)}
     state = {canonical(name): t for name, t in model.state_dict(keep_vars=True).items()}
     for name in positions:
-        if name in weights and name in state and weights[name].shape != state[name].shape:
-            weights[name] = interpolate_positions(weights[name], len(state[name]))
-    given = {id(state[name]) for name in weights if name in state}  # a tied tensor may stand under one of its names
-    missing = [name for name, t in state.items() if id(t) not in given and not _matches(name, ignored)]
-    unknown = [name for name in weights if name not in state]
-    misshapen = [
-        f"{name} {tuple(t.shape)} (expected {tuple(state[name].shape)})"
-        for name, t in weights.items()
-        if name in state and t.shape != state[name].shape
-    ]
-    problems = (("misshapen", misshapen), ("missing", missing), ("unexpected", unknown))
-    if any(names for _, names in problems):
-        told = "; ".join(f"{len(n)} {kind}: {', '.join(n[:SHOWN])}{' ...' * (len(n) > SHOWN)}" for kind, n in problems if n)
+        if name in weights and name in state:
+            weights[name] = fit_positions(weights[name], state[name])
+    misfits = {kind: names for kind, names in _misfits(weights, state, ignored).items() if names}
+    if misfits:
+        told = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in misfits.items())
         raise ValueError(f"{path}: weights of another model: {told}")
     for name, tensor in weights.items():
         state[name].data.copy_(tensor)
 
 
+def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:
+    """What keeps the weights of a file from being those of a model, whose tied tensors are one object in `state`."""
+    misshapen, tied, first = [], [], {}
+    for name, tensor in weights.items():
+        if name in state and tensor.shape != state[name].shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)} (expected {tuple(state[name].shape)})")
+        elif name in state:
+            other = first.setdefault(id(state[name]), name)
+            if other != name and not torch.equal(tensor, weights[other]):
+                tied.append(name)
+    given = {id(state[name]) for name in weights if name in state}
+    missing = [name for name, t in state.items() if id(t) not in given and not _matches(name, ignored)]
+    unexpected = [name for name in weights if name not in state]
+    return {"misshapen": misshapen, "missing": missing, "unexpected": unexpected, "different though tied": tied}
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + " ..." * (len(names) > SHOWN)
+
+
+def fit_positions(table: Tensor, expected: Tensor) -> Tensor:
+    """A position table (1 + grid^2, width) for the grid of another; as it is where it is none, or of another width."""
+    tables = table.ndim == expected.ndim == 2 and table.shape[1] == expected.shape[1]
+    differ = tables and len(table) != len(expected) and _grid(len(table)) and _grid(len(expected))
+    return interpolate_positions(table, len(expected)) if differ else table
+
+
 def interpolate_positions(table: Tensor, tokens: int) -> Tensor:
     """Position table (1 + g^2, width) -> (tokens, width): bicubic over the grid, the class token apart."""
-    old, new = round((len(table) - 1) ** 0.5), round((tokens - 1) ** 0.5)
-    if old * old + 1 != len(table) or new * new + 1 != tokens:
-        raise ValueError(f"position tables must hold a class token and a square grid, got {len(table)} and {tokens} rows")
+    old, new = _grid(len(table)), _grid(tokens)
+    if not old or not new:
+        raise ValueError(
+            f"position tables must hold a class token and a square grid, got {len(table)} and {tokens} rows"
+        )
     grid = table[1:].float().t().reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([table[:1].float(), grid.flatten(2)[0].t()]).to(table.dtype)
+
+
+def _grid(tokens: int) -> int:
+    """Side of the square grid beside a class token; 0 where there is none."""
+    side = math.isqrt(max(0, tokens - 1))
+    return side if side * side + 1 == tokens else 0
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """CLIP's vision transformer with region attention, under the key names of the public XVLM checkpoints.
 
-Pre-norm blocks, quick-GELU, a LayerNorm before and after the blocks. Shapes: B images, R regions, L = 1 + patches, V width.
+Pre-norm blocks, quick-GELU, a LayerNorm before and after the blocks.
+Shapes: B images, R regions, L = 1 + patches, V width.
 """
 
 from dataclasses import dataclass

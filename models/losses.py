@@ -8,7 +8,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 
 def gather_features(features: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...). B may differ between ranks."""
+    """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...); B may differ by rank."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return features
     counts = [torch.zeros(1, dtype=torch.long, device=features.device) for _ in range(distributed.get_world_size())]
@@ -42,7 +42,7 @@ def hard_negatives(
     floor: float = 1e-5,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """One negative image per text and one negative text per image, drawn in proportion to their similarity (ALBEF, 3.2).
+    """One negative image per text and one negative text per image, drawn by their similarity (ALBEF, 3.2).
 
     floor is added to the softmax, so that every other sample can be drawn. Returns image indices (B,) and text indices
     (B,), or None where there is no negative: one sample only, or all ids equal.
@@ -55,9 +55,11 @@ def hard_negatives(
     drawn = []
     for rows in (similarity.t(), similarity):  # images for each text, then texts for each image
         weights = (rows.softmax(1) + floor).masked_fill(same, 0.0)
+        if generator is not None:
+            weights = weights.to(generator.device)
         # One call per row: the order in which the public code consumes the random stream.
         drawn.append(torch.cat([torch.multinomial(row, 1, generator=generator) for row in weights]))
-    return drawn[0], drawn[1]
+    return drawn[0].to(similarity.device), drawn[1].to(similarity.device)
 
 
 def box_losses(predicted: Tensor, target: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""XVLM (arXiv 2111.08276): CLIP vision transformer, BERT text encoder, fusion encoder; pretraining losses; prunable view.
+"""XVLM (arXiv 2111.08276): CLIP vision transformer, BERT text and fusion encoder, pretraining losses, prunable view.
 
 Shapes: B images, R regions, L = 1 + patches, T text tokens, V vision width, D text width, E embedding width.
 """
@@ -20,7 +20,7 @@ from sparsity.view import PrunableView
 TEMPERATURES = (0.001, 0.5)
 OBJECTIVES = ("itc", "itm", "mlm", "bbox")
 KEPT_DENSE = ("vision_proj", "text_proj", "itm_head.*", "bbox_head.*", "text_encoder.cls.*")
-IMAGE_FED = ("crossattention.self.key.weight", "crossattention.self.value.weight")  # text layers whose input is the image
+IMAGE_FED = ("crossattention.self.key.weight", "crossattention.self.value.weight")  # their input is the image
 POSITIONS = ("vision_encoder.pos_embed.weight",)  # interpolated when a checkpoint has another image size
 HARMLESS = ("*.position_ids", "text_encoder.cls.predictions.bias")  # may be missing from or superfluous in a checkpoint
 
@@ -177,7 +177,8 @@ class XVLM(nn.Module):
         wrong_image, wrong_text = negatives
         own = torch.arange(len(wrong_image), device=states.device)
         texts, images = torch.cat([own, own, wrong_text]), torch.cat([own, wrong_image, own])
-        logits = self.match(states[texts], atts[texts], image[images], None if image_atts is None else image_atts[images])
+        image_atts = None if image_atts is None else image_atts[images]
+        logits = self.match(states[texts], atts[texts], image[images], image_atts)
         return F.cross_entropy(logits.float(), (texts == images).long())
 
 
@@ -191,7 +192,7 @@ def build(config: Config, weights: str | Path | None = None) -> XVLM:
 
 
 def calibrate(model: XVLM, batch: dict) -> None:
-    """One calibration pass: unmasked text, positive pairs, each encoder once (regions: region-attended image features)."""
+    """One calibration pass: unmasked text, positive pairs, each encoder once; regions with their own image features."""
     image, image_atts, _ = model.encode_batch_image(batch)
     states = model.text_encoder.bert.encode_text(batch["text_ids"], batch["text_atts"])
     model.fuse(states, batch["text_atts"], image, image_atts)
@@ -211,11 +212,14 @@ def prunable_view(model: XVLM) -> PrunableView:
         sees_image = name.startswith("vision_encoder.") or name.endswith(IMAGE_FED)
         return None if sees_image else batch["text_atts"]
 
+    def loss(batch: dict, generator: torch.Generator | None = None) -> Tensor:
+        return model(batch, objectives=("itc", "itm", "mlm"), gather=False, generator=generator)["loss"]
+
     return PrunableView(
         model,
         group_of=group_of,
         keep_dense=KEPT_DENSE,
         forward=lambda batch: calibrate(model, batch),
-        loss=lambda batch: model(batch, objectives=("itc", "itm", "mlm"), gather=False)["loss"],
+        loss=loss,
         valid_tokens=valid_tokens,
     )

@@ -79,9 +79,7 @@ class Pruner:
         `measure`.
         """
         for name in view.weights if names is None else names:
-            with torch.no_grad():
-                score = self.score(view.weights[name].matrix(), statistics.get(name), _generator(seed, name))
-            yield name, score
+            yield name, self.score(view.weights[name].matrix(), statistics.get(name), _generator(seed, name))
 
     def masks(
         self,
@@ -109,7 +107,7 @@ class Pruner:
             held = dict(scores(list(view.weights)))
             scores = lambda names: ((name, held[name]) for name in names)  # noqa: E731
         for sparsity, kept in zip(sparsities, select(view, scores, pool, sparsities), strict=True):
-            yield sparsity, _as_masks(view, kept, provenance | {"pool": pool, "sparsity": str(sparsity)})
+            yield sparsity, _as_masks(view, dict(kept), provenance | {"pool": pool, "sparsity": str(sparsity)})
 
     def prune(
         self,

@@ -1,3 +1,5 @@
+import torch
+
 from pruners.base import Pruner
 from sparsity.selection import ascending
 
@@ -9,8 +11,9 @@ class LAMP(Pruner):
     cheap = False  # a sort per layer
 
     def score(self, weight, statistic, generator):
+        scores = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
         order = ascending(weight.abs().flatten())
         squares = weight.flatten()[order].double().square_()
         rest = squares.flip(0).cumsum(0).flip(0)
-        scores = squares.div_(rest).nan_to_num_(nan=0.0)  # zero weights score 0, in a layer of zeros too
-        return squares.new_empty(len(order)).scatter_(0, order, scores).view(weight.shape)
+        squares.div_(rest).nan_to_num_(nan=0.0)  # zero weights score 0, in a layer of zeros too
+        return scores.scatter_(0, order, squares).view(weight.shape)

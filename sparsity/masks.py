@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -353,7 +354,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on pickles, which says less than the error below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         raise _BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error
 

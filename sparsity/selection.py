@@ -12,6 +12,7 @@ serves any number of sparsities.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
             pass
     level, dtype = 0, None
     while searches and (dtype is None or _shift(dtype, level - 1) > 0):
-        prefixes = {search.prefix for search in searches.values()}
+        prefixes = {search.prefix: search.ties for search in searches.values()}
         few = level > 0 and all(search.ties <= _FEW for search in searches.values())
         found, dtype = (_gather if few else _histograms)(scores, prefixes, level)
         for search in searches.values():
@@ -131,17 +132,15 @@ def keep_rows(name: str, score: Tensor, count: int) -> Tensor:
 
 def select(
     view: PrunableView, scores: Callable[[Sequence[str]], Named], pool: str, sparsities: Sequence[Sparsity]
-) -> Iterator[dict[str, Tensor]]:
-    """For each sparsity the masks, name -> bool (out, in), with exactly the budget of each pool False.
+) -> Iterator[Named]:
+    """For each sparsity the masks, (name, bool (out, in)), with exactly the budget of each pool False; pool after pool.
 
-    scores(names) -> (name, score (out, in)) of those weights, in that order; it is called several times.
+    scores(names) -> (name, score (out, in)) of those weights, in that order; it is called several times. The masks of a
+    sparsity are made while they are read, one layer at a time.
     """
     if pool == "row":
         for sparsity in sparsities:
-            yield {
-                name: keep_rows(name, score, budget(sparsity, score.shape[1]))
-                for name, score in scores(list(view.weights))
-            }
+            yield _keep_rows(scores(list(view.weights)), sparsity)
         return
     contests = pools({weight.name: weight.group for weight in view.weights.values()}, pool)
     if pool == "magnitude":
@@ -154,16 +153,24 @@ def select(
         thresholds(_source(scores, names), wanted) for names, wanted in zip(contests, budgets, strict=True)
     ]  # one list per pool, one threshold per sparsity
     for i in range(len(sparsities)):
-        yield {
-            name: kept
-            for names, limits in zip(contests, found, strict=True)
-            for name, kept in keep(lambda names=names: scores(names), limits[i])
-        }
+        yield _keep_pools(scores, contests, [limits[i] for limits in found])
+
+
+def _keep_pools(
+    scores: Callable[[Sequence[str]], Named], contests: Sequence[Sequence[str]], limits: Sequence[Threshold]
+) -> Named:
+    for names, limit in zip(contests, limits, strict=True):
+        yield from keep(partial(scores, names), limit)
+
+
+def _keep_rows(scores: Named, sparsity: Sparsity) -> Named:
+    for name, score in scores:
+        yield name, keep_rows(name, score, budget(sparsity, score.shape[1]))
 
 
 def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> Scores:
     """The scores of a pool: computed once for a single layer, again at each pass for several."""
-    return dict(scores(names)) if len(names) == 1 else lambda: scores(names)
+    return dict(scores(names)) if len(names) == 1 else partial(scores, names)
 
 
 def magnitude_counts(view: PrunableView, sparsities: Sequence[Sparsity]) -> list[dict[str, int]]:
@@ -173,7 +180,7 @@ def magnitude_counts(view: PrunableView, sparsities: Sequence[Sparsity]) -> list
     masks = select(
         view, lambda names: ((name, view.weights[name].matrix().abs()) for name in names), "group", sparsities
     )
-    return [{name: kept.numel() - int(kept.count_nonzero()) for name, kept in each.items()} for each in masks]
+    return [{name: kept.numel() - int(kept.count_nonzero()) for name, kept in each} for each in masks]
 
 
 def ascending(values: Tensor) -> Tensor:
@@ -209,13 +216,17 @@ def _histograms(scores: Scores, prefixes: Collection[int], level: int) -> tuple[
     return totals, dtype
 
 
-def _gather(scores: Scores, prefixes: Collection[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
-    """For each prefix, the keys that begin with it; the dtype of the scores."""
-    gathered: dict[int, list[Tensor]] = {prefix: [] for prefix in prefixes}
+def _gather(scores: Scores, prefixes: Mapping[int, int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
+    """For each prefix, the keys that begin with it, of which there are as many as given; the dtype of the scores."""
+    gathered: dict[int, Tensor] = {}
+    filled = dict.fromkeys(prefixes, 0)
     for keys, dtype in _keys(scores):  # noqa: B007 (the last is returned)
         for prefix, inside in _inside(keys, prefixes, level):
-            gathered[prefix].append(inside.cpu())
-    return {prefix: torch.cat(pieces) for prefix, pieces in gathered.items()}, dtype
+            if prefix not in gathered:  # one block each: many small ones would leave holes in memory
+                gathered[prefix] = torch.empty(prefixes[prefix], dtype=keys.dtype)
+            gathered[prefix][filled[prefix] : filled[prefix] + len(inside)] = inside
+            filled[prefix] += len(inside)
+    return gathered, dtype
 
 
 def _inside(keys: Tensor, prefixes: Collection[int], level: int) -> Iterator[tuple[int, Tensor]]:

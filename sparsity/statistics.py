@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsity.view import PrunableView
 
-_PIECE = 1 << 20  # input elements converted to float64 together
+_PIECE = 1 << 18  # input elements converted to float64 together
 _SMALL = 1 << 16  # parameters of at most so many elements are copied before a pass
 
 
@@ -36,7 +36,7 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms}
 class _Sum:
     """What a layer has seen."""
 
-    value: Tensor | None = None
+    value: Tensor
     samples: int = 0
     tokens: int = 0
 
@@ -73,7 +73,9 @@ class Statistics:
         if measure not in MEASURES:
             raise ValueError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
         self._view, self._measure = view, MEASURES[measure]
-        self._sums = {name: _Sum() for name in view.weights}
+        # Allocated before the first forward: between its activations they would leave holes in memory.
+        nothing = {name: weight.matrix()[:0] for name, weight in view.weights.items()}  # (0, in)
+        self._sums = {name: _Sum(self._measure(rows)) for name, rows in nothing.items()}
         self._batch: Any = None
         self._seen: list[_Seen] = []
         self._stack = ExitStack()
@@ -108,7 +110,7 @@ class Statistics:
             seen = _Seen(ref(source), source._version, valid, self._measure(rows), len(rows))
             self._seen = [s for s in self._seen if s.source() is not None] + [seen]
         entry = self._sums[name]
-        entry.value = seen.measured.clone() if entry.value is None else entry.value.add_(seen.measured)
+        entry.value += seen.measured
         entry.samples += source.shape[0] if source.ndim > 1 else 1
         entry.tokens += seen.tokens
 
@@ -116,12 +118,9 @@ class Statistics:
         """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it
         for the same tensors.
         """
-        for name, entry in self._sums.items():
-            weight = self._view.weights[name].matrix()
-            if entry.value is None:  # this rank saw nothing of the layer; the others wait for its zeros
-                entry.value = self._measure(weight.new_zeros(0, weight.shape[1]))
+        for entry in self._sums.values():
             entry.value = all_reduce(entry.value)
-            counts = all_reduce(torch.tensor([entry.samples, entry.tokens], device=weight.device))
+            counts = all_reduce(torch.tensor([entry.samples, entry.tokens], device=entry.value.device))
             entry.samples, entry.tokens = counts.tolist()
 
     @property

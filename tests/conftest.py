@@ -1,10 +1,12 @@
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.launch import PACKAGES
 from models import xvlm
 from models.bert import TextConfig
 from models.clip_vision import VisionConfig
@@ -37,6 +39,16 @@ def small_batches():
 @pytest.fixture(scope="session")
 def small_losses():
     return json.loads((SMALL / "losses.json").read_text())["losses"]
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """A script sets what is heard of each package."""
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

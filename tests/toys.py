@@ -1,29 +1,9 @@
-"""Small models for tests: a tree of linear layers made from a state dict, and views of plain modules."""
-
-from collections.abc import Iterable, Mapping
+"""Small models for tests, and views of them."""
 
 import torch
 from torch import Tensor, nn
 
 from sparsity.view import PrunableView
-
-
-def stub_tree(state: Mapping[str, Tensor], names: Iterable[str]) -> nn.Module:
-    """A module tree with one nn.Linear (without bias) for each of the weight names, in their order, holding the weights
-    of the state dict.
-    """
-    root = nn.Module()
-    for name in names:
-        *path, leaf = name.removesuffix(".weight").split(".")
-        parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent._modules[part]
-        linear = nn.Linear(state[name].shape[1], state[name].shape[0], bias=False)
-        linear.weight.data = state[name].clone()
-        parent.add_module(leaf, linear)
-    return root
 
 
 def view_of(model: nn.Module, **options) -> PrunableView:
@@ -32,8 +12,18 @@ def view_of(model: nn.Module, **options) -> PrunableView:
     return PrunableView(model, **{**defaults, **options})
 
 
+def layers(*shapes: tuple[int, int], seed: int = 0) -> nn.ModuleDict:
+    """Linear layers "a", "b", ... of the given (out, in), without bias."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.ModuleDict()
+    for letter, (outputs, inputs) in zip("abcdefgh", shapes, strict=False):
+        model[letter] = nn.Linear(inputs, outputs, bias=False)
+        model[letter].weight.data = torch.randn(outputs, inputs, generator=generator)
+    return model
+
+
 class Attention(nn.Module):
-    """Query, key and value read the same tensor; two blocks, a tied pair and a head."""
+    """Query, key and value read the same tensor; `again` is tied to `up`; a head."""
 
     def __init__(self, width: int = 8):
         super().__init__()
@@ -46,3 +36,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., width)
         mixed = torch.softmax(self.q(x) * self.k(x), dim=-1) * self.v(x)
         return self.head(self.down(self.up(mixed).relu() + self.again(x).relu()))
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: a linear layer that stores (in, out)."""
+
+    def __init__(self, outputs: int, inputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from models import xvlm
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import contrastive_loss, hard_negatives
-from tests.conftest import CONFIG, SMALL
+from tests.conftest import SMALL
 
 KEYS = json.loads(Path("tests/data/checkpoints/XVLMPretrain.json").read_text())
 PRUNABLE = json.loads(Path("tests/data/checkpoints/prunable_xvlm.json").read_text())
@@ -96,7 +96,7 @@ def test_equal_ids_share_the_contrastive_target():
     image, text = (torch.nn.functional.normalize(torch.randn(3, 4, generator=generator), dim=1) for _ in range(2))
     logits = image @ text.t() / 0.07
     targets = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    naive = -(logits.log_softmax(1) * targets).sum(1).mean() / 2 - (logits.t().log_softmax(1) * targets).sum(1).mean() / 2
+    naive = -sum((rows.log_softmax(1) * targets).sum(1).mean() for rows in (logits, logits.t())) / 2
     torch.testing.assert_close(contrastive_loss(image, text, torch.tensor(0.07), torch.tensor([7, 7, 8])), naive)
 
 
@@ -152,7 +152,7 @@ def test_valid_tokens_follow_the_source_of_the_input(small_xvlm, small_batches):
         assert valid is None or valid.shape == shape[:2]
     assert set(seen) == set(view.weights), "the calibration pass runs every prunable layer"
     layer = "text_encoder.bert.encoder.layer.6.crossattention.self"
-    assert (uses[f"{layer}.query.weight"], uses[f"{layer}.key.weight"], uses[f"{layer}.value.weight"]) == (True, False, False)
+    assert [uses[f"{layer}.{part}.weight"] for part in ("query", "key", "value")] == [True, False, False]
 
 
 def test_temperature_is_clamped_in_training_only(small_xvlm, small_batches):
@@ -171,7 +171,12 @@ def test_vision_encoder_equals_transformers_clip():
     torch.manual_seed(0)
     theirs = transformers.CLIPVisionModel(
         CLIPVisionConfig(
-            hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=32,
+            patch_size=8,
         )
     ).eval()
     names = {

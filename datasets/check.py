@@ -1,0 +1,151 @@
+"""What a run would read: what is there, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.annotations import HOW_TO_GET, ImageRoot, read_records
+from datasets.bundled import load_glyphs
+from datasets.collate import Skipped
+from datasets.pretraining import EXPECTED as PAIRS
+from datasets.pretraining import parse_pair
+from datasets.regions import EXPECTED as REGIONS
+from datasets.regions import parse_regions
+from datasets.retrieval import EXPECTED as RETRIEVAL
+from datasets.retrieval import parse_captioned
+from datasets.shard_names import shard_names
+from datasets.sources import Files, PruneConfig
+from datasets.tars import open_shard
+
+LOOKED_UP = 64  # images of each source that are opened
+BUNDLED = "data/bundled"
+WAYS = {  # to get what is missing, by the beginning of its path
+    "data/pretrain": "./download_annots.sh",
+    "data/finetune": "./download_annots.sh",
+    "images/coco": "scripts/download_images.sh coco",
+    "images/vg": "scripts/download_images.sh vg",
+    "images/cc3m": "img2dataset, see README.md; as a folder of images or as WebDataset shards",
+    "images/sbu": "img2dataset, see README.md; as a folder of images or as WebDataset shards",
+    BUNDLED: "it comes with the repository: git checkout data/bundled, or scripts/rebuild_bundled.sh",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """source: what it is for ("weights", "general", ...). path: file, folder or shards. detail: what was found."""
+
+    source: str
+    path: str
+    ok: bool
+    detail: str
+
+    @property
+    def way(self) -> str:
+        """How to get it."""
+        if self.source == "weights":
+            return "give --weights PATH, or --weights random; see README.md"
+        return next((way for start, way in WAYS.items() if Path(self.path).is_relative_to(start)), HOW_TO_GET)
+
+
+def check_data(config: PruneConfig) -> list[Finding]:
+    """Look at everything that a configuration names: weights, calibration data and evaluation data.
+
+    Annotation files are read whole, some images of each source are opened, and of each shard the beginning and the end.
+    """
+    findings = [_weights(config)] if config.checkpoint else []
+    bundled = {"calibration": config.bundled, "evaluation": config.evaluation.bundled_scenes}
+    findings += [_bundled(source) for source, used in bundled.items() if used]
+    for source, files, parse, expected in (
+        ("general", config.general, parse_pair, PAIRS),
+        ("region", config.region, parse_regions, REGIONS),
+        ("evaluation", [config.evaluation.files] if config.evaluation.files else [], parse_captioned, RETRIEVAL),
+    ):
+        for each in files:
+            if each.annotations:
+                findings += _annotated(source, each, parse, expected, config.max_skipped)
+            else:
+                findings.append(_shards(source, each.images))
+    return findings
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings as lines for the terminal, with a way to get what is missing."""
+    lines = []
+    for finding in findings:
+        state = "ok" if finding.ok else "missing"
+        lines.append(f"{state:8} {finding.source:12} {finding.path}: {finding.detail}")
+        lines += [] if finding.ok else [f"{'':21} to get it: {finding.way}"]
+    missing = sum(not finding.ok for finding in findings)
+    lines.append(f"{missing} of {len(findings)} missing or not whole" if missing else f"all {len(findings)} there")
+    return "\n".join(lines)
+
+
+def _weights(config: PruneConfig) -> Finding:
+    path = Path(config.checkpoint)
+    found = path.is_file()
+    return Finding("weights", str(path), found, f"{path.stat().st_size / 1e6:.1f} MB" if found else "file not found")
+
+
+def _bundled(source: str) -> Finding:
+    try:
+        return Finding(source, BUNDLED, True, f"bundled scenes, drawn from {len(load_glyphs(BUNDLED))} glyphs")
+    except (OSError, ValueError) as error:
+        return Finding(source, BUNDLED, False, str(error))
+
+
+def _annotated(
+    source: str, files: Files, parse: Callable[[dict], Any], expected: str, max_missing: float
+) -> list[Finding]:
+    paths: list[str] = []
+    try:
+        paths = [record[0] for record in read_records(files.annotations, parse, expected)]
+        annotations = Finding(source, files.annotations, True, f"{len(paths):,} records")
+    except (OSError, ValueError) as error:
+        annotations = Finding(source, files.annotations, False, _without(files.annotations, error))
+    try:
+        root = ImageRoot(files.images)
+    except FileNotFoundError as error:
+        return [annotations, Finding(source, files.images, False, _without(files.images, error))]
+    if not paths:
+        return [annotations, Finding(source, files.images, True, "a folder; its images were not looked up")]
+    return [annotations, _images(source, files.images, root, paths, max_missing)]
+
+
+def _images(source: str, folder: str, root: ImageRoot, paths: list[str], max_missing: float) -> Finding:
+    """An even sample of the images is opened."""
+    probes = [paths[i * len(paths) // LOOKED_UP] for i in range(LOOKED_UP)] if len(paths) > LOOKED_UP else paths
+    absent = [path for path in probes if not root.find(path).is_file()]
+    damaged = [path for path in probes if path not in absent and isinstance(root.load(path), Skipped)]
+    detail = f"{len(probes) - len(absent)} of {len(probes)} images looked up are there"
+    detail += f", not {absent[0]}" if absent else ""
+    detail += f", {len(damaged)} of them cannot be read, e.g. {damaged[0]}" if damaged else ""
+    return Finding(source, folder, len(absent) + len(damaged) <= max_missing * len(probes), detail)
+
+
+def _shards(source: str, images: str) -> Finding:
+    """Every shard that is there is opened."""
+    try:
+        names = shard_names(images)
+    except ValueError as error:
+        return Finding(source, images, False, _without(images, error))
+    absent = [name for name in names if not Path(name).is_file()]
+    samples, damaged = 0, []
+    for name in names:
+        if name not in absent:
+            try:
+                samples += open_shard(Path(name))
+            except (OSError, ValueError) as error:
+                damaged.append(str(error))
+    detail = f"{len(names) - len(absent)} of {len(names)} shards are there, with {samples:,} samples"
+    detail += f"; not {absent[0]}" if absent else ""
+    detail += f"; {len(damaged)} of them are damaged, e.g. {damaged[0]}" if damaged else ""
+    return Finding(source, images, bool(samples) and not absent and not damaged, detail)
+
+
+def _without(path: str, error: Exception) -> str:
+    """The message without the path that it begins with, and without the way to get it."""
+    reason = str(error).removeprefix(f"{path}: ").removesuffix(f"; {HOW_TO_GET}")
+    return reason.partition(";")[0] if isinstance(error, FileNotFoundError) else reason

@@ -1,0 +1,177 @@
+"""Which errors are the user's (one line, exit code 2) and which are bugs (a traceback), and what is logged."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.sampler import ResumableSampler
+from engine.config import load_config
+from engine.launch import launch, run
+from engine.options import Parser, add_device_options, positive_float, positive_int, share
+from sparsity.allocation import parse_sparsities
+
+
+class Broken(Dataset):
+    """Raises in the workers of a DataLoader: what this project checks, or what it did not think of."""
+
+    def __init__(self, deliberate):
+        self.deliberate = deliberate
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return parse_sparsities("7,abc") if self.deliberate else torch.zeros(2).reshape(3)
+
+
+def read(dataset):
+    return lambda: list(DataLoader(dataset, num_workers=1))
+
+
+@pytest.fixture
+def ended(capfd):
+    """Runs a script's main; its exit code and what is on stderr."""
+
+    def ended(main):
+        with pytest.raises(SystemExit) as caught:
+            run(main)
+        return caught.value.code, capfd.readouterr().err
+
+    return ended
+
+
+def os_error():
+    Path("/nowhere/at/all").read_text()
+
+
+@pytest.mark.parametrize(
+    ("main", "told"),
+    [
+        (lambda: load_config("nothing.yaml", ResumableSampler), "nothing.yaml: configuration file not found"),
+        (lambda: parse_sparsities("abc"), "got 'abc'"),
+        (lambda: ResumableSampler(0, seed=0, batch_size=1), "size and batch_size must be at least 1"),
+        (os_error, "/nowhere/at/all"),
+        (read(Broken(deliberate=True)), "got 'abc' in '7,abc'"),
+    ],
+)
+def test_the_users_errors_are_one_line(ended, main, told):
+    code, text = ended(main)
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", text) and told in text and "Traceback" not in text
+
+
+def unpack():
+    (_,) = ResumableSampler(2, seed=0, batch_size=1, stop=3)
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)),
+        lambda: torch.optim.AdamW([], lr=1),
+        lambda: list(zip([1], [], strict=True)),
+        lambda: ResumableSampler(),
+        lambda: int("x"),
+        unpack,
+        read(Broken(deliberate=False)),
+    ],
+)
+def test_bugs_keep_their_traceback(main):
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        run(main)
+
+
+def test_an_assertion_is_a_bug():
+    def wrong():
+        raise AssertionError("cannot happen")
+
+    with pytest.raises(AssertionError):
+        run(wrong)
+
+
+def test_an_interrupt_says_so(ended):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert ended(interrupted) == (130, "\ninterrupted\n")
+
+
+def test_other_ranks_say_which_they_are_and_are_quiet(ended, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main():
+        logging.getLogger("engine.config").info("twice")
+        parse_sparsities("abc")
+
+    assert ended(main)[1].startswith("error (rank 1): sparsities are")
+
+
+@pytest.fixture
+def parser():
+    parser = Parser("what it does\n\n    example")
+    parser.add_argument("-s", "--sparsities", help="default: 63")
+    parser.add_argument("--num_batches", type=positive_int, default=3, help="default: %(default)s")
+    parser.add_argument("--lambda_", type=positive_float, default=1e-5, help="default: %(default)s")
+    parser.add_argument("--max_skipped", type=share, help="default: the configuration's")
+    add_device_options(parser)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--num_batches", "0"], "--num_batches: expected an integer of at least 1, got '0'"),
+        (["--num_batches", "1.5"], "--num_batches: expected an integer of at least 1, got '1.5'"),
+        (["--lambda_", "nan"], "--lambda_: expected a number above 0, got 'nan'"),
+        (["--lambda_", "inf"], "--lambda_: expected a number above 0"),
+        (["--lambda_", "0"], "--lambda_: expected a number above 0"),
+        (["--lambda_", "-1"], "--lambda_: expected a number above 0"),
+        (["--max_skipped", "2"], "--max_skipped: expected a fraction between 0 and 1"),
+        (["--seed", "-1"], "--seed: expected an integer from 0 to 2^32 - 1, got '-1'"),
+        (["--seed", "4294967296"], "--seed"),
+        (["--devices", "0"], "--devices"),
+        (["--precision", "64"], "--precision: invalid choice: '64'"),
+        (["--strategy", "fsdp"], "--strategy: invalid choice"),
+        (["--accelerator", "gpus"], "--accelerator: invalid choice"),
+        (["--sparsity", "50"], "unrecognized argument --sparsity, did you mean --sparsities?"),
+        (["--num_batch=50"], "unrecognized argument --num_batch, did you mean --num_batches?"),
+        (["50"], "unrecognized argument 50"),
+        (["-s"], "-s/--sparsities: expected one argument"),
+    ],
+)
+def test_arguments_that_cannot_be(parser, capsys, arguments, told):
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(arguments)
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and text.count("\n") == 1 and told in text
+
+
+def test_arguments_that_can(parser):
+    args = parser.parse_args(["-s", "-5", "--lambda_", "1e-3", "--max_skipped", "0", "-d", "2"])
+    assert (args.sparsities, args.lambda_, args.max_skipped, args.devices, args.seed) == ("-5", 1e-3, 0.0, 2, 42)
+
+
+def test_help_shows_the_example_and_every_default(parser):
+    text = parser.format_help()
+    assert "what it does\n\n    example" in text
+    options = re.split(r"\n  -", text)[1:]
+    assert all("default" in option for option in options if "--help" not in option)
+
+
+def test_a_device_that_is_not_there_is_named(parser):
+    for accelerator in ("cuda", "mps"):
+        if not getattr(torch, "cuda" if accelerator == "cuda" else "mps").is_available():
+            with pytest.raises(ValueError, match=f"--accelerator {accelerator} --devices 1"):
+                launch(parser.parse_args(["--accelerator", accelerator]))
+
+
+def test_launch_seeds(parser):
+    drawn = []
+    for seed in ("7", "7", "8"):
+        launch(parser.parse_args(["--accelerator", "cpu", "--seed", seed]))
+        drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

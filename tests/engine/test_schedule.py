@@ -1,0 +1,28 @@
+import math
+
+import pytest
+
+from engine.schedule import warmup_cosine
+
+
+def test_warmup_is_linear_and_reaches_the_peak():
+    assert [warmup_cosine(step, 100, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_cosine_falls_from_the_peak_to_the_floor():
+    rates = [warmup_cosine(step, 100, 10, floor=0.1) for step in range(10, 101)]
+    assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert rates[45] == pytest.approx(0.55)  # half way
+    assert rates[30] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2)
+
+
+def test_without_warmup_and_beyond_the_end():
+    assert warmup_cosine(0, 10, 0) == 1.0
+    assert warmup_cosine(25, 10, 0, floor=0.2) == pytest.approx(0.2)
+    assert warmup_cosine(5, 5, 10) == 0.6  # a run shorter than its warmup
+
+
+def test_never_above_one_or_negative():
+    for total, warmup in ((1, 0), (1, 1), (7, 3), (50, 50)):
+        assert all(0 <= warmup_cosine(step, total, warmup) <= 1 for step in range(2 * total))

@@ -1,0 +1,95 @@
+"""The direction of imports, read from the source: design rules that no single file shows."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Which of our packages each package may import.
+ALLOWED = {
+    "sparsity": {"sparsity"},
+    "pruners": {"pruners", "sparsity"},
+    "models": {"models", "sparsity"},
+    "datasets": {"datasets", "engine", "sparsity"},
+    "engine": {"engine", "datasets", "sparsity"},
+}
+LIBRARIES_OF_SPARSITY = {"torch", "numpy", "safetensors"}
+FILES = {path: package for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+CODE = [*FILES, *sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, inside_functions: bool = False) -> Iterator[str]:
+    """The modules that a file imports at run time: at its top level, or inside its functions."""
+    yield from _imports(ast.parse(path.read_text()), path, inside_functions, False)
+
+
+def _imports(node: ast.AST, path: Path, wanted: bool, inside: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import) and inside == wanted:
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and inside == wanted:
+            assert child.level == 0, f"{path}: relative import"
+            for alias in child.names:
+                module = f"{child.module}.{alias.name}"
+                is_module = (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+                yield module if is_module else child.module
+        else:
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(child, path, wanted, inside or function)
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_packages_import_only_what_is_below_them(path):
+    for inside_functions in (False, True):
+        for module in imports(path, inside_functions):
+            assert top(module) not in ALLOWED or top(module) in ALLOWED[FILES[path]], f"imports {module}"
+            assert top(module) not in SCRIPTS, f"imports the script {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_our_own_packages_are_imported_at_the_top(path):
+    inside = [module for module in imports(path, inside_functions=True) if top(module) in ALLOWED]
+    assert not inside, "only optional heavy packages are imported inside functions"
+
+
+@pytest.mark.parametrize("path", [path for path, package in FILES.items() if package == "sparsity"], ids=name_of)
+def test_sparsity_needs_torch_numpy_and_safetensors_only(path):
+    for inside_functions in (False, True):
+        for module in imports(path, inside_functions):
+            assert top(module) in sys.stdlib_module_names | LIBRARIES_OF_SPARSITY | {"sparsity"}, f"imports {module}"
+
+
+def test_there_are_no_cycles():
+    graph = {name_of(path): set(imports(path)) for path in FILES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which shows the cycle
+
+
+def test_functions_live_with_the_noun_that_they_serve():
+    assert {name_of(path) for path in FILES if path.stem in ("utils", "helpers", "common")} <= {"sparsity.utils"}
+
+
+def test_python_entry_points_live_at_the_root():
+    for folder in ("scripts", "data", "images"):
+        assert not list((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_the_import_system_is_left_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sys":
+            assert node.attr not in ("path", "modules"), f"line {node.lineno} touches sys.{node.attr}"
