@@ -11,41 +11,11 @@ import dataclasses
 from pathlib import Path
 
 import models
-from datasets.sources import Evaluation, Stage, at_least
+from datasets.sources import Evaluation, PretrainConfig
 from engine.config import load_config, read_yaml, save_config
 from engine.files import check_writable
 from engine.launch import launch, run
 from engine.options import Parser, add_device_options
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Sizes of the model, curriculum and optimizer ("adamw", or "muon", whose rate of the matrices is matrix_lr)."""
-
-    model_config: str
-    stages: list[Stage]
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    matrix_lr: float = 1.5e-2
-    weight_decay: float = 0.05
-    betas: tuple[float, ...] = (0.9, 0.98)
-    warmup: int = 200
-    clip_norm: float = 1.0
-    workers: int = 1
-    epoch_length: int = 20000
-    validate_every: int = 250
-    validation_scenes: int = 300
-    save_every: int = 200
-
-    def __post_init__(self):
-        at_least(self, 1, "epoch_length", "validate_every", "validation_scenes", "save_every")
-        at_least(self, 0, "lr", "matrix_lr", "weight_decay", "warmup", "clip_norm", "workers")
-        if not self.stages:
-            raise ValueError("stages must have at least one stage")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.fit import Run, fit
     from engine.optimizer import build_optimizer
     from engine.retrieval import ZeroShot
-    from engine.schedule import warmup_cosine
+    from engine.schedule import cooldown, warmup_cosine
     from models.pretraining import Sources
     from models.tokenizer import WordPiece
 
@@ -93,13 +63,19 @@ def main(arguments: list[str] | None = None) -> None:
     fabric = launch(args, unused_parameters=True)
     model = module.build(sizes)
     sources, optimizer = fabric.setup(Sources(model), build_optimizer(model, config, args.precision))
+    steps = len(data)
+
+    def rate(step: int) -> float:
+        cosine = warmup_cosine(step, config.horizon or steps, config.warmup, floor=0.01)
+        return cosine * cooldown(step, steps, config.cooldown)
+
     evaluation = Evaluation(k_test=0, bundled_scenes=config.validation_scenes)
     training = Run(
         fabric=fabric,
         model=sources,
         optimizer=optimizer,
-        rate=lambda step: warmup_cosine(step, len(data), config.warmup, floor=0.01),
-        steps=len(data),
+        rate=rate,
+        steps=steps,
         output_dir=args.output_dir,
         identity={
             "model": dataclasses.asdict(sizes),

@@ -10,22 +10,21 @@ Masks, run times and a report are written to <output_dir>/<pruner>/.
 """
 
 import argparse
-import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import models
 import pruners
 from datasets.sources import PruneConfig
-from engine.config import find_variant, load_config, read_yaml
+from engine.config import configure, load_config, read_yaml
 from engine.files import check_writable
 from engine.launch import launch, run
-from engine.options import Parser, add_device_options, positive_float, positive_int, share
+from engine.options import Parser, add_config_options, add_device_options, add_pruner_options, positive_int
 from sparsity.allocation import POOLS, parse_sparsities
 from sparsity.pattern import parse_pattern
 
 SPARSITIES = "63,75,90"
-SCHEDULES = ("linear", "exp", "const")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -35,20 +34,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join(models.NAMES))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=positive_int, default=3000, help="calibration batches (default: %(default)s)")
-    add("-e", "--epochs", type=positive_int, default=1, help="rounds of iterative pruners (default: %(default)s)")
-    add("--schedule", choices=SCHEDULES, default="exp", help="of iterative pruners (default: %(default)s)")
-    add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
+    add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
-    add("--config", type=Path, help="default: configs/<model>/prune_<variant>.yaml")
-    add("--weights", help="checkpoint file, or 'random'; default: the configuration's")
-    variants = "auto (default): base where its weights are, else mini"
-    add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
     add("--pool", choices=POOLS, help="weights that compete with each other; default: the pruner's own")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
     add("--evaluate", action="store_true", help="zero-shot retrieval, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
-    add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
-    add("--check_data", action="store_true", help="only list what would be read and what of it is missing")
+    add_config_options(parser, "prune")
     add_device_options(parser)
     args = parser.parse_args(arguments)
     if not (args.pruner or args.check_data):
@@ -56,20 +48,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def configure(args: argparse.Namespace) -> PruneConfig:
-    """The configuration, with what the command line says instead; `args.config` becomes its file."""
-    models.check(args.model)
-    args.config = args.config or find_variant(Path("configs", args.model), "prune", args.variant, args.weights)
-    given = {name: getattr(args, name) for name in ("weights", "max_skipped") if getattr(args, name) is not None}
-    return dataclasses.replace(load_config(args.config, PruneConfig), **given)
-
-
 def list_data(args: argparse.Namespace) -> bool:
     """Print what the configuration reads; whether all of it is there."""
     from datasets.check import check_data, table
 
-    findings = check_data(configure(args))
-    print(args.config, table(findings), sep="\n")
+    path, config = configure(args, "prune", PruneConfig)
+    findings = check_data(config)
+    print(path, table(findings), sep="\n")
     return all(finding.ok for finding in findings)
 
 
@@ -78,10 +63,11 @@ def check(args: argparse.Namespace) -> PruneConfig:
     pruners.check(args.pruner)
     args.pattern = parse_pattern(args.pattern)
     for option in ("sparsities", "pool"):
-        if args.pattern and getattr(args, option):
+        if args.pattern and getattr(args, option) is not None:
             raise ValueError(f"--pattern decides which weights go and how many: leave --{option} out")
-    args.sparsities = None if args.pattern else parse_sparsities(args.sparsities or SPARSITIES)
-    config = configure(args)
+    given = SPARSITIES if args.sparsities is None else args.sparsities
+    args.sparsities = None if args.pattern else parse_sparsities(given)
+    args.config, config = configure(args, "prune", PruneConfig)
     read_yaml(config.model_config)
     config.check_weights()
     if args.evaluate:
@@ -92,10 +78,11 @@ def check(args: argparse.Namespace) -> PruneConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    models.check(args.model)
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
-    pruner = pruners.build(args.pruner)
+    pruner = pruners.build(args.pruner, **{name: vars(args)[name] for name in pruners.options(args.pruner)})
     if pruner.statistic:
         config.check_calibration(str(args.config))
 
@@ -114,17 +101,18 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(args.output_dir / args.pruner, view, vars(args), config, writes=fabric.is_global_zero)
     data = evaluate = None
     if pruner.statistic:
-        share_of_rank = {"rank": fabric.global_rank, "world_size": fabric.world_size}
-        amount = {"num_batches": args.num_batches, "seed": args.seed}
-        data = Calibration(config, encode, sizes.vision, results.folder, **amount, **share_of_rank)
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        data = Calibration(config, encode, sizes.vision, results.folder, args.num_batches, args.seed, **ranks)
     if args.evaluate:
         reading = {"workers": config.workers, "max_skipped": config.max_skipped}
         evaluate = ZeroShot(model, config.evaluation, encode, fabric, sizes.vision, results.folder, **reading)
         results.dense(evaluate())
 
-    statistics, results.calibration_seconds = calibrate(pruner, view, data, fabric)
-    masks = pruner.masks(view, statistics, args.sparsities, pattern=args.pattern, pool=args.pool, seed=args.seed)
-    for sparsity, chosen, seconds in timed(masks):
+    measure = partial(calibrate, pruner, view, data, fabric, args.seed)
+    with results.calibration():
+        statistics = measure()
+    choice = {"pattern": args.pattern, "pool": args.pool, "seed": args.seed, "again": measure}
+    for sparsity, chosen, seconds in timed(pruner.masks(view, statistics, args.sparsities, **choice)):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:
         results.save_scores(pruner.scores(view, statistics, seed=args.seed))

@@ -1,5 +1,6 @@
 """Calibration batches for pruning: general image-text pairs and regions, in lockstep, whole batches to each rank."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ class Calibration:
     """At most `num_batches` general and as many region batches, in turns; the shorter of the two ends the pass.
 
     General batches come from annotated images and from shards, in proportion to what there is of them. Iterating reads
-    this rank's share: batch b of a source goes to rank b % world_size. `len` counts the batches of this rank.
+    this rank's share: batch b of a source goes to rank b % world_size. `len` counts the batches of this rank, `numbers`
+    are their places in the order of one rank alone. `at(epoch)` has fresh batches.
 
     Args:
         vision: has `image_size` and `patch_size`, in pixels.
@@ -37,9 +39,9 @@ class Calibration:
         encode: TextEncoder,
         vision: Any,
         folder: Path,
-        *,
         num_batches: int,
         seed: int,
+        *,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -50,23 +52,41 @@ class Calibration:
         if self.batches < num_batches:
             log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
         self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, rank)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
         self.sources = [source for kind in kinds for source in kind]
-        shares = (share for kind in kinds for share in proportional(self.batches, [len(data) for data, _ in kind]))
-        self.steps = [len(range(rank, share, world_size)) for share in shares]  # of this rank, from each source
+        self.shares = [n for kind in kinds for n in proportional(self.batches, [len(data) for data, _ in kind])]
+
+    def at(self, epoch: int) -> "Calibration":
+        """The same data with the batches that follow those of the epochs before; this one is epoch 0."""
+        later = copy.copy(self)
+        later.epoch = epoch
+        return later
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _, _ in self._turns()]
 
     def __len__(self) -> int:
-        return sum(self.steps)
+        return len(self._turns())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        expected = max(1, len(self) * self.config.batch_size)
+        turns = self._turns()
+        expected = max(1, len(turns) * self.config.batch_size)
         skipped = SkippedImages(self.skipped_path, expected, self.config.max_skipped)
-        loaders = [iter(self._loader(*source, steps)) for source, steps in zip(self.sources, self.steps, strict=True)]
-        turns = sorted(((step + 0.5) / steps, i) for i, steps in enumerate(self.steps) for step in range(steps))
-        yield from skipped.watch(next(loaders[i]) for _, i in turns)
+        steps = {i: [batch // self.world_size for _, j, batch in turns if j == i] for _, i, _ in turns}
+        loaders = {i: iter(self._loader(*self.sources[i], mine[0], mine[-1] + 1)) for i, mine in steps.items()}
+        yield from skipped.watch(next(loaders[i]) for _, i, _ in turns)
 
-    def _loader(self, data: Any, gather: Callable[[list[Any]], dict[str, Any]], steps: int) -> DataLoader:
-        options = {"stop": steps, "rank": self.rank, "world_size": self.world_size, "workers": self.config.workers}
+    def _turns(self) -> list[tuple[int, int, int]]:
+        """(number, source, batch of the source) of this rank's batches, in the order in which they are read."""
+        order = sorted(((b + 0.5) / share, i, b) for i, share in enumerate(self.shares) for b in range(share))
+        first = self.epoch * len(order)
+        turns = ((first + n, i, self.epoch * self.shares[i] + b) for n, (_, i, b) in enumerate(order))
+        return [turn for turn in turns if turn[2] % self.world_size == self.rank]
+
+    def _loader(self, data: Any, gather: Callable[[list[Any]], dict[str, Any]], start: int, stop: int) -> DataLoader:
+        options = {"start": start, "stop": stop, "rank": self.rank, "world_size": self.world_size}
+        options |= {"workers": self.config.workers}
         size = min(self.config.batch_size, len(data))
         if isinstance(data, ShardDataset):
             return shard_loader(data, size, gather, **options)

@@ -16,7 +16,8 @@ from datasets.regions import EXPECTED as REGIONS
 from datasets.regions import parse_regions
 from datasets.retrieval import EXPECTED as RETRIEVAL
 from datasets.retrieval import parse_captioned
-from datasets.shard_names import shard_names
+from datasets.shard_names import HOW_TO_GET as SHARDS
+from datasets.shard_names import is_pattern, shard_names
 from datasets.sources import Files, PruneConfig
 from datasets.tars import open_shard
 
@@ -47,6 +48,8 @@ class Finding:
         """How to get it."""
         if self.source == "weights":
             return "give --weights PATH, or --weights random; see README.md"
+        if is_pattern(self.path):
+            return SHARDS
         return next((way for start, way in WAYS.items() if Path(self.path).is_relative_to(start)), HOW_TO_GET)
 
 

@@ -98,7 +98,7 @@ class PruneConfig:
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""
-        if self.checkpoint and not Path(self.checkpoint).is_file():
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise FileNotFoundError(
                 f"{self.checkpoint}: weights file not found; give --weights PATH, or --weights random"
             )
@@ -146,3 +146,39 @@ class Stage:
         for name in self.objectives:
             if name not in objectives:
                 raise ValueError(f"{where}: unknown objective {name!r}; the model has {', '.join(objectives)}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Model, curriculum and optimizer ("adamw", or "muon", whose rate of the matrices is `matrix_lr`).
+
+    The rate warms up over `warmup` steps, follows a cosine that would end at step `horizon` (default: the last), and is
+    cooled down to 0 over the last `cooldown` steps.
+    """
+
+    model_config: str
+    stages: list[Stage]
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    matrix_lr: float = 1.5e-2
+    weight_decay: float = 0.05
+    betas: tuple[float, ...] = (0.9, 0.98)
+    warmup: int = 200
+    horizon: int | None = None
+    cooldown: int = 0
+    clip_norm: float = 1.0
+    workers: int = 1
+    epoch_length: int = 20000
+    validate_every: int = 250
+    validation_scenes: int = 300
+    save_every: int = 200
+
+    def __post_init__(self):
+        at_least(self, 1, "horizon", "epoch_length", "validate_every", "validation_scenes", "save_every")
+        at_least(self, 0, "lr", "matrix_lr", "weight_decay", "warmup", "cooldown", "clip_norm", "workers")
+        if not self.stages:
+            raise ValueError("stages must have at least one stage")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")

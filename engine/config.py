@@ -6,6 +6,7 @@ import logging
 import math
 import types
 import typing
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     return content
+
+
+def configure(args: Namespace, task: str, schema: type[T]) -> tuple[Path, T]:
+    """The configuration file of a task and its content, where `--weights` and `--max_skipped` take the place of the
+    file's when they are given.
+    """
+    path = args.config or find_variant(Path("configs", args.model), task, args.variant, args.weights)
+    given = {name: getattr(args, name) for name in ("weights", "max_skipped") if getattr(args, name) is not None}
+    return path, dataclasses.replace(load_config(path, schema), **given)
 
 
 def find_variant(folder: Path, task: str, variant: str, weights: str | None) -> Path:

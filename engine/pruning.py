@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,47 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from datasets.calibration import Calibration
 from engine.config import save_config
-from engine.report import append_csv, markdown_table, plot_sparsity, write_report
+from engine.pictures import Pictures
+from engine.report import append_csv, markdown_table, write_report
 from engine.tensors import stream_tensors
+from sparsity.gradients import batch_generator
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
 
 Metrics = Mapping[str, float]
+RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "precision")  # options on which masks depend
 RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
 
 
 def calibrate(
-    pruner: Any, view: PrunableView, data: Collection[Any] | None, fabric: Any
-) -> tuple[dict[str, Tensor], float]:
-    """The pruner's statistic over the batches, summed over ranks, and the seconds that it took.
+    pruner: Any, view: PrunableView, data: Calibration | None, fabric: Any, seed: int, epoch: int = 0
+) -> dict[str, Tensor]:
+    """The pruner's statistic over the batches of an epoch, summed over ranks; {} where there is no data to read.
 
-    A pruner without a statistic has no data (None), and gets {}.
+    What a loss draws is a function of the seed and the batch.
     """
     if data is None:
-        return {}, 0.0
-    begin = time.perf_counter()
+        return {}
+    data = data.at(epoch)
+    numbers = data.numbers
 
     def progress(batches: Iterable) -> Iterable:
         quiet = not fabric.is_global_zero
-        return tqdm(batches, total=len(data), desc="calibration", unit="batch", leave=False, disable=quiet)
+        return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
 
     def total(tensor: Tensor) -> Tensor:
         return fabric.all_reduce(tensor, reduce_op="sum")
 
-    batches = (fabric.to_device(batch) for batch in data)
     with fabric.autocast(), logging_redirect_tqdm():
-        statistics = pruner.measure(view, batches, progress=progress, reduce=total if fabric.world_size > 1 else None)
-    return statistics, time.perf_counter() - begin
+        return pruner.measure(
+            view,
+            (fabric.to_device(batch) for batch in data),
+            progress=progress,
+            reduce=total if fabric.world_size > 1 else None,
+            generators=lambda i: batch_generator(seed, numbers[i]),
+        )
 
 
 def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
@@ -50,6 +60,11 @@ def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, floa
     for sparsity, chosen in masks:
         yield sparsity, chosen, time.perf_counter() - begin
         begin = time.perf_counter()
+
+
+def percent(sparsity: Any) -> str:
+    """A sparsity in per cent, as files and tables have it."""
+    return f"{float(100 * sparsity):.12g}"
 
 
 class Results:
@@ -66,12 +81,19 @@ class Results:
         self.calibration_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
-        self.layers: dict[str, dict[str, float]] = {}
+        self.pictures = Pictures(folder, view, options["model"], self.stem)
         self.warnings: list[str] = []
         self.written: list[Path] = []
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    @contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Takes the time of what is done inside."""
+        begin = time.perf_counter()
+        yield
+        self.calibration_seconds = time.perf_counter() - begin
 
     def dense(self, metrics: Metrics) -> None:
         """The first row: the model before pruning."""
@@ -79,14 +101,15 @@ class Results:
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label = str(self.options["pattern"] or f"{float(100 * sparsity):.12g}")
+        label = str(self.options["pattern"] or percent(sparsity))
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
+        masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         if self.writes:
             masks.save(path)
         self.written.append(path)
         report = masks.report(self.view)
         self.warnings += [f"{label}: {line}" for line in report.warnings]
-        self.layers[label] = {name: 100 * count.sparsity for name, count in report.layers.items()}
+        self.pictures.add(label, masks, report, path)
         metrics: Metrics = {}
         if evaluate:
             with masks.applied(self.view):
@@ -129,19 +152,17 @@ class Results:
         return "\n".join(lines)
 
     def _write(self, facts: Mapping[str, Any]) -> None:
-        arguments = {name: _plain(value) for name, value in self.options.items()}
+        arguments = {name: plain(value) for name, value in self.options.items()}
         save_config({"arguments": arguments, "config": dataclasses.asdict(self.config)}, self.path("config.yaml"))
         append_csv(self.path("runtimes.csv"), self.times)
         groups = {weight.name: weight.group for weight in self.view.weights.values()}
-        plot = self.path("sparsity.png")
         title = f"{self.options['model']} pruned with {self.options['pruner']}"
-        plot_sparsity(plot, self.layers, groups, title)
         layers = [
             {"layer": n, "group": g, "weights": self.view.weights[n].numel}
-            | {f"{label} %": f"{sparsities[n]:.2f}" for label, sparsities in self.layers.items()}
+            | {f"{label} %": f"{sparsities[n]:.2f}" for label, sparsities in self.pictures.layers.items()}
             for n, g in groups.items()
         ]
-        parts = {"rows": self.rows, "warnings": self.warnings, "plot": plot.name, "layers": layers}
+        parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
 
 
@@ -150,8 +171,8 @@ def _row(label: str, groups: Mapping[str, float], total: float, metrics: Metrics
     return row | {name: metrics[key] for name, key in RECALLS.items() if key in metrics} | {"seconds": seconds}
 
 
-def _plain(value: Any) -> Any:
-    """An argument as YAML writes it."""
+def plain(value: Any) -> Any:
+    """An argument of the command line as YAML writes it."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, int | float | str | None) else str(value)

@@ -1,13 +1,14 @@
-"""What a pruning run tells its reader: tables as Markdown and text, plots of sparsity, a CSV of run times."""
+"""What a pruning run tells its reader: tables as Markdown and text, pictures, a CSV of run times."""
 
 import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import replacing, write_atomic
+from engine.files import write_atomic
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -50,44 +51,13 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.close(handle)
 
 
-def plot_sparsity(path: Path, layers: Mapping[str, Mapping[str, float]], groups: Mapping[str, str], title: str) -> None:
-    """PNG with the sparsity of every layer and every group.
+@dataclass(frozen=True)
+class Picture:
+    """A section of a report: an image file beside it ("" for none), and what there is to say of it."""
 
-    layers: for each mask its label -> (layer name -> sparsity in per cent), in prunable order. groups: layer -> group.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    by_layer, by_group = figure.subplots(1, 2, width_ratios=(4, 1))
-    names = list(groups)
-    for label, sparsities in layers.items():
-        by_layer.plot([sparsities[name] for name in names], ".-", label=label, linewidth=0.8, markersize=4)
-    order = list(dict.fromkeys(groups.values()))
-    for first, name in enumerate(names):
-        if first and groups[name] != groups[names[first - 1]]:
-            by_layer.axvline(first - 0.5, color="grey", linewidth=0.8)
-    for group in order:
-        places = [i for i, name in enumerate(names) if groups[name] == group]
-        by_layer.text(sum(places) / len(places), 103, group, ha="center", fontsize=9)
-    by_layer.set(xlabel="prunable layer, in the model's order", ylabel="sparsity (%)", ylim=(-3, 110))
-    by_layer.legend(loc="lower right", fontsize=8)
-    by_layer.grid(alpha=0.3)
-    width = 0.8 / len(layers)
-    for i, (label, sparsities) in enumerate(layers.items()):
-        heights = [_mean([sparsities[n] for n in names if groups[n] == group]) for group in order]
-        by_group.bar([x + i * width for x in range(len(order))], heights, width, label=label)
-    by_group.set_xticks([x + 0.4 - width / 2 for x in range(len(order))], order)
-    by_group.set(ylim=(0, 100), ylabel="mean sparsity of the group's layers (%)")
-    by_group.grid(alpha=0.3, axis="y")
-    figure.suptitle(title)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    heading: str
+    file: str
+    notes: Sequence[str] = ()
 
 
 def write_report(
@@ -97,12 +67,14 @@ def write_report(
     facts: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     warnings: Sequence[str],
-    plot: str,
+    pictures: Sequence[Picture],
     layers: Sequence[Mapping[str, Any]],
 ) -> None:
-    """`report.md`: how the run was made, the table of results, warnings, the plot and the layers."""
+    """`report.md`: how the run was made, the table of results, warnings, the pictures and the layers."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", markdown_table(rows), ""]
     lines += ["## Warnings", "", *(f"- {line}" for line in warnings), ""] if warnings else []
-    heading = "## Sparsity per layer and group"
-    lines += [heading, "", f"![sparsity per layer and group]({plot})", "", markdown_table(layers), ""]
+    for picture in pictures:
+        parts = (*picture.notes, *([f"![{picture.heading}]({picture.file})"] if picture.file else []))
+        lines += [f"## {picture.heading}", "", *(line for part in parts for line in (part, ""))]
+    lines += ["## Layers", "", markdown_table(layers), ""]
     write_atomic(path, "\n".join(lines).encode())

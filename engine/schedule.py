@@ -9,3 +9,8 @@ def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> flo
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def cooldown(step: int, total: int, length: int) -> float:
+    """Factor 1, then linear towards 0 over the last `length` of `total` steps."""
+    return min(1.0, (total - step) / length) if length else 1.0

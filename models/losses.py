@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou
 
@@ -15,7 +14,23 @@ def gather_features(features: Tensor) -> Tensor:
     distributed.all_gather(counts, torch.tensor([len(features)], device=features.device))
     counts = [int(c) for c in counts]
     padded = F.pad(features, (0, 0) * (features.ndim - 1) + (0, max(counts) - len(features)))
-    return torch.cat([rows[:n] for rows, n in zip(all_gather(padded), counts, strict=True)])
+    return torch.cat([rows[:n] for rows, n in zip(_AllGather.apply(padded), counts, strict=True)])
+
+
+class _AllGather(torch.autograd.Function):
+    """A tensor of each rank, in rank order; a rank's gradient is the sum of what all ranks have for its tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> tuple[Tensor, ...]:
+        every = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(every, tensor.contiguous())
+        return tuple(every)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        total = torch.stack(gradients)
+        distributed.all_reduce(total)
+        return total[distributed.get_rank()]
 
 
 def contrastive_loss(image_feat: Tensor, text_feat: Tensor, temp: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -30,6 +30,11 @@ def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
     return kind(**options)
 
 
+def options(name: str) -> list[str]:
+    """The options that a pruner of this name takes; the command line has options of the same names."""
+    return list(inspect.signature(_find(name)).parameters)
+
+
 def check(name: str) -> None:
     """ValueError, with the nearest name, unless there is a pruner of this name."""
     names = available()

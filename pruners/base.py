@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparsity.allocation import POOLS, Sparsity, fraction
 from sparsity.masks import Masks, model_digest
+from sparsity.passes import collect
 from sparsity.pattern import NM
 from sparsity.selection import check_finite, select
-from sparsity.statistics import Statistics
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,9 @@ class Pruner:
     changed.
     """
 
-    statistic: ClassVar[str | None] = None  # a measure of sparsity.statistics, or None: no data is read
+    statistic: ClassVar[str | None] = None  # one of sparsity.passes.PASSES, or None: no data is read
     pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.POOLS
+    draws: ClassVar[bool] = False  # scores depend on the seed where no data is read, too
     cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
 
     def __init_subclass__(cls, **kwargs):
@@ -50,22 +51,19 @@ class Pruner:
         *,
         progress: Callable[[Iterable], Iterable] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        generators: Callable[[int], torch.Generator] | None = None,
     ) -> dict[str, Tensor]:
         """The declared statistic, name -> tensor, from one pass over the batches; none are read when none is declared.
 
         progress: wraps the batches, as tqdm does. reduce: sums a tensor over ranks, each of which reads its own
-        batches.
+        batches. generators: number of a batch -> the generator of what the loss draws there.
         """
         if self.statistic is None:
             return {}
         if batches is None:
             raise ValueError(f"pruner {self.name!r} needs calibration data")
-        with Statistics(view, self.statistic) as statistics:
-            for batch in progress(batches) if progress else batches:
-                statistics.add(batch)
-        if reduce:
-            statistics.reduce(reduce)
-        return statistics.result()
+        batches = progress(batches) if progress else batches
+        return collect(view, self.statistic, batches, reduce=reduce, generators=generators)
 
     def scores(
         self,
@@ -90,8 +88,12 @@ class Pruner:
         pattern: NM | None = None,
         pool: str | None = None,
         seed: int = 42,
+        again: Callable[[int], dict[str, Tensor]] | None = None,
     ) -> Iterator[tuple[Sparsity, Masks]]:
-        """(sparsity, masks) for each sparsity, or once for a pattern. statistics: from `measure`."""
+        """(sparsity, masks) for each sparsity, or once for a pattern. statistics: from `measure`.
+
+        again: epoch (1, 2, ...) -> the statistics of the model as it is then, on fresh batches; for iterative pruners.
+        """
         pool = self._check(sparsities, pattern, pool)
         provenance = self._provenance(view, seed)
 

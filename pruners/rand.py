@@ -6,5 +6,7 @@ from pruners.base import Pruner
 class Rand(Pruner):
     """Random pruning: scores are i.i.d. uniform, one draw from the seed for all sparsities, alike on every device."""
 
+    draws = True
+
     def score(self, weight, statistic, generator):
         return torch.rand(weight.shape, generator=generator).to(weight.device)

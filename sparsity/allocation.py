@@ -12,6 +12,8 @@ from fractions import Fraction
 # selection over its group takes from it.
 POOLS = ("global", "layer", "group", "row", "magnitude")
 
+SCHEDULES = ("linear", "exp", "const")
+
 Sparsity = str | int | float | Decimal | Fraction
 
 
@@ -36,6 +38,20 @@ def fraction(sparsity: Sparsity) -> Fraction:
 def budget(sparsity: Sparsity, numel: int) -> int:
     """How many of `numel` weights go: floor(sparsity * numel), exactly."""
     return int(fraction(sparsity) * numel // 1)
+
+
+def step_sparsity(sparsity: Sparsity, step: int, steps: int, schedule: str) -> Sparsity:
+    """Sparsity after step 1 .. `steps` of an iterative method; the last is `sparsity` itself, exactly.
+
+    "exp": 1 - (1 - s)^(t / T), "linear": s * t / T, "const": s (arXiv 2006.09081).
+    """
+    if step == steps or schedule == "const":
+        return sparsity
+    if schedule == "linear":
+        return fraction(sparsity) * step / steps
+    if schedule == "exp":
+        return 1 - float(1 - fraction(sparsity)) ** (step / steps)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def parse_sparsities(text: str) -> list[Decimal]:

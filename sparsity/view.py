@@ -76,7 +76,7 @@ class PrunableView:
         group_of: Callable[[str], str],
         keep_dense: Sequence[str] = (),
         forward: Callable[[Any], Any] | None = None,
-        loss: Callable[[Any], Tensor] | None = None,
+        loss: Callable[[Any, torch.Generator | None], Tensor] | None = None,
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
     ):
@@ -99,10 +99,11 @@ class PrunableView:
             raise ValueError("this pruner needs calibration data, and the model's view has no forward to run it")
         return self._forward(batch)
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""
         if self._loss is None:
             raise ValueError("this pruner needs gradients, and the model's view has no loss")
-        return self._loss(batch)
+        return self._loss(batch, generator)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
         return None if self._valid_tokens is None else self._valid_tokens(key, batch)

@@ -82,6 +82,21 @@ def test_ranks_read_each_batch_once(read, world_size):
         assert len(part) == len(expected) and all(map(same, part, expected))
 
 
+def test_epochs_are_fresh_batches_and_ranks_share_them(read, public):
+    config = dataclasses.replace(public, batch_size=2)
+    data = read(config, num_batches=3)
+    whole = [batch for epoch in range(3) for batch in data.at(epoch)]
+    assert len(whole) == 18 and data.epoch == 0
+    assert [n for epoch in range(3) for n in data.at(epoch).numbers] == list(range(18))
+    seen = {int(batch["image"].sum() * 1e4) for batch in whole}
+    assert len(seen) == 18, "no batch comes twice"
+    for rank in range(2):
+        part = read(config, num_batches=3, rank=rank, world_size=2)
+        for epoch in range(3):
+            for number, batch in zip(part.at(epoch).numbers, part.at(epoch), strict=True):
+                assert same(batch, whole[number]) and number // 2 % 2 == rank
+
+
 def test_a_rank_without_a_batch_reads_none(read):
     data = read(BUNDLED, num_batches=1, rank=1, world_size=2)
     assert len(data) == 0 and list(data) == []

@@ -1,10 +1,9 @@
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
+import prune
 from datasets.bundled import export_public, load_glyphs
 from datasets.check import Finding, check_data, table
 from datasets.sources import Evaluation, Files, PruneConfig
@@ -30,7 +29,7 @@ def public(tmp_path, glyphs):
     return PruneConfig(
         "m.yaml",
         str(tmp_path / "weights.pth"),
-        general=[Files(str(pretrain / "cc3m_pretrain.json"), images), Files(images=str(tmp_path / "shards/{0..2}.tar"))],
+        general=[Files(str(pretrain / "cc3m_pretrain.json"), images), Files("", str(tmp_path / "shards/{0..2}.tar"))],
         region=[Files(str(pretrain / "vg_regions.json"), images)],
         evaluation=Evaluation(files=Files(str(tmp_path / "coco.json"), str(tmp_path))),
     )
@@ -117,6 +116,7 @@ def test_shards_that_are_missing_or_damaged(public, tmp_path):
         ("images/coco", "scripts/download_images.sh coco"),
         ("./images/vg/", "scripts/download_images.sh vg"),
         ("images/cc3m/{00000..00331}.tar", "img2dataset"),
+        ("elsewhere/*.tar", "img2dataset"),
         ("images/sbu", "img2dataset"),
         ("elsewhere/images/coco", "README.md"),
     ],
@@ -129,19 +129,25 @@ def test_ways_to_get_what_is_missing(path, way):
     assert lines[2] == "1 of 1 missing or not whole"
 
 
-def test_prune_lists_the_data_and_prunes_nothing(public, tmp_path):
+def test_prune_lists_the_data_and_prunes_nothing(public, tmp_path, capsys):
     def run(*arguments):
-        command = [sys.executable, "prune.py", "-m", "xvlm", "--check_data", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        with pytest.raises(SystemExit) as stop:
+            prune.main(["-m", "xvlm", "--check_data", *arguments])
+        return stop.value.code, capsys.readouterr().out.splitlines()
 
     config = {key: value for key, value in dataclasses.asdict(public).items() if key != "evaluation"}
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(config | {"evaluation": {"bundled_scenes": 2}}))
-    there = run("--config", str(path))
-    assert there.returncode == 0, there.stderr
-    assert there.stdout.splitlines()[0] == str(path) and there.stdout.splitlines()[-1] == "all 7 there"
-    absent = run("--config", str(path), "--weights", "absent.pth")
-    assert absent.returncode == 1 and "absent.pth: file not found" in absent.stdout
+    code, lines = run("--config", str(path))
+    assert code == 0 and lines[0] == str(path) and lines[-1] == "all 7 there"
+    code, lines = run("--config", str(path), "--weights", "absent.pth")
+    assert code == 1 and lines[1].endswith("absent.pth: file not found") and lines[-1] == "1 of 7 missing or not whole"
     path.write_text("weight: x")
-    unknown = run("--config", str(path))
-    assert unknown.returncode == 2 and "did you mean 'weights'?" in unknown.stderr
+    with pytest.raises(ValueError, match="did you mean 'weights'?"):
+        run("--config", str(path))
+
+
+def test_a_pruner_is_needed_to_prune(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prune.main(["-m", "xvlm"])
+    assert stop.value.code == 2 and "required: -p/--pruner" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -26,6 +27,12 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.txt'"), replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

@@ -1,11 +1,9 @@
-"""Tables, the CSV of run times, and the plot."""
+"""Tables, the CSV of run times, and the report."""
 
 import csv
 import threading
 
-from PIL import Image
-
-from engine.report import append_csv, markdown_table, plot_sparsity, write_report
+from engine.report import Picture, append_csv, markdown_table, write_report
 
 ROWS = [{"sparsity": "dense", "all %": "0.00", "R@1": 41.25}, {"sparsity": "63", "all %": "63.00", "R@1": 7.0}]
 
@@ -58,20 +56,14 @@ def test_columns_that_changed_begin_a_new_file(tmp_path):
     assert (tmp_path / "runtimes_old.csv").read_text() == "a,b\n1,2\n"
 
 
-def test_the_plot_is_a_picture(tmp_path):
-    layers = {"63": {"v.0": 60.0, "v.1": 70.0, "t.0": 50.0}, "2:4": {"v.0": 50.0, "v.1": 50.0, "t.0": 0.0}}
-    plot_sparsity(tmp_path / "p.png", layers, {"v.0": "vision", "v.1": "vision", "t.0": "text"}, "title")
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.format == "PNG" and image.width > 600
-    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
-
-
 def test_the_report_has_all_parts(tmp_path):
     layers = [{"layer": "v.0", "group": "vision", "63 %": "60.00"}]
-    parts = {"rows": ROWS, "warnings": ["63: group text has collapsed"], "plot": "p.png", "layers": layers}
+    pictures = [Picture("Sparsity", "p.png", ["A note."]), Picture("Nothing drawn", "", ["Why."])]
+    parts = {"rows": ROWS, "warnings": ["63: group text has collapsed"], "pictures": pictures, "layers": layers}
     write_report(tmp_path / "report.md", title="a pruned with b", facts={"seed": 42}, **parts)
     text = (tmp_path / "report.md").read_text()
     for part in ("# a pruned with b", "- seed: 42", markdown_table(ROWS), "collapsed", "](p.png)", "| v.0   |"):
         assert part in text
+    assert text.count("](") == 1 and "A note." in text and "Why." in text
     write_report(tmp_path / "report.md", title="a", facts={}, **parts | {"warnings": []})
     assert "Warnings" not in (tmp_path / "report.md").read_text()

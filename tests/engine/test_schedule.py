@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from engine.schedule import warmup_cosine
+from engine.schedule import cooldown, warmup_cosine
 
 
 def test_warmup_is_linear_and_reaches_the_peak():
@@ -26,3 +26,9 @@ def test_without_warmup_and_beyond_the_end():
 def test_never_above_one_or_negative():
     for total, warmup in ((1, 0), (1, 1), (7, 3), (50, 50)):
         assert all(0 <= warmup_cosine(step, total, warmup) <= 1 for step in range(2 * total))
+
+
+def test_the_cooldown_is_linear_at_the_end():
+    assert [cooldown(step, 10, 4) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
+    assert [cooldown(step, 10, 0) for step in (0, 9)] == [1.0, 1.0]
+    assert cooldown(0, 3, 6) == 0.5  # a run shorter than its cooldown

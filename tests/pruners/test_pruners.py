@@ -26,7 +26,10 @@ def view():
         for letter, x in zip(groups, batch, strict=True):
             model[letter](x)
 
-    return view_of(model, group_of=lambda name: groups[name[0]], forward=forward)
+    def loss(batch, generator):
+        return sum(model[letter](x).square().sum() for letter, x in zip(groups, batch, strict=True))
+
+    return view_of(model, group_of=lambda name: groups[name[0]], forward=forward, loss=loss)
 
 
 @pytest.fixture

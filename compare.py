@@ -1,0 +1,117 @@
+"""Compare pruners by zero-shot retrieval, over sparsities and seeds, without training.
+
+    python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
+    python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
+    python compare.py -m xvlm -p omp,itersnip --epochs 10
+
+One pass over the calibration data of a seed serves all pruners that need the same statistic, at all sparsities. The
+runs are in <output_dir>/results.csv, a row as soon as each is done; the same command again only does what is missing.
+Means and standard errors over the seeds are in table.md and table.tex.
+"""
+
+import argparse
+import dataclasses
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import models
+import pruners
+from datasets.sources import PruneConfig
+from engine.config import configure, load_config, read_yaml, save_config
+from engine.files import check_writable
+from engine.launch import launch, run
+from engine.options import Parser, add_config_options, add_one_device, add_pruner_options, count, positive_int, seeds
+from sparsity.allocation import parse_sparsities
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    names = ", ".join(pruners.available())
+    add("-p", "--pruners", help=f"comma separated list of {names} (default: all but the iterative ones)")
+    add("-m", "--model", required=True, metavar="MODEL", help=", ".join(models.NAMES))
+    add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
+    add("--seeds", type=seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
+    add("--num_batches", type=positive_int, default=3000, help="calibration batches (default: %(default)s)")
+    add("--k_test", type=count, default=0, help="candidates that are re-ranked; 0: none (default: %(default)s)")
+    add_pruner_options(parser)
+    add("--output_dir", type=Path, default=Path("comparison"), help="default: ./%(default)s")
+    add_config_options(parser, "prune")
+    add_one_device(parser)
+    return parser.parse_args(arguments)
+
+
+def list_data(args: argparse.Namespace) -> bool:
+    """Print what the configuration reads; whether all of it is there."""
+    from datasets.check import check_data, table
+
+    path, config = configure(args, "prune", PruneConfig)
+    findings = check_data(config)
+    print(path, table(findings), sep="\n")
+    return all(finding.ok for finding in findings)
+
+
+def check(args: argparse.Namespace) -> PruneConfig:
+    """Everything that can be refused before heavy imports; also resolves pruners, sparsities and configuration."""
+    if args.pruners is not None:
+        args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
+        for name in args.pruners:
+            pruners.check(name)
+    models.check(args.model)
+    args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
+    args.config, config = configure(args, "prune", PruneConfig)
+    read_yaml(config.model_config)
+    config.check_weights()
+    config.check_evaluation(str(args.config))
+    check_writable(args.output_dir, "--output_dir")
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, k_test=args.k_test))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.check_data:
+        sys.exit(0 if list_data(args) else 1)
+    config = check(args)
+    args.pruners = args.pruners or [name for name in pruners.available() if "epochs" not in pruners.options(name)]
+    options = {name: {key: vars(args)[key] for key in pruners.options(name)} for name in args.pruners}
+    chosen = {name: pruners.build(name, **own) for name, own in options.items()}
+    if any(pruner.statistic for pruner in chosen.values()):
+        config.check_calibration(str(args.config))
+
+    from datasets.calibration import Calibration
+    from datasets.text import TextEncoder
+    from engine.comparison import Ledger, compare, digests, summarise, wanted, write_tables
+    from engine.pruning import calibrate, plain
+    from engine.retrieval import ZeroShot
+    from models.tokenizer import WordPiece
+
+    module = models.find(args.model)
+    sizes = load_config(config.model_config, module.Config)
+    encode = TextEncoder(WordPiece(sizes.vocab), sizes.max_tokens)
+    fabric = launch(args)
+    model = module.build(sizes, config.checkpoint).to(fabric.device).eval()
+    view = module.prunable_view(model)
+    file = args.output_dir / "results.csv"
+    ledger = Ledger(file, args.model, view.groups, digests(view, sizes, config, vars(args), chosen))
+    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
+    evaluate = ZeroShot(model, config.evaluation, encode, fabric, sizes.vision, args.output_dir, **reading)
+    arguments = {name: plain(value) for name, value in vars(args).items()}
+    save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")
+
+    @lru_cache(maxsize=1)
+    def data(seed: int) -> Calibration:
+        return Calibration(config, encode, sizes.vision, args.output_dir, args.num_batches, seed)
+
+    def measure(pruner: Any, seed: int, epoch: int) -> dict:
+        return calibrate(pruner, view, data(seed) if pruner.statistic else None, fabric, seed, epoch)
+
+    compare(view, chosen, args.sparsities, args.seeds, ledger, measure=measure, evaluate=evaluate)
+    rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
+    facts = {"weights": config.weights, "num_batches": args.num_batches, "k_test": args.k_test}
+    print(write_tables(args.output_dir, args.model, facts | {"seeds": ", ".join(map(str, args.seeds))}, rows))
+
+
+if __name__ == "__main__":
+    run(main)
