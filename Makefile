@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint
 
 demo: $(VENV)/.installed
-	$(BIN)/python prune.py -m xvlm -p multiflow --evaluate
+	$(BIN)/python prune.py -m xvlm -p multiflow --num_batches 500 --evaluate
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -30,7 +30,7 @@ from datasets.transforms import EvalTransform, TrainTransform, resize
 from models.tokenizer import WordPiece
 
 SIZE = (480, 360)
-SHARD = 100  # samples in a shard
+SHARD = 50  # samples in a shard
 TRANSFORMS = {"train": TrainTransform, "plain": EvalTransform}
 
 
@@ -112,7 +112,8 @@ def main() -> None:
         annotations = write_folder(root, images)
         write_shards(root, images)
         files = ImageTextDataset([(annotations, root / "images")], transform, encode, seed=0)
-        shards = ShardDataset([str(root / "shards")], transform, encode, seed=0)
+        streams = -(-args.images // SHARD)  # more would pass over the same bytes, which long shards are spared
+        shards = ShardDataset([str(root / "shards")], transform, encode, seed=0, streams=streams)
         rates: dict[tuple[str, int], list[float]] = {}
         floors = []
         for _ in range(args.repeats):

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets.shard_names import is_pattern, shard_paths
 
+BUNDLED_SPLITS = ("scenes", "unseen_scenes", "unseen_glyphs")
 HOW_TO_GET = "README.md says how to get the annotations and images"
 
 
@@ -46,17 +47,21 @@ class Files:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Zero-shot retrieval: on `bundled_scenes` scenes that were never trained on, or on files in the COCO layout.
+    """Zero-shot retrieval: on `bundled_scenes` images that were never trained on, or on files in the COCO layout.
 
-    k_test: candidates of each query that are re-ranked; 0 for contrastive similarity alone.
+    bundled_split: "scenes" (of the vendors that are trained on), "unseen_scenes" or "unseen_glyphs" (of the one that is
+    not). k_test: candidates of each query that are re-ranked; 0 for contrastive similarity alone.
     """
 
     k_test: int = 256
     bundled_scenes: int = 0
+    bundled_split: str = "scenes"
     files: Files | None = None
 
     def __post_init__(self):
         at_least(self, 0, "k_test", "bundled_scenes")
+        if self.bundled_split not in BUNDLED_SPLITS:
+            raise ValueError(f"bundled_split must be one of {', '.join(BUNDLED_SPLITS)}, got {self.bundled_split!r}")
         if self.bundled_scenes and self.files:
             raise ValueError("set bundled_scenes or files, not both")
         if self.files and not self.files.annotations:

@@ -100,6 +100,7 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
     dense = next(iter(counts.values()))
     below = np.cumsum(sum(np.asarray(values) for values in dense.values()))
     low, high = (int(np.searchsorted(below, share * below[-1])) for share in (_TAIL, 1))
+    top = max(1.0, *(float(max(values)) for values in dense.values()))
     figure = _figure(1 + 4 * len(dense), 3.8)
     axes = figure.subplots(1, len(dense), sharey=True, squeeze=False)[0]
     for axis, group in zip(axes, dense, strict=True):
@@ -108,7 +109,8 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
             share = f"{_named(label)}: {100 * left:.1f} % left" if i else label
             filled = {"fill": True, "color": "lightgrey"} if not i else {"color": f"C{i - 1}", "linewidth": 1.2}
             axis.stairs(np.asarray(values[group]), edges, label=share, **filled)
-        axis.set(xscale="log", yscale="log", xlim=edges[[low, high + 1]], title=group)
+        axis.set(xlim=edges[[low, high + 1]], ylim=(max(top / 1e6, 0.5), 2 * top), title=group)
+        axis.set(xscale="log", yscale="log")
         axis.set_xlabel("magnitude of the weight")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", fontsize=8)

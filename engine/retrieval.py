@@ -78,7 +78,7 @@ def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[i
     if evaluation.files:
         files = RetrievalEvalDataset(evaluation.files.annotations, evaluation.files.images, EvalTransform(side))
         return files, files.texts, files.txt2img, files.img2txt
-    scenes = BundledRetrieval(load_glyphs(), "scenes", evaluation.bundled_scenes, side=side)
+    scenes = BundledRetrieval(load_glyphs(), evaluation.bundled_split, evaluation.bundled_scenes, side=side)
     own = list(range(len(scenes)))
     return scenes, [scenes.scene(i).caption for i in own], own, [[i] for i in own]
 
