@@ -1,11 +1,11 @@
 """Start of every script: user errors as one line, Fabric on the devices that were asked for, seeds, what is logged."""
 
 import argparse
+import dis
 import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from engine.options import USER_ERROR
 INTERRUPTED = 130
 PACKAGES = ("datasets", "engine", "models", "pruners", "sparsity")
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = "Original Traceback (most recent call last)"  # in the message of an error from a DataLoader worker
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the first that is set counts
 
 
@@ -48,15 +49,22 @@ def _rank() -> int:
 
 def _deliberate(error: ValueError) -> bool:
     """Whether a `raise` of this project made the error: one that comes out of a library, or of zip(), is a bug."""
-    text = "".join(traceback.format_exception(error))  # holds the traceback of a DataLoader worker too
-    file, code = re.findall(r'File "(.+)", line \d+, in .+\n\s*(.*)', text)[-1]
-    return ROOT in Path(file).resolve().parents[:2] and code.startswith("raise ")
+    if WORKER in str(error):
+        file, code = re.findall(r'File "(.+)", line \d+, in .+\n\s*(.*)', str(error))[-1]
+        raised = code.startswith("raise ")
+    else:
+        last = error.__traceback__
+        while last.tb_next:
+            last = last.tb_next
+        code = last.tb_frame.f_code  # the source file may have been edited since it was loaded
+        file, raised = code.co_filename, dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    return raised and ROOT in Path(file).resolve().parents[:2]
 
 
 def _line(error: Exception) -> str:
     """The message in one line; of a DataLoader worker's, which holds a traceback, the end."""
     text = str(error).strip()
-    if "Original Traceback" in text:
+    if WORKER in text:
         text = text.rpartition("\n")[2].partition(": ")[2]
     return " ".join(text.split())
 

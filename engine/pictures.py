@@ -84,5 +84,5 @@ class Pictures:
         return found, left_out
 
     def _name(self, path: Path, own: Path) -> str:
-        """The pruner, and its pool where it is not its own, as they stand in the file's name."""
+        """The pruner, as it stands in the file's name."""
         return path.name.removeprefix(f"{self.model}_").removesuffix(own.name.removeprefix(self.stem))

@@ -127,7 +127,7 @@ def plot_overlap(
     """
     most = max(len(names) for names, *_ in overlaps.values())
     side = 1.2 + 0.5 * most
-    figure = _figure(2 * side + 1.2, 0.7 + (side + 0.3) * len(overlaps))
+    figure = _figure(2 * side + 1.2, 0.7 + (side + 0.4) * len(overlaps))
     axes = figure.subplots(len(overlaps), 2, squeeze=False)
     for row, (label, (names, kept, pruned, share)) in zip(axes, overlaps.items(), strict=True):
         for axis, what, values, part in zip(row, ("kept", "pruned"), (kept, pruned), (share, 1 - share), strict=True):
@@ -135,7 +135,7 @@ def plot_overlap(
             axis.set_aspect("equal")
             axis.set_xticks(range(len(names)), names, rotation=90)
             axis.set_yticks(range(len(names)), names)
-            axis.set_title(f"{_named(label)}: {what} weights (by chance {part / (2 - part):.2f})", fontsize=9)
+            axis.set_title(f"{_named(label)}: {what} weights\nby chance {part / (2 - part):.2f}", fontsize=9)
     figure.colorbar(image, ax=axes, label="intersection over union", fraction=0.03, pad=0.02, aspect=30)
     _save(figure, path, title)
 

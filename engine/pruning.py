@@ -70,14 +70,13 @@ def percent(sparsity: Any) -> str:
 class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
-    folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed`, `pool` and `pattern`
-    name the files. config: a dataclass, written beside the results. writes: whether this rank writes files.
+    folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
+    the files. config: a dataclass, written beside the results. writes: whether this rank writes files.
     """
 
     def __init__(self, folder: Path, view: PrunableView, options: Mapping[str, Any], config: Any, writes: bool = True):
         self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
-        pool = f"_{options['pool']}" if options["pool"] else ""
-        self.stem = f"{options['model']}_{options['pruner']}{pool}"
+        self.stem = f"{options['model']}_{options['pruner']}"
         self.calibration_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []

@@ -25,6 +25,12 @@ class TextConfig:
     dropout: float = 0.1
     eps: float = 1e-12
 
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
+        if not 0 <= self.fusion_layer <= self.layers:
+            raise ValueError(f"fusion_layer must be from 0 to layers = {self.layers}, got {self.fusion_layer!r}")
+
 
 class Embeddings(nn.Module):
     """Word + position + token-type embeddings, LayerNorm, dropout."""

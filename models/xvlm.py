@@ -36,6 +36,10 @@ class Config:
     vocab: str = "data/vocab/bert_vocab.txt"
     max_tokens: int = 40
 
+    def __post_init__(self):
+        if self.max_tokens > self.text.max_positions:
+            raise ValueError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
+
 
 def mlp_head(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, out))

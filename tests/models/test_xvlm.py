@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import xvlm
+from models.bert import TextConfig
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import contrastive_loss, hard_negatives
 from tests.conftest import SMALL
@@ -204,3 +205,19 @@ def test_regions_that_cover_everything_equal_the_whole_image(small_xvlm, small_b
         torch.testing.assert_close(images, small_xvlm.vision_encoder(batch["image"]), rtol=1e-5, atol=1e-5)
 
 
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: VisionConfig(width=65), "width"),
+        (lambda: VisionConfig(image_size=100), "image_size"),
+        (lambda: VisionConfig(local_attn_depth=13), "local_attn_depth"),
+        (lambda: TextConfig(width=100), "width"),
+        (lambda: TextConfig(fusion_layer=13), "fusion_layer"),
+        (lambda: xvlm.Config(max_tokens=513), "max_tokens"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_by_name(make, named):
+    with pytest.raises(ValueError, match=f"^{named} must"):
+        make()
