@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets.sources import PruneConfig
@@ -25,7 +26,7 @@ from engine.files import write_atomic
 from engine.pruning import RECALLS, Metrics, percent, timed
 from engine.report import append_csv, markdown_table
 from sparsity.allocation import Sparsity
-from sparsity.masks import Masks, model_digest
+from sparsity.masks import Masks
 from sparsity.view import PrunableView
 
 Row = dict[str, str]
@@ -45,8 +46,8 @@ def digests(
     count, what they are does.
     """
     read = dataclasses.asdict(config)
-    common = {"model": model_digest(view), "sizes": dataclasses.asdict(sizes), "evaluation": read["evaluation"]}
-    common["precision"] = options["precision"]
+    common = {"weights": _state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
+    common |= {"evaluation": read["evaluation"], "precision": options["precision"]}
     data = {key: read[key] for key in ("bundled", "general", "region", "batch_size")}
     data["num_batches"] = options["num_batches"]
     result = {DENSE: _digest(common)}
@@ -54,6 +55,15 @@ def digests(
         own = {key: options[key] for key in inspect.signature(type(pruner)).parameters}
         result[name] = _digest(common | own | (data if pruner.statistic else {}))
     return result
+
+
+def _state_digest(model: nn.Module) -> str:
+    """SHA-256 over all that the model holds: what is kept dense decides the recalls, too."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

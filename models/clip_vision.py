@@ -28,9 +28,9 @@ class VisionConfig:
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size!r}")
+            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
         if not 0 <= self.local_attn_depth <= self.layers:
-            raise ValueError(f"local_attn_depth must be from 0 to layers = {self.layers}, got {self.local_attn_depth!r}")
+            raise ValueError(f"local_attn_depth must be from 0 to layers {self.layers}, got {self.local_attn_depth!r}")
 
     @property
     def tokens(self) -> int:

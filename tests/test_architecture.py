@@ -1,6 +1,7 @@
 """The direction of imports, read from the source: design rules that no single file shows."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -93,3 +94,14 @@ def test_the_import_system_is_left_alone(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sys":
             assert node.attr not in ("path", "modules"), f"line {node.lineno} touches sys.{node.attr}"
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_our_names_and_the_libraries_live_together(ours_first):
+    """`datasets` and `models` are names that others use too: importing either side first breaks neither."""
+    ours = ["datasets.bundled", "models.xvlm", "engine.pruning", "pruners.multiflow", "sparsity.masks"]
+    theirs = ["transformers.models.clip.modeling_clip", "timm", "lightning", "torchvision"]
+    order = ours + theirs if ours_first else theirs + ours
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+    code += "import datasets; assert hasattr(datasets.bundled, 'draw_scene')"
+    subprocess.run([sys.executable, "-c", code, *order], check=True, timeout=300)

@@ -155,10 +155,12 @@ def test_a_killed_run_is_readable_and_goes_on(whole, tmp_path):
 
 def test_rows_of_another_model_are_not_mixed_in(tmp_path, calls):
     state = xvlm.build(compare.load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
-    for scale in (1, 2):
-        state["vision_encoder.encoder.layers.0.mlp.fc1.weight"] *= scale
+    given = options(tmp_path / "out", "-p", "omp", "-s", "50", "--weights", str(tmp_path / "w.pth"))
+    for changed in ("vision_encoder.encoder.layers.0.mlp.fc1.weight", "vision_proj.weight"):  # prunable, and not
+        state[changed] *= 2
         torch.save({"model": state}, tmp_path / "w.pth")
-        compare.main(options(tmp_path / "out", "-p", "omp", "-s", "50", "--weights", str(tmp_path / "w.pth")))
+        compare.main(given)
+    compare.main(given)
     assert calls["evaluate"] == 4
     assert (tmp_path / "out" / "table.md").read_text().count("\n| omp ") == 1
 

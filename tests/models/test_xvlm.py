@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import xvlm
-from models.bert import TextConfig
+from models.bert import Bert, TextConfig
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import contrastive_loss, hard_negatives
 from tests.conftest import SMALL
@@ -168,7 +168,7 @@ def test_vision_encoder_equals_transformers_clip():
     transformers = pytest.importorskip("transformers.models.clip.modeling_clip")
     from transformers import CLIPVisionConfig
 
-    config = VisionConfig(image_size=32, patch_size=8, width=24, layers=3, heads=3, mlp_width=48)
+    config = VisionConfig(image_size=32, patch_size=8, width=24, layers=3, heads=3, mlp_width=48, local_attn_depth=1)
     torch.manual_seed(0)
     theirs = transformers.CLIPVisionModel(
         CLIPVisionConfig(
@@ -193,6 +193,31 @@ def test_vision_encoder_equals_transformers_clip():
         hidden = theirs(image).last_hidden_state
         layer_norm = next(m for n, m in theirs.named_modules() if n.endswith("post_layernorm"))
         torch.testing.assert_close(ours(image), layer_norm(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_text_encoder_equals_transformers_bert():
+    transformers = pytest.importorskip("transformers.models.bert.modeling_bert")
+    from transformers import BertConfig
+
+    config = TextConfig(vocab_size=50, width=24, layers=3, fusion_layer=3, heads=3, mlp_width=48, max_positions=16)
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            intermediate_size=48,
+            max_position_embeddings=16,
+        ),
+        add_pooling_layer=False,
+    ).eval()
+    ours = Bert(config, vision_width=8).eval()
+    ours.load_state_dict(theirs.state_dict() | {"embeddings.position_ids": ours.embeddings.position_ids})
+    ids, atts = torch.randint(1, 50, (3, 9)), (torch.arange(9) < torch.tensor([[9], [5], [1]])).long()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=atts).last_hidden_state[atts.bool()]
+        torch.testing.assert_close(ours.encode_text(ids, atts)[atts.bool()], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_regions_that_cover_everything_equal_the_whole_image(small_xvlm, small_batches):
