@@ -26,7 +26,7 @@ TEXT = TextConfig(vocab_size=2048, width=16, layers=2, fusion_layer=1, heads=2, 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return xvlm.build(xvlm.Config(vision=VISION, text=TEXT, embed_dim=8))
+    return xvlm.build(xvlm.Config(vision=VISION, text=TEXT, embed_dim=8, max_tokens=32))
 
 
 @pytest.fixture(scope="module")
