@@ -11,7 +11,6 @@ Means and standard errors over the seeds are in table.md and table.tex.
 
 import argparse
 import dataclasses
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,16 +42,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def list_data(args: argparse.Namespace) -> bool:
-    """Print what the configuration reads; whether all of it is there."""
-    from datasets.check import check_data, table
-
-    path, config = configure(args, "prune", PruneConfig)
-    findings = check_data(config)
-    print(path, table(findings), sep="\n")
-    return all(finding.ok for finding in findings)
-
-
 def check(args: argparse.Namespace) -> PruneConfig:
     """Everything that can be refused before heavy imports; also resolves pruners, sparsities and configuration."""
     if args.pruners is not None:
@@ -71,8 +60,6 @@ def check(args: argparse.Namespace) -> PruneConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.check_data:
-        sys.exit(0 if list_data(args) else 1)
     config = check(args)
     args.pruners = args.pruners or [name for name in pruners.available() if "epochs" not in pruners.options(name)]
     options = {name: {key: vars(args)[key] for key in pruners.options(name)} for name in args.pruners}

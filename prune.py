@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
     add("--evaluate", action="store_true", help="zero-shot retrieval, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
+    add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
     add_config_options(parser, "prune")
     add_device_options(parser)
     args = parser.parse_args(arguments)

@@ -69,14 +69,13 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
-    """What is read: `--config`, `--variant`, `--weights`, `--max_skipped`, `--check_data` (see engine.config)."""
+    """What is read: `--config`, `--variant`, `--weights`, `--max_skipped` (see engine.config)."""
     add = parser.add_argument_group("configuration").add_argument
     add("--config", type=Path, help=f"default: configs/<model>/{task}_<variant>.yaml")
     variants = "auto (default): base where its weights are, else mini"
     add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
     add("--weights", help="checkpoint file, or 'random'; default: the configuration's")
     add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
-    add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +95,6 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_arithmetic(add: Callable[..., Any]) -> None:
-    add("--accelerator", default="auto", choices=("auto", "cpu", "cuda", "gpu", "mps"), help="default: %(default)s")
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "mps"), help="default: %(default)s")
     precisions = ("32-true", "bf16-mixed", "16-mixed")
     add("--precision", default="32-true", choices=precisions, help="arithmetic of the forward (default: %(default)s)")

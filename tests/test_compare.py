@@ -17,7 +17,6 @@ import yaml
 import compare
 import pruners
 from engine.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
-from engine.launch import run
 from models import xvlm
 from pruners import base
 from sparsity.allocation import budget
@@ -262,12 +261,6 @@ def test_rows_that_another_version_wrote_are_left_alone(tmp_path):
 def test_bad_arguments_are_refused_before_heavy_imports(tmp_path, without_torch, given, told):  # noqa: F811
     assert told in early(["compare.py", *options(tmp_path / "out", *given)], without_torch)
     assert not list(tmp_path.iterdir())
-
-
-def test_data_that_is_listed(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(lambda: compare.main(options(tmp_path, "--check_data")))
-    assert caught.value.code == 0 and "data/bundled" in capsys.readouterr().out
 
 
 def test_help_names_all_defaults(without_torch):  # noqa: F811

@@ -174,8 +174,8 @@ def test_help_shows_the_example_and_every_default(parser):
 
 
 def test_a_device_that_is_not_there_is_named(parser):
-    for accelerator in ("cuda", "mps"):
-        if not getattr(torch, "cuda" if accelerator == "cuda" else "mps").is_available():
+    for accelerator, backend in (("gpu", torch.accelerator), ("mps", torch.backends.mps)):
+        if not backend.is_available():
             with pytest.raises(ValueError, match=f"--accelerator {accelerator} --devices 1"):
                 launch(parser.parse_args(["--accelerator", accelerator]))
 
