@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the bundled xvlm-mini anew and puts it in its place: data/xvlm_mini.safetensors and data/xvlm_mini_log.csv.
-# About 100 minutes on two cores with bf16 matrix instructions: one trains, one draws scenes. Stopped, it goes on when
+# About 75 minutes on two cores with bf16 matrix instructions: one trains, one draws scenes. Stopped, it goes on when
 # it is started again. Then prints its retrieval, on scenes and on the vendor that it was never trained on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
