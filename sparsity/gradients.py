@@ -34,7 +34,8 @@ def mean_gradients(
             with torch.enable_grad():
                 view.loss(batch, generators(count - 1)).backward()
         gradients = {name: weight.parameter.grad for name, weight in view.weights.items()}
-    total = float(reduce(torch.tensor(float(count)))) if reduce else count
+    device = next(iter(view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
+    total = float(reduce(torch.tensor(float(count), device=device))) if reduce else count
     if not total:
         raise ValueError("there are no calibration batches")
     result = {}
