@@ -1,4 +1,4 @@
-"""Compare pruners by zero-shot retrieval, over sparsities and seeds, without training.
+"""Compare pruners by zero-shot retrieval, or by accuracy, over sparsities and seeds, without training.
 
     python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
     python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
@@ -17,8 +17,8 @@ from typing import Any
 
 import models
 import pruners
-from datasets.sources import PruneConfig
-from engine.config import configure, load_config, read_yaml, save_config
+from datasets.sources import PRUNE_CONFIGS, PrunedModel
+from engine.config import configure, read_yaml, save_config
 from engine.files import check_writable
 from engine.launch import launch, run
 from engine.options import Parser, add_config_options, add_one_device, add_pruner_options, count, positive_int, seeds
@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     names = ", ".join(pruners.available())
-    add("-p", "--pruners", help=f"comma separated list of {names} (default: all but the iterative ones)")
+    add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join(models.NAMES))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(args: argparse.Namespace) -> PruneConfig:
+def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves pruners, sparsities and configuration."""
     if args.pruners is not None:
         args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
@@ -50,50 +50,47 @@ def check(args: argparse.Namespace) -> PruneConfig:
             pruners.check(name)
     models.check(args.model)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
-    args.config, config = configure(args, "prune", PruneConfig)
+    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.KINDS[args.model]])
     read_yaml(config.model_config)
     config.check_weights()
     config.check_evaluation(str(args.config))
     check_writable(args.output_dir, "--output_dir")
-    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, k_test=args.k_test))
+    return config.reranking(args.k_test)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     config = check(args)
-    args.pruners = args.pruners or [name for name in pruners.available() if "epochs" not in pruners.options(name)]
+    args.pruners = args.pruners or [name for name in pruners.available() if pruners.one_shot(name)]
     options = {name: {key: vars(args)[key] for key in pruners.options(name)} for name in args.pruners}
     chosen = {name: pruners.build(name, **own) for name, own in options.items()}
     if any(pruner.statistic for pruner in chosen.values()):
         config.check_calibration(str(args.config))
 
-    from datasets.calibration import Calibration
-    from datasets.text import TextEncoder
     from engine.comparison import Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning import calibrate, plain
-    from engine.retrieval import ZeroShot
-    from models.tokenizer import WordPiece
+    from engine.subjects import SUBJECTS
 
-    module = models.find(args.model)
-    sizes = load_config(config.model_config, module.Config)
-    encode = TextEncoder(WordPiece(sizes.vocab), sizes.max_tokens)
+    subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
     fabric = launch(args)
-    model = module.build(sizes, config.checkpoint).to(fabric.device).eval()
-    view = module.prunable_view(model)
-    file = args.output_dir / "results.csv"
-    ledger = Ledger(file, args.model, view.groups, digests(view, sizes, config, vars(args), chosen))
-    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
-    evaluate = ZeroShot(model, config.evaluation, encode, fabric, sizes.vision, args.output_dir, **reading)
+    view, file = subject.load(fabric), args.output_dir / "results.csv"
+    digest = digests(view, subject.sizes, config, vars(args), chosen)
+    ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
+    evaluate = subject.evaluation(args.output_dir)
     arguments = {name: plain(value) for name, value in vars(args).items()}
     save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")
 
     @lru_cache(maxsize=1)
-    def data(seed: int) -> Calibration:
-        return Calibration(config, encode, sizes.vision, args.output_dir, args.num_batches, seed)
+    def data(seed: int) -> Any:
+        return subject.calibration(args.output_dir, args.num_batches, seed)
 
-    def measure(pruner: Any, seed: int, epoch: int) -> dict:
-        return calibrate(pruner, view, data(seed) if pruner.statistic else None, fabric, seed, epoch)
+    def measure(pruner: Any, seed: int, epoch: int, **options: Any) -> dict:
+        read = {"folder": args.output_dir, "config": config}
+        return calibrate(pruner, view, data(seed) if pruner.statistic else None, fabric, seed, epoch, **read, **options)
 
+    for pruner in chosen.values():
+        rounds = data(args.seeds[0]).rounds if pruner.statistic else None
+        pruner.preflight(view, args.sparsities, rounds=rounds, folder=args.output_dir)
     compare(view, chosen, args.sparsities, args.seeds, ledger, measure=measure, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
     facts = {"weights": config.weights, "num_batches": args.num_batches, "k_test": args.k_test}

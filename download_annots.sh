@@ -40,7 +40,7 @@ refusal() { # ARCHIVE: why it must not be unpacked; nothing where it may
         echo "has something that is neither a file nor a folder: $bad"
     elif bad=$(grep -m1 -vE '^(\./)*(data(/.*)?)?$' <<<"$names"); then
         echo "has $bad, which is not below data/"
-    elif bad=$(grep -m1 -E '^(\./)*data/(bundled|vocab|xvlm_mini)' <<<"$names"); then
+    elif bad=$(grep -m1 -E '^(\./)*data/(bundled|vocab|[a-z]+_mini)' <<<"$names"); then
         echo "has $bad, which the repository brings itself"
     elif [ "$(gzip -dc "$1" | wc -c)" -ge "$(free_bytes)" ]; then
         echo "needs more than the $(gigabytes "$(free_bytes)") GB that are free on this disk"

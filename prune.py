@@ -5,6 +5,8 @@
     python prune.py -m xvlm -p multiflow --pattern 2:4
     python prune.py -m xvlm -p multiflow --weights 4m-xvlm-vit-bert.pth
     python prune.py -m xvlm --variant base --check_data
+    python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
+    python prune.py -m hf:openai/clip-vit-base-patch32 -p multiflow --calibration images/
 
 Masks, run times and a report are written to <output_dir>/<pruner>/.
 """
@@ -16,11 +18,19 @@ from pathlib import Path
 
 import models
 import pruners
-from datasets.sources import PruneConfig
-from engine.config import configure, load_config, read_yaml
+from datasets.sources import PRUNE_CONFIGS, PrunedModel
+from engine.config import configure, read_yaml
 from engine.files import check_writable
 from engine.launch import launch, run
-from engine.options import Parser, add_config_options, add_device_options, add_pruner_options, positive_int
+from engine.options import (
+    EXTERNAL,
+    Parser,
+    add_config_options,
+    add_device_options,
+    add_external_options,
+    add_pruner_options,
+    positive_int,
+)
 from sparsity.allocation import POOLS, parse_sparsities
 from sparsity.pattern import parse_pattern
 
@@ -31,17 +41,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("-p", "--pruner", metavar="PRUNER", help=", ".join(pruners.available()))
-    add("-m", "--model", required=True, metavar="MODEL", help=", ".join(models.NAMES))
+    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=positive_int, default=3000, help="calibration batches (default: %(default)s)")
     add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--pool", choices=POOLS, help="weights that compete with each other; default: the pruner's own")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
-    add("--evaluate", action="store_true", help="zero-shot retrieval, dense and at every sparsity (default: no)")
+    add("--evaluate", action="store_true", help="measure quality without training, dense and at every sparsity")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
+    add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
     add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
     add_config_options(parser, "prune")
+    add_external_options(parser, models.ANY)
     add_device_options(parser)
     args = parser.parse_args(arguments)
     if not (args.pruner or args.check_data):
@@ -53,13 +65,23 @@ def list_data(args: argparse.Namespace) -> bool:
     """Print what the configuration reads; whether all of it is there."""
     from datasets.check import check_data, table
 
-    path, config = configure(args, "prune", PruneConfig)
+    path, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     findings = check_data(config)
     print(path, table(findings), sep="\n")
     return all(finding.ok for finding in findings)
 
 
-def check(args: argparse.Namespace) -> PruneConfig:
+def check_model(args: argparse.Namespace) -> None:
+    """ValueError unless there is this model, with the options that are given."""
+    external = models.kind(args.model) == "external"
+    for option in EXTERNAL:
+        if not external and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for other models ({models.ANY}): leave it out with -m {args.model}")
+    if external and args.variant != "auto":
+        raise ValueError(f"--variant is for {', '.join(models.NAMES)}: leave it out with -m {args.model}")
+
+
+def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
     args.pattern = parse_pattern(args.pattern)
@@ -68,8 +90,9 @@ def check(args: argparse.Namespace) -> PruneConfig:
             raise ValueError(f"--pattern decides which weights go and how many: leave --{option} out")
     given = SPARSITIES if args.sparsities is None else args.sparsities
     args.sparsities = None if args.pattern else parse_sparsities(given)
-    args.config, config = configure(args, "prune", PruneConfig)
-    read_yaml(config.model_config)
+    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
+    if config.model_config:
+        read_yaml(config.model_config)
     config.check_weights()
     if args.evaluate:
         config.check_evaluation(str(args.config))
@@ -79,40 +102,34 @@ def check(args: argparse.Namespace) -> PruneConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    models.check(args.model)
+    check_model(args)
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
     pruner = pruners.build(args.pruner, **{name: vars(args)[name] for name in pruners.options(args.pruner)})
+    if args.save_scores and not pruner.scored:
+        raise ValueError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
     if pruner.statistic:
         config.check_calibration(str(args.config))
 
-    from datasets.calibration import Calibration
-    from datasets.text import TextEncoder
     from engine.pruning import Results, calibrate, timed
-    from engine.retrieval import ZeroShot
-    from models.tokenizer import WordPiece
+    from engine.subjects import SUBJECTS
 
-    module = models.find(args.model)
-    sizes = load_config(config.model_config, module.Config)
-    encode = TextEncoder(WordPiece(sizes.vocab), sizes.max_tokens)
+    subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args)
-    model = module.build(sizes, config.checkpoint).to(fabric.device).eval()
-    view = module.prunable_view(model)
-    results = Results(args.output_dir / args.pruner, view, vars(args), config, writes=fabric.is_global_zero)
-    data = evaluate = None
-    if pruner.statistic:
-        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
-        data = Calibration(config, encode, sizes.vision, results.folder, args.num_batches, args.seed, **ranks)
-    if args.evaluate:
-        reading = {"workers": config.workers, "max_skipped": config.max_skipped}
-        evaluate = ZeroShot(model, config.evaluation, encode, fabric, sizes.vision, results.folder, **reading)
+    view, folder = subject.load(fabric), args.output_dir / args.pruner
+    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
+    data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
+    target = {"pattern": args.pattern, "pool": args.pool}
+    pruner.preflight(view, args.sparsities, **target, rounds=data.rounds if pruner.statistic else None, folder=folder)
+    evaluate = subject.evaluation(folder) if args.evaluate else None
+    if evaluate:
         results.dense(evaluate())
 
-    measure = partial(calibrate, pruner, view, data, fabric, args.seed)
+    measure = partial(calibrate, pruner, view, data, fabric, args.seed, folder=folder, config=config)
     with results.calibration():
         statistics = measure()
-    choice = {"pattern": args.pattern, "pool": args.pool, "seed": args.seed, "again": measure}
+    choice = target | {"seed": args.seed, "again": measure}
     for sparsity, chosen, seconds in timed(pruner.masks(view, statistics, args.sparsities, **choice)):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:

@@ -1,8 +1,12 @@
-"""Images per second of the data loaders, from a folder and from WebDataset shards, by number of workers, against JPEG
-decoding and resizing alone in one process. The images (480 x 360, like photographs to the decoder) are made for it.
+"""Images per second of the data loaders, from a folder and from WebDataset shards, by number of workers, against
+Pillow's JPEG decoding and resizing alone in one process. The images (480 x 360, like photographs to the decoder) are
+made for it. Transforms: "plain" resizes, "crop" also crops and mirrors, "train" adds RandAugment.
 
-    python -m benchmarks.data                                # 300 images, two minutes on two cores
-    python -m benchmarks.data --images 64 --passes 1 --repeats 1
+    python -m benchmarks.data                                # 300 images, five minutes on two cores
+    python -m benchmarks.data --images 64 --passes 1 --repeats 1 --workers 1
+
+Each measurement follows one of the floor, and the ratio is that of the two; medians of the repeats. More workers than
+free cores share these, and are slower than the floor for that alone.
 """
 
 import argparse
@@ -12,8 +16,10 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +32,16 @@ from datasets.loaders import loader
 from datasets.pretraining import ImageTextDataset
 from datasets.shards import ShardDataset, shard_loader
 from datasets.text import TextEncoder
-from datasets.transforms import EvalTransform, TrainTransform, resize
+from datasets.transforms import EvalTransform, RandAugment, TrainTransform, resize
 from models.tokenizer import WordPiece
 
 SIZE = (480, 360)
 SHARD = 50  # samples in a shard
-TRANSFORMS = {"train": TrainTransform, "plain": EvalTransform}
+TRANSFORMS: dict[str, Callable[[int], Any]] = {
+    "plain": EvalTransform,
+    "crop": lambda side: TrainTransform(side, augment=RandAugment(num_ops=0)),
+    "train": TrainTransform,
+}
 
 
 def make_jpegs(number: int) -> list[tuple[bytes, str]]:
@@ -48,16 +58,14 @@ def make_jpegs(number: int) -> list[tuple[bytes, str]]:
     return made
 
 
-def write_folder(root: Path, images: list[tuple[bytes, str]]) -> Path:
-    """`images/*.jpg` and the annotation file, in CC3M's layout."""
+def write_folder(root: Path, images: list[tuple[bytes, str]]) -> None:
+    """`images/*.jpg` and `annotations.json`, in CC3M's layout."""
     (root / "images").mkdir()
     records = []
     for i, (content, caption) in enumerate(images):
         (root / "images" / f"{i:09d}.jpg").write_bytes(content)
         records.append({"image": f"{i:09d}.jpg", "caption": caption, "dataset": "bundled"})
-    annotations = root / "annotations.json"
-    annotations.write_text(json.dumps(records))
-    return annotations
+    (root / "annotations.json").write_text(json.dumps(records))
 
 
 def write_shards(root: Path, images: list[tuple[bytes, str]]) -> None:
@@ -74,12 +82,20 @@ def write_shards(root: Path, images: list[tuple[bytes, str]]) -> None:
         (root / "shards" / f"{shard:05d}_stats.json").write_text(json.dumps({"successes": len(part)}))
 
 
-def floor(root: Path, side: int) -> float:
+def with_pillow(path: Path, side: int) -> None:
+    with Image.open(path) as image:
+        image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+
+
+def with_ours(path: Path, side: int) -> None:
+    resize(load_image(path), side)
+
+
+def alone(read: Callable[[Path, int], None], paths: Sequence[Path], side: int) -> float:
     """Images per second of decoding and resizing, with nothing around it."""
-    paths = sorted((root / "images").glob("*.jpg"))
     begin = time.perf_counter()
     for path in paths:
-        resize(load_image(path), side)
+        read(path, side)
     return len(paths) / (time.perf_counter() - begin)
 
 
@@ -93,49 +109,66 @@ def rate(batches: Iterable[dict]) -> float:
     return images / (time.perf_counter() - begin)
 
 
+class Measured:
+    """Images per second of what is measured, and of the floor measured just before."""
+
+    def __init__(self, floor: Callable[[], float]):
+        self.floor, self.pairs = floor, []
+
+    def add(self, measure: Callable[[], float]) -> None:
+        floor = self.floor()
+        self.pairs.append((measure(), floor))
+
+    def line(self, label: str, processes: int = 1) -> str:
+        ours, floor = (statistics.median(side) for side in zip(*self.pairs, strict=True))
+        ratio = statistics.median(mine / processes / other for mine, other in self.pairs)
+        return f"{label}: {ours:.0f} images/s, decode + resize alone {floor:.0f}: {ratio:.2f} x for each process"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--passes", type=int, default=3, help="over the images in each measurement: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements, interleaved; medians: %(default)s")
+    parser.add_argument("--passes", type=int, default=2, help="over the images in each measurement: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements, interleaved; medians: %(default)s")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     parser.add_argument("--side", type=int, default=224, help="of the images that come out (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--transform", choices=TRANSFORMS, default="train", help="default: %(default)s")
+    parser.add_argument("--transforms", choices=TRANSFORMS, nargs="+", default=list(TRANSFORMS), help="default: all")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    encode = TextEncoder(WordPiece("data/vocab/mini_vocab.txt"), 40)
-    transform = TRANSFORMS[args.transform](args.side)
-    steps = args.passes * args.images // args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         root, images = Path(folder), make_jpegs(args.images)
-        annotations = write_folder(root, images)
+        write_folder(root, images)
         write_shards(root, images)
-        files = ImageTextDataset([(annotations, root / "images")], transform, encode, seed=0)
+        paths = sorted((root / "images").glob("*.jpg"))
+        size = sum(len(content) for content, _ in images) / len(images) / 1024
+        print(f"{args.images} JPEGs of {SIZE[0]} x {SIZE[1]}, {size:.0f} KB each, to {args.side} x {args.side}")
+        floor = partial(alone, with_pillow, paths, args.side)
+        own = Measured(floor)
+        measured = {label: Measured(floor) for label in loaders(args, root)}
+        for _ in range(args.repeats):
+            own.add(partial(alone, with_ours, paths, args.side))
+            for label, batches in loaders(args, root).items():
+                measured[label].add(partial(rate, batches))
+    print(own.line("decode + resize of this project, alone"))
+    for (source, name, workers), both in measured.items():
+        print(both.line(f"{source}, {name} transform, {workers} workers", max(1, workers)))
+
+
+def loaders(args: argparse.Namespace, root: Path) -> dict[tuple[str, str, int], Iterable[dict]]:
+    """(source, transform, workers) -> its batches."""
+    encode = TextEncoder(WordPiece("data/vocab/mini_vocab.txt"), 40)
+    result = {}
+    for name in args.transforms:
+        transform = TRANSFORMS[name](args.side)
+        files = ImageTextDataset([(root / "annotations.json", root / "images")], transform, encode, seed=0)
         streams = -(-args.images // SHARD)  # more would pass over the same bytes, which long shards are spared
         shards = ShardDataset([str(root / "shards")], transform, encode, seed=0, streams=streams)
-        rates: dict[tuple[str, int], list[float]] = {}
-        floors = []
-        for _ in range(args.repeats):
-            floors.append(floor(root, args.side))
-            for workers in args.workers:
-                options = {"stop": steps, "workers": workers}
-                read = {
-                    "folder": loader(files, args.batch_size, collate, seed=0, **options),
-                    "shards": shard_loader(shards, args.batch_size, collate, **options),
-                }
-                for source, batches in read.items():
-                    rates.setdefault((source, workers), []).append(rate(batches))
-    size = sum(len(content) for content, _ in images) / len(images) / 1024
-    print(f"{args.images} JPEGs of {SIZE[0]} x {SIZE[1]}, {size:.0f} KB each, to {args.side} x {args.side}")
-    alone = statistics.median(floors)
-    print(f"decode + resize alone, one process: {alone:.0f} images/s")
-    for (source, workers), measured in rates.items():
-        ours, processes = statistics.median(measured), max(1, workers)
-        print(
-            f"{source}, {workers} workers, {args.transform} transform: {ours:.0f} images/s, "
-            f"{ours / processes / alone:.2f} x decode + resize for each process that reads"
-        )
+        for workers in args.workers:
+            options = {"stop": args.passes * args.images // args.batch_size, "workers": workers}
+            result["folder", name, workers] = loader(files, args.batch_size, collate, seed=0, **options)
+            result["shards", name, workers] = shard_loader(shards, args.batch_size, collate, **options)
+    return result
 
 
 if __name__ == "__main__":

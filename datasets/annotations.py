@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +50,7 @@ def read_records(path: str | Path, parse: Callable[[dict], Any], expected: str) 
         FileNotFoundError: there is no such file.
         ValueError: it is not a JSON list of objects, it is empty, or a record lacks something.
     """
-    records = _read_json(Path(path), expected)
+    records = read_json(Path(path), expected)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a JSON list of {expected}, got {type(records).__name__}; {HOW_TO_GET}")
     if not records:
@@ -60,7 +60,26 @@ def read_records(path: str | Path, parse: Callable[[dict], Any], expected: str) 
     return records
 
 
-def _read_json(path: Path, expected: str) -> Any:
+Folders = str | Path | Mapping[str, str]  # of images; by the "dataset" of a record, "" for any other
+
+
+def read_by_folder(
+    path: str | Path, folders: Folders, parse: Callable[[dict], Any], expected: str
+) -> list[tuple[str | Path, list[Any]]]:
+    """The records of an annotation file, see `read_records`, those with their images in one folder together."""
+    if not isinstance(folders, Mapping):
+        return [(folders, read_records(path, parse, expected))]
+    found: dict[str, list[Any]] = {}
+    for dataset, record in read_records(path, lambda record: (str(record.get("dataset")), parse(record)), expected):
+        found.setdefault(folders.get(dataset, folders[""]), []).append(record)
+    return list(found.items())
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """What a JSON file holds, which is to be a list of what is `expected`.
+
+    Raises FileNotFoundError, or ValueError where it is not JSON.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: annotation file not found; expected a JSON list of {expected}; {HOW_TO_GET}")
     try:
@@ -118,15 +137,15 @@ class ImageRoot:
 
     def find(self, path: str) -> Path:
         """Where an image lies; the path in this folder where it lies nowhere."""
-        direct = self.root / path
-        if direct.is_file():
-            return direct
+        direct = os.path.join(self.root, path)
+        if os.path.isfile(direct):  # what pathlib does in more than twice the time
+            return Path(direct)
         parts, own = Path(path).parts, self.root.parts
         for shared in range(min(len(parts) - 1, len(own)), 0, -1):  # images/vg/1.jpg in .../images/vg
             inside = self.root.joinpath(*parts[shared:])
             if own[-shared:] == parts[:shared] and inside.is_file():
                 return inside
-        return Path(path) if Path(path).is_file() else direct
+        return Path(path if os.path.isfile(path) else direct)
 
     def check(self, annotation_file: str | Path, paths: list[str]) -> None:
         """Raise FileNotFoundError where none of the images of an annotation file (a few are looked up) is here."""

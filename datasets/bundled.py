@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.transforms import CLIP_MEAN, CLIP_STD, box_attention
+from datasets.transforms import CLIP, Statistics, box_attention
 
 MAX_OBJECTS = 4
 MAX_CAPTION_WORDS = 24
-_MEAN, _STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 
 # Longest side of a glyph as a fraction of the scene's. Few values, so that resized glyphs can be kept.
 _SIZES = {1: (0.55, 0.7, 0.9), 2: (0.3, 0.38, 0.46, 0.55), 3: (0.3, 0.38, 0.46), 4: (0.3, 0.38)}
@@ -172,11 +171,11 @@ def draw_scene(
     chosen = [vendors[i] for i in rng.integers(len(vendors), size=n_objects)]
     angles = [_ANGLES[i] if augment else 0 for i in rng.integers(len(_ANGLES), size=n_objects)]
     stamps, corners = _layout(glyphs, rng, side, list(zip(chosen, concepts, angles, strict=True)))
-    image = _background(glyphs, rng, side, augment, background)
+    image = draw_background(glyphs, rng, side, augment, background)
     for stamp, (x, y) in zip(stamps, corners, strict=True):
-        _paste(image, stamp, x, y)
+        paste(image, stamp, x, y)
     if augment:
-        image = _jitter(image, rng)
+        image = jitter(image, rng)
     objects = []
     for vendor, concept, stamp, (x, y) in zip(chosen, concepts, stamps, corners, strict=True):
         box = (x, y, stamp.shape[1], stamp.shape[0])
@@ -231,7 +230,7 @@ def _shared(x: int, y: int, w: int, h: int, x2: int, y2: int, w2: int, h2: int) 
     return across * down / min(w * h, w2 * h2) if across > 0 and down > 0 else 0.0
 
 
-def _background(
+def draw_background(
     glyphs: Glyphs, rng: np.random.Generator, side: int, augment: bool, kind: str | None = None
 ) -> np.ndarray:
     """A canvas (side, side, 3) uint8 in soft colours; training also sees dark ones."""
@@ -255,7 +254,7 @@ def _background(
     return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
 
 
-def _paste(canvas: np.ndarray, stamp: np.ndarray, x: int, y: int) -> None:
+def paste(canvas: np.ndarray, stamp: np.ndarray, x: int, y: int) -> None:
     """Lay a stamp over the canvas, in place."""
     h, w = stamp.shape[:2]
     under = canvas[y : y + h, x : x + w]
@@ -263,7 +262,7 @@ def _paste(canvas: np.ndarray, stamp: np.ndarray, x: int, y: int) -> None:
     under[...] = stamp[..., :3] + ((seen + (seen >> 8)) >> 8)  # division by 255, rounded
 
 
-def _jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Brightness, contrast and tint of the whole image."""
     gain = (rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)).astype(np.float32)
     shift = (128 - 128 * gain + rng.uniform(-18, 18)).astype(np.float32)
@@ -334,10 +333,10 @@ def _region_caption(item: SceneObject, rng: np.random.Generator) -> str:
     return (item.name, item.name, with_article(item.name), f"{item.name} {item.position}")[rng.integers(4)]
 
 
-def image_tensor(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 to a normalised float tensor (3, H, W)."""
-    scaled = image.transpose(2, 0, 1) * (1 / (255 * _STD))[:, None, None] - (_MEAN / _STD)[:, None, None]
-    return torch.from_numpy(scaled)
+def image_tensor(image: np.ndarray, statistics: Statistics = CLIP) -> torch.Tensor:
+    """(H, W, 3) uint8 to a float tensor (3, H, W), normalised with a mean and standard deviation."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in statistics)
+    return torch.from_numpy(image.transpose(2, 0, 1) * (1 / (255 * std)) - mean / std)
 
 
 # Names of independent streams of random numbers; a new one goes to the end.

@@ -1,43 +1,48 @@
-"""Calibration batches for pruning: general image-text pairs and regions, in lockstep, whole batches to each rank."""
+"""Calibration batches for pruning: image-text pairs and regions in lockstep, or labelled images; whole batches to each
+rank.
+"""
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.bundled import BundledRegions, BundledScenes, load_glyphs
+from datasets.bundled_classification import BundledClassification
+from datasets.classification import check_classes, labelled
 from datasets.collate import SkippedImages, collate, collate_regions
 from datasets.loaders import loader
 from datasets.pretraining import ImageTextDataset
 from datasets.regions import RegionDataset
 from datasets.shards import ShardDataset, shard_loader
-from datasets.sources import PruneConfig
+from datasets.sources import Files, LabelsPruneConfig, PruneConfig, PrunedModel
 from datasets.text import TextEncoder
-from datasets.transforms import TrainTransform
+from datasets.transforms import IMAGENET, TrainTransform
 
 log = logging.getLogger(__name__)
 
 
-class Calibration:
-    """At most `num_batches` general and as many region batches, in turns; the shorter of the two ends the pass.
+class Lockstep:
+    """At most `num_batches` batches of each kind of data, in turns; the shortest of them ends the pass.
 
-    General batches come from annotated images and from shards, in proportion to what there is of them. Iterating reads
-    this rank's share: batch b of a source goes to rank b % world_size. `len` counts the batches of this rank, `numbers`
-    are their places in the order of one rank alone. `at(epoch)` has fresh batches.
+    A kind is a list of sources, read in proportion to what there is of them. Iterating reads this rank's share: batch b
+    of a source goes to rank b % world_size. `len` counts the batches of this rank, `numbers` are their places in the
+    order of one rank alone. A batch of each kind is a round, and `rounds` says how many batches of each round this rank
+    reads. `at(epoch)` has fresh batches.
 
     Args:
-        vision: has `image_size` and `patch_size`, in pixels.
+        config: has `batch_size`, `workers` and `max_skipped`.
         folder: where the images that cannot be read are listed.
     """
 
     def __init__(
         self,
-        config: PruneConfig,
-        encode: TextEncoder,
-        vision: Any,
+        kinds: Sequence[Sequence["Source"]],
+        config: PrunedModel,
         folder: Path,
         num_batches: int,
         seed: int,
@@ -45,8 +50,6 @@ class Calibration:
         rank: int = 0,
         world_size: int = 1,
     ):
-        sources = _bundled if config.bundled else _files
-        kinds = sources(config, encode, vision.image_size, vision.patch_size, seed, num_batches)
         available = [max(1, sum(len(data) // config.batch_size for data, _ in kind)) for kind in kinds]
         self.batches = min(num_batches, *available)
         if self.batches < num_batches:
@@ -56,7 +59,7 @@ class Calibration:
         self.sources = [source for kind in kinds for source in kind]
         self.shares = [n for kind in kinds for n in proportional(self.batches, [len(data) for data, _ in kind])]
 
-    def at(self, epoch: int) -> "Calibration":
+    def at(self, epoch: int) -> "Lockstep":
         """The same data with the batches that follow those of the epochs before; this one is epoch 0."""
         later = copy.copy(self)
         later.epoch = epoch
@@ -65,6 +68,12 @@ class Calibration:
     @property
     def numbers(self) -> list[int]:
         return [number for number, _, _ in self._turns()]
+
+    @property
+    def rounds(self) -> list[int]:
+        together = sum(self.shares) // self.batches  # batches of a round, on all ranks
+        own = Counter(number // together - self.epoch * self.batches for number in self.numbers)
+        return [own[i] for i in range(self.batches)]
 
     def __len__(self) -> int:
         return len(self._turns())
@@ -93,6 +102,55 @@ class Calibration:
         return loader(data, size, gather, seed=self.seed, **options)
 
 
+class Calibration(Lockstep):
+    """General image-text pairs and, in turns with them, regions; see `Lockstep`.
+
+    Args:
+        vision: has `image_size` and `patch_size`, in pixels.
+        regions: the second source has regions of images; else it has image-text pairs, too.
+        options: `rank` and `world_size`.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        encode: TextEncoder,
+        vision: Any,
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        *,
+        regions: bool = True,
+        **options: int,
+    ):
+        kinds = [_general(config, encode, vision, seed, num_batches)]
+        kinds.append((_region if regions else _in_domain)(config, encode, vision, seed + 1, num_batches))
+        super().__init__([kind for kind in kinds if kind], config, folder, num_batches, seed, **options)
+
+
+class LabelsCalibration(Lockstep):
+    """Labelled images; see `Lockstep`.
+
+    Args:
+        sizes: of the model; has `image_size`, in pixels, and `classes`.
+        options: `rank` and `world_size`.
+
+    Raises:
+        ValueError: the data has other classes than the model.
+    """
+
+    def __init__(
+        self, config: LabelsPruneConfig, sizes: Any, folder: Path, num_batches: int, seed: int, **options: int
+    ):
+        if config.bundled:
+            length = num_batches * config.batch_size
+            data = BundledClassification(load_glyphs(), "train", length, side=sizes.image_size, seed=seed)
+        else:
+            data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
+        check_classes(len(data.class_names), sizes.classes)
+        super().__init__([[(data, collate)]], config, folder, num_batches, seed, **options)
+
+
 def proportional(total: int, sizes: list[int]) -> list[int]:
     """`total` as a sum of whole numbers in proportion to `sizes`, by largest remainders."""
     shares = [total * size // sum(sizes) for size in sizes]
@@ -109,26 +167,36 @@ def skipped_path(folder: Path, rank: int) -> Path:
 Source = tuple[Dataset | ShardDataset, Callable[[list[Any]], dict[str, Any]]]
 
 
-def _bundled(
-    config: PruneConfig, encode: TextEncoder, side: int, patch: int, seed: int, num_batches: int
-) -> list[list[Source]]:
-    glyphs, scenes = load_glyphs(), num_batches * config.batch_size
-    return [
-        [(BundledScenes(glyphs, encode, scenes, side=side, seed=seed), collate)],
-        [(BundledRegions(glyphs, encode, scenes, patch=patch, side=side, seed=seed + 1), collate_regions)],
-    ]
+def _general(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    return _pairs(config, config.general, encode, vision, seed, num_batches)
 
 
-def _files(config: PruneConfig, encode: TextEncoder, side: int, patch: int, seed: int, _: int) -> list[list[Source]]:
-    annotated = [(f.annotations, f.images) for f in config.general if f.annotations]
-    shards = [f.images for f in config.general if not f.annotations]
-    region = [(f.annotations, f.images) for f in config.region]
-    general: list[Source] = []
+def _in_domain(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    return _pairs(config, config.region, encode, vision, seed, num_batches)
+
+
+def _region(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    side, patch = vision.image_size, vision.patch_size
+    if config.bundled:
+        scenes = num_batches * config.batch_size
+        return [(BundledRegions(load_glyphs(), encode, scenes, patch=patch, side=side, seed=seed), collate_regions)]
+    annotated = [(files.annotations, files.folders) for files in config.region]
+    return [(RegionDataset(annotated, encode, side, patch, seed=seed), collate_regions)] if annotated else []
+
+
+def _pairs(
+    config: PruneConfig, files: Sequence[Files], encode: TextEncoder, vision: Any, seed: int, num_batches: int
+) -> list[Source]:
+    """Bundled scenes, or the annotated images of these files and what is in their shards."""
+    side = vision.image_size
+    if config.bundled:
+        scenes = num_batches * config.batch_size
+        return [(BundledScenes(load_glyphs(), encode, scenes, side=side, seed=seed), collate)]
+    annotated = [(each.annotations, each.folders) for each in files if each.annotations]
+    shards = [each.images for each in files if not each.annotations]
+    sources: list[Source] = []
     if annotated:
-        general.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
     if shards:
-        general.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
-    kinds = [general] if general else []
-    if region:
-        kinds.append([(RegionDataset(region, encode, side, patch, seed=seed + 1), collate_regions)])
-    return kinds
+        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+    return sources

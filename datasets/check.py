@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets.annotations import HOW_TO_GET, ImageRoot, read_records
+from datasets.annotations import HOW_TO_GET, ImageRoot, read_by_folder
 from datasets.bundled import load_glyphs
+from datasets.classification import labelled
 from datasets.collate import Skipped
+from datasets.image_folder import ImageFolder
 from datasets.pretraining import EXPECTED as PAIRS
 from datasets.pretraining import parse_pair
 from datasets.regions import EXPECTED as REGIONS
@@ -18,14 +20,17 @@ from datasets.retrieval import EXPECTED as RETRIEVAL
 from datasets.retrieval import parse_captioned
 from datasets.shard_names import HOW_TO_GET as SHARDS
 from datasets.shard_names import is_pattern, shard_names
-from datasets.sources import Files, PruneConfig
+from datasets.sources import ExternalPruneConfig, Files, LabelledImages, LabelsPruneConfig, PruneConfig, PrunedModel
 from datasets.tars import open_shard
+from datasets.transforms import EvalTransform
 
 LOOKED_UP = 64  # images of each source that are opened
 BUNDLED = "data/bundled"
 WAYS = {  # to get what is missing, by the beginning of its path
     "data/pretrain": "./download_annots.sh",
     "data/finetune": "./download_annots.sh",
+    "data/imagenet/annots": "./download_annots.sh",
+    "data/imagenet": "the ImageNet object localisation challenge on Kaggle, see README.md",
     "images/coco": "scripts/download_images.sh coco",
     "images/vg": "scripts/download_images.sh vg",
     "images/cc3m": "img2dataset, see README.md; as a folder of images or as WebDataset shards",
@@ -53,14 +58,47 @@ class Finding:
         return next((way for start, way in WAYS.items() if Path(self.path).is_relative_to(start)), HOW_TO_GET)
 
 
-def check_data(config: PruneConfig) -> list[Finding]:
+def check_data(config: PrunedModel) -> list[Finding]:
     """Look at everything that a configuration names: weights, calibration data and evaluation data.
 
     Annotation files are read whole, some images of each source are opened, and of each shard the beginning and the end.
     """
+    if isinstance(config, ExternalPruneConfig):
+        return _external(config)
     findings = [_weights(config)] if config.checkpoint else []
+    if config.general_loader:
+        detail = f"says what is read, {config.batch_size} in a batch"
+        findings.append(Finding("loader", config.general_loader, True, detail))
+    if isinstance(config, LabelsPruneConfig):
+        return findings + _labels(config)
+    return findings + _pairs(config)
+
+
+def _external(config: ExternalPruneConfig) -> list[Finding]:
+    weights = [_weights(config)] if config.file else []
+    try:
+        config.check_calibration("")
+        if not Path(config.calibration).is_dir():
+            return [*weights, Finding("calibration", config.calibration, True, "a function, which was not called")]
+        data = ImageFolder(config.calibration, seed=0)
+    except (OSError, ValueError) as error:
+        return [*weights, Finding("calibration", config.calibration or "none", False, str(error))]
+    found = _images("calibration", config.calibration, data.root, data.paths, config.max_skipped)
+    what = f"{len(data):,} images" + " with captions" * data.captioned
+    what += f" of {len(data.classes)} classes" if data.classes else ""
+    return [*weights, replace(found, detail=f"{what}; {found.detail}")]
+
+
+def _labels(config: LabelsPruneConfig) -> list[Finding]:
+    bundled = {"calibration": config.bundled, "evaluation": config.evaluation.bundled_images}
+    findings = [_bundled(source, "images") for source, used in bundled.items() if used]
+    sources = {"calibration": config.images, "evaluation": config.evaluation.images}
+    return findings + [_labelled(source, images, config.max_skipped) for source, images in sources.items() if images]
+
+
+def _pairs(config: PruneConfig) -> list[Finding]:
     bundled = {"calibration": config.bundled, "evaluation": config.evaluation.bundled_scenes}
-    findings += [_bundled(source) for source, used in bundled.items() if used]
+    findings = [_bundled(source, "scenes") for source, used in bundled.items() if used]
     for source, files, parse, expected in (
         ("general", config.general, parse_pair, PAIRS),
         ("region", config.region, parse_regions, REGIONS),
@@ -86,15 +124,30 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _weights(config: PruneConfig) -> Finding:
+def _weights(config: PrunedModel) -> Finding:
     path = Path(config.checkpoint)
-    found = path.is_file()
-    return Finding("weights", str(path), found, f"{path.stat().st_size / 1e6:.1f} MB" if found else "file not found")
-
-
-def _bundled(source: str) -> Finding:
+    if path.is_file():
+        return Finding("weights", str(path), True, f"{path.stat().st_size / 1e6:.1f} MB")
     try:
-        return Finding(source, BUNDLED, True, f"bundled scenes, drawn from {len(load_glyphs(BUNDLED))} glyphs")
+        config.check_weights()
+    except FileNotFoundError:
+        return Finding("weights", str(path), False, "file not found")
+    detail = "a folder" if path.is_dir() else "a repository on the hub, downloaded when it is needed"
+    return Finding("weights", str(path), True, detail)
+
+
+def _labelled(source: str, images: LabelledImages, max_missing: float) -> Finding:
+    try:
+        data = labelled(images, EvalTransform(1), seed=0)
+    except (OSError, ValueError) as error:
+        return Finding(source, str(images.images), False, _without(str(images.images), error))
+    found = _images(source, str(images.images), data.root, [path for path, _ in data.records], max_missing)
+    return replace(found, detail=f"{len(data):,} images of {len(data.class_names):,} classes; {found.detail}")
+
+
+def _bundled(source: str, what: str) -> Finding:
+    try:
+        return Finding(source, BUNDLED, True, f"bundled {what}, drawn from {len(load_glyphs(BUNDLED))} glyphs")
     except (OSError, ValueError) as error:
         return Finding(source, BUNDLED, False, str(error))
 
@@ -102,19 +155,24 @@ def _bundled(source: str) -> Finding:
 def _annotated(
     source: str, files: Files, parse: Callable[[dict], Any], expected: str, max_missing: float
 ) -> list[Finding]:
-    paths: list[str] = []
+    paths: dict[str, list[str]] = {files.images: []}
     try:
-        paths = [record[0] for record in read_records(files.annotations, parse, expected)]
-        annotations = Finding(source, files.annotations, True, f"{len(paths):,} records")
+        found = read_by_folder(files.annotations, files.folders, parse, expected)
+        paths = {str(folder): [record[0] for record in records] for folder, records in found}
+        annotations = Finding(source, files.annotations, True, f"{sum(map(len, paths.values())):,} records")
     except (OSError, ValueError) as error:
         annotations = Finding(source, files.annotations, False, _without(files.annotations, error))
+    return [annotations, *(_folder(source, folder, inside, max_missing) for folder, inside in paths.items())]
+
+
+def _folder(source: str, folder: str, paths: list[str], max_missing: float) -> Finding:
     try:
-        root = ImageRoot(files.images)
+        root = ImageRoot(folder)
     except FileNotFoundError as error:
-        return [annotations, Finding(source, files.images, False, _without(files.images, error))]
+        return Finding(source, folder, False, _without(folder, error))
     if not paths:
-        return [annotations, Finding(source, files.images, True, "a folder; its images were not looked up")]
-    return [annotations, _images(source, files.images, root, paths, max_missing)]
+        return Finding(source, folder, True, "a folder; its images were not looked up")
+    return _images(source, folder, root, paths, max_missing)
 
 
 def _images(source: str, folder: str, root: ImageRoot, paths: list[str], max_missing: float) -> Finding:

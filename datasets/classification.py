@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from datasets.annotations import HOW_TO_GET, ImageRoot, Records
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
+from datasets.sources import LabelledImages
 
 log = logging.getLogger(__name__)
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
@@ -133,6 +134,22 @@ def flowers102(
     dataset = ClassificationDataset(Path(root, "images"), samples, list(names.values()), transform, seed=seed)
     dataset.root.check(table, [path for path, _ in samples])
     return dataset
+
+
+def labelled(
+    images: LabelledImages, transform: Callable[[Image.Image, np.random.Generator], torch.Tensor], *, seed: int
+) -> ClassificationDataset:
+    """The data that a configuration names; raises as `imagenet` and `flowers102`."""
+    opened = {"imagenet": imagenet, "flowers102": flowers102}[images.dataset]
+    return opened(images.split, transform, seed=seed, root=images.folder)
+
+
+def check_classes(found: int, expected: int) -> None:
+    """ValueError where the data has another number of classes than the model."""
+    if found != expected:
+        raise ValueError(
+            f"the data has {found} classes and the model {expected}: set `classes` of the model, or its data"
+        )
 
 
 def _number(path: Path, text: str) -> int:

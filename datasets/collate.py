@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import default_collate
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def collate(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     none), which `SkippedImages.watch` takes out again; it is the only field where every sample was skipped.
     """
     read, skipped = _split(items)
-    return trim_text({name: torch.stack([item[name] for item in read]) for name in (read[0] if read else ())}) | skipped
+    return (trim_text(default_collate(read)) if read else {}) | skipped  # in a worker: stacked in shared memory
 
 
 def collate_regions(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def collate_regions(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]
     regions = [region for item in read for region in item["regions"]]
     owner = [i for i, item in enumerate(read) for _ in item["regions"]]
     batch = {name: torch.stack([torch.as_tensor(region[name]) for region in regions]) for name in regions[0]}
-    batch |= {"image": torch.stack([item["image"] for item in read]), "idx_to_group_img": torch.tensor(owner)}
+    batch |= {"image": default_collate([item["image"] for item in read]), "idx_to_group_img": torch.tensor(owner)}
     return trim_text(batch) | skipped
 
 

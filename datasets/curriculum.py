@@ -1,9 +1,10 @@
-"""Pretraining batches of the bundled scenes, stage after stage."""
+"""Pretraining batches of the bundled artwork: of scenes, stage after stage, or of single glyphs with labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets.bundled import BundledRegions, BundledScenes, Glyphs
+from datasets.bundled_classification import BundledClassification
 from datasets.collate import collate, collate_regions
 from datasets.loaders import loader
 from datasets.text import TextEncoder
@@ -40,11 +41,8 @@ class Curriculum:
         """Steps `start` to the last of one rank: {"sources": {"general": batch, "region": batch}, "objectives",
         "fused_pairs"}.
         """
-        first = 0
-        for number, (stage, (general, region)) in enumerate(zip(self.stages, self._sources, strict=True)):
-            done, first = max(0, start - first), first + stage.steps
-            if done >= stage.steps:
-                continue
+        for number, stage, done in unfinished(self.stages, start):
+            general, region = self._sources[number]
             order = {"seed": self.seed + number, "start": done, "stop": stage.steps, "workers": self.workers}
             order |= {"rank": rank, "world_size": world_size}
             loaders = {"general": loader(general, stage.batch_size, collate, **order)}
@@ -56,3 +54,40 @@ class Curriculum:
                     "objectives": stage.objectives,
                     "fused_pairs": stage.fused_pairs,
                 }
+
+
+class LabelledCurriculum:
+    """The steps of a training on the bundled glyphs and their classes, from any step on.
+
+    Args:
+        config: has `stages` (`datasets.sources.LabelsStage`), `workers` and `epoch_length`, the images in an epoch.
+        side: of the images, in pixels.
+    """
+
+    def __init__(self, config: Any, glyphs: Glyphs, side: int, *, seed: int):
+        self.stages, self.workers, self.seed = tuple(config.stages), config.workers, seed
+        options = {"length": config.epoch_length, "side": side}
+        self._sources = [
+            BundledClassification(glyphs, "train", seed=seed + number, strength=stage.strength, **options)
+            for number, stage in enumerate(self.stages)
+        ]
+
+    def __len__(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+        """Steps `start` to the last of one rank: {"image", "label", "fine_label"}."""
+        for number, stage, done in unfinished(self.stages, start):
+            order = {"seed": self.seed + number, "start": done, "stop": stage.steps, "workers": self.workers}
+            yield from loader(
+                self._sources[number], stage.batch_size, collate, rank=rank, world_size=world_size, **order
+            )
+
+
+def unfinished(stages: Sequence[Any], start: int) -> Iterator[tuple[int, Any, int]]:
+    """(number, stage, steps of it that are done) of the stages that are not over at step `start`."""
+    first = 0
+    for number, stage in enumerate(stages):
+        done, first = max(0, start - first), first + stage.steps
+        if done < stage.steps:
+            yield number, stage, done

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.annotations import ImageRoot, Records, get_box, get_text, get_texts, read_records
+from datasets.annotations import Folders, ImageRoot, Records, get_box, get_text, get_texts, read_by_folder
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
@@ -26,7 +26,7 @@ class ImageTextDataset(Dataset):
     (3, H, W), with the fields of `TextEncoder`; or `Skipped` where the image cannot be read. Batches: `collate`.
 
     Args:
-        sources: pairs of annotation file and image folder.
+        sources: pairs of annotation file and image folder, or folders by the "dataset" of the records.
         transform: (RGB image, generator) -> tensor.
         text: encodes the captions.
         seed: of all that is drawn.
@@ -38,7 +38,7 @@ class ImageTextDataset(Dataset):
 
     def __init__(
         self,
-        sources: Sequence[tuple[str | Path, str | Path]],
+        sources: Sequence[tuple[str | Path, Folders]],
         transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
         text: TextEncoder,
         *,
@@ -66,17 +66,18 @@ class ImageTextDataset(Dataset):
 
 
 def read_sources(
-    sources: Sequence[tuple[str | Path, str | Path]], parse: Callable[[dict], tuple], expected: str
+    sources: Sequence[tuple[str | Path, Folders]], parse: Callable[[dict], tuple], expected: str
 ) -> tuple[list[ImageRoot], list[tuple[int, tuple]]]:
-    """Image folders, and all the records as (number of the source, what `parse` keeps, the image path first)."""
+    """Image folders, and all the records as (number of the folder, what `parse` keeps, the image path first)."""
     if not sources:
         raise ValueError("at least one pair of annotation file and image folder is needed, got none")
     roots, records = [], []
-    for number, (annotation_file, root) in enumerate(sources):
-        found = read_records(annotation_file, parse, expected)
-        roots.append(ImageRoot(root))
-        roots[-1].check(annotation_file, [record[0] for record in found])
-        records += [(number, record) for record in found]
+    for annotation_file, folders in sources:
+        for folder, found in read_by_folder(annotation_file, folders, parse, expected):
+            root = ImageRoot(folder)
+            root.check(annotation_file, [record[0] for record in found])
+            records += [(len(roots), record) for record in found]
+            roots.append(root)
     return roots, records
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.annotations import Records, get_box, get_text, get_texts
+from datasets.annotations import Folders, Records, get_box, get_text, get_texts
 from datasets.collate import Skipped
 from datasets.pretraining import read_sources
 from datasets.sampler import sample_generator
@@ -36,7 +36,7 @@ class RegionDataset(Dataset):
     which no region lies, gives `Skipped`. Batches: `collate_regions`.
 
     Args:
-        sources: pairs of annotation file and image folder.
+        sources: pairs of annotation file and image folder, or folders by the "dataset" of the records.
         text: encodes the descriptions.
         image_res, patch_size: side of the images and of their patches in pixels.
         seed: of all that is drawn.
@@ -50,7 +50,7 @@ class RegionDataset(Dataset):
 
     def __init__(
         self,
-        sources: Sequence[tuple[str | Path, str | Path]],
+        sources: Sequence[tuple[str | Path, Folders]],
         text: TextEncoder,
         image_res: int,
         patch_size: int,

@@ -1,18 +1,26 @@
-"""Image-text retrieval: the evaluation set and its recalls."""
+"""Image-text retrieval: the sets for training and evaluation, and the recalls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.annotations import ImageRoot, get_text, get_texts, read_records
+from datasets.annotations import ImageRoot, Records, get_text, get_texts, read_records
+from datasets.bundled import BundledScenes, load_glyphs
 from datasets.collate import Skipped
+from datasets.sampler import sample_generator
+from datasets.tasks import RetrievalConfig
+from datasets.text import TextEncoder
+from datasets.transforms import FINETUNING_SCALE, TrainTransform
 
 EXPECTED = '{"image": path, "caption": [text]}'
+EXPECTED_PAIR = '{"image": path, "caption": text or [text], "image_id": text or number}'
 
 
 class RetrievalEvalDataset(Dataset):
@@ -30,6 +38,7 @@ class RetrievalEvalDataset(Dataset):
     Args:
         annotation_file, image_root: where the records and the images are.
         transform: RGB image -> tensor.
+        limit: only the first so many images.
 
     Raises:
         FileNotFoundError: the file or folder is missing, or none of the images looked up is in the folder.
@@ -41,8 +50,9 @@ class RetrievalEvalDataset(Dataset):
         annotation_file: str | Path,
         image_root: str | Path,
         transform: Callable[[Image.Image], torch.Tensor],
+        limit: int | None = None,
     ):
-        records = read_records(annotation_file, parse_captioned, EXPECTED)
+        records = read_records(annotation_file, parse_captioned, EXPECTED)[:limit]
         self.images = [path for path, _ in records]
         self.texts = [caption for _, captions in records for caption in captions]
         self.txt2img = [i for i, (_, captions) in enumerate(records) for _ in captions]
@@ -60,6 +70,70 @@ class RetrievalEvalDataset(Dataset):
         if isinstance(image, Skipped):
             return image
         return {"image": self.transform(image), "index": torch.tensor(i)}
+
+
+class RetrievalTrainDataset(Dataset):
+    """Image-caption pairs of annotation files such as `coco_train.json`, one item for each caption.
+
+    It is indexed by a running number n = epoch * len(dataset) + index. An item is {"image": (3, H, W), **text fields,
+    "sample_ids": number of the image}, or `Skipped` where the image cannot be read. Batches: `collate`.
+
+    Args:
+        annotation_files, image_root: where the records and the images are.
+        transform: (RGB image, generator) -> tensor.
+        encode: (caption, generator) -> text fields.
+        seed: of all that is drawn.
+
+    Raises:
+        FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
+        ValueError: an annotation file is not as expected.
+    """
+
+    def __init__(
+        self,
+        annotation_files: Sequence[str | Path],
+        image_root: str | Path,
+        transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+        encode: Callable[[str, np.random.Generator], dict[str, torch.Tensor]],
+        *,
+        seed: int,
+    ):
+        self.root, records = ImageRoot(image_root), []
+        for file in annotation_files:
+            found = read_records(file, parse_paired, EXPECTED_PAIR)
+            self.root.check(file, [path for path, _, _ in found])
+            records += found
+        numbers: dict[str, int] = {}  # of the images, by what the file calls them
+        pairs = ((path, text, numbers.setdefault(i, len(numbers))) for path, texts, i in records for text in texts)
+        self.records = Records(pairs)
+        self.transform, self.encode, self.seed = transform, encode, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor] | Skipped:
+        index, rng = sample_generator(n, len(self), self.seed)
+        path, caption, number = self.records[index]
+        image = self.root.load(path)
+        if isinstance(image, Skipped):
+            return image
+        fields = self.encode(caption, rng)
+        return {"image": self.transform(image, rng), **fields, "sample_ids": torch.tensor(number)}
+
+
+def training_set(config: RetrievalConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
+    """What the configuration trains on, images of `side` pixels: the bundled scenes or annotated files."""
+    fields = partial(encode, masked=False)
+    if config.bundled:
+        return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
+    transform = TrainTransform(side, scale=FINETUNING_SCALE)
+    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, seed=seed)
+
+
+def parse_paired(record: dict) -> tuple[str, list[str], str]:
+    """Image path, captions, and what tells the image from others: its `image_id`, or its path where it has none."""
+    path = get_text(record, "image")
+    return path, get_texts(record, "caption"), str(record.get("image_id", path))
 
 
 def parse_captioned(record: dict) -> tuple[str, list[str]]:

@@ -31,8 +31,12 @@ class Tokenizer(Protocol):
 
 def clean_caption(text: str, max_words: int) -> str:
     """Lower-case, no punctuation, hyphens and slashes as spaces, `<person>` as person; the first `max_words` words."""
-    cleaned = text.lower().translate(_DROPPED).replace("<person>", "person")
-    return " ".join(cleaned.split()[:max_words])
+    return clean_question(text, max_words).replace("<person>", "person")
+
+
+def clean_question(text: str, max_words: int) -> str:
+    """As `clean_caption`, but for `<person>`."""
+    return " ".join(text.lower().translate(_DROPPED).split()[:max_words])
 
 
 def mentions_side(text: str) -> bool:

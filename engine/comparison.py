@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from datasets.sources import PruneConfig
+from datasets.sources import PrunedModel
 from engine.files import write_atomic
-from engine.pruning import RECALLS, Metrics, percent, timed
+from engine.pruning import Metrics, percent, timed
 from engine.report import append_csv, markdown_table
 from sparsity.allocation import Sparsity
-from sparsity.masks import Masks
+from sparsity.masks import Masks, state_digest
 from sparsity.view import PrunableView
 
 Row = dict[str, str]
@@ -37,7 +36,7 @@ DENSE_RUN: Run = (DENSE, "0", ANY_SEED)
 
 
 def digests(
-    view: PrunableView, sizes: Any, config: PruneConfig, options: Mapping[str, Any], pruners: Mapping[str, Any]
+    view: PrunableView, sizes: Any, config: PrunedModel, options: Mapping[str, Any], pruners: Mapping[str, Any]
 ) -> dict[str, str]:
     """Pruner (or "dense") -> short name of all that decides its results, but for sparsity and seed.
 
@@ -46,24 +45,15 @@ def digests(
     count, what they are does.
     """
     read = dataclasses.asdict(config)
-    common = {"weights": _state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
+    common = {"weights": state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
     common |= {"evaluation": read["evaluation"], "precision": options["precision"]}
-    data = {key: read[key] for key in ("bundled", "general", "region", "batch_size")}
+    data = {key: read[key] for key in config.CALIBRATION}
     data["num_batches"] = options["num_batches"]
     result = {DENSE: _digest(common)}
     for name, pruner in pruners.items():
         own = {key: options[key] for key in inspect.signature(type(pruner)).parameters}
         result[name] = _digest(common | own | (data if pruner.statistic else {}))
     return result
-
-
-def _state_digest(model: nn.Module) -> str:
-    """SHA-256 over all that the model holds: what is kept dense decides the recalls, too."""
-    sha = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -77,12 +67,15 @@ class Ledger:
 
     Args:
         groups: of the model's weights; their sparsity is recorded.
+        columns: column of the table -> metric.
         digests: of the configuration, for every pruner that will be asked about.
     """
 
-    def __init__(self, path: Path, model: str, groups: Iterable[str], digests: Mapping[str, str]):
-        self.path, self.model, self.digests = path, model, digests
-        self.measures = [*(f"{name} %" for name in (*groups, "all")), *RECALLS]
+    def __init__(
+        self, path: Path, model: str, groups: Iterable[str], columns: Mapping[str, str], digests: Mapping[str, str]
+    ):
+        self.path, self.model, self.metrics, self.digests = path, model, columns, digests
+        self.measures = [*(f"{name} %" for name in (*groups, "all")), *columns]
         self.columns = ["config", "date", "model", "pruner", "sparsity", "seed", *self.measures, "selection_seconds"]
         self.rows = self._read()
 
@@ -110,7 +103,7 @@ class Ledger:
         row: dict[str, Any] = {"config": self.digests[pruner], "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         row |= {"model": self.model, "pruner": pruner, "sparsity": sparsity, "seed": seed}
         row |= {f"{name} %": f"{100 * share:.4f}" for name, share in shares.items()}
-        row |= {name: f"{metrics[key]:.4f}" for name, key in RECALLS.items()}
+        row |= {name: f"{metrics[key]:.4f}" for name, key in self.metrics.items()}
         row["selection_seconds"] = f"{seconds:.2f}"
         append_csv(self.path, [row])
         self.rows.append(row)
@@ -136,12 +129,13 @@ def compare(
     seeds: Sequence[int],
     ledger: Ledger,
     *,
-    measure: Callable[[Any, int, int], dict[str, Tensor]],
+    measure: Callable[..., dict[str, Tensor]],
     evaluate: Callable[[], Metrics],
 ) -> None:
     """Every pruner at every sparsity under every seed, and the dense model, but for what the ledger has already.
 
-    pruners: name -> pruner. measure: (pruner, seed, epoch) -> its statistic. evaluate: recalls of the model as it is.
+    pruners: name -> pruner. measure: (pruner, seed, epoch, what the pruner gives its `again`) -> its statistic.
+    evaluate: metrics of the model as it is.
     """
     with tqdm(total=len(wanted(pruners, sparsities, seeds)), desc="runs", unit="run", leave=False) as bar:
         bar.update(sum(ledger.find(*run) is not None for run in wanted(pruners, sparsities, seeds)))
@@ -183,7 +177,7 @@ def _masks(
     pruners: Mapping[str, Any],
     seed: int,
     todo: Sequence[tuple[str, str, Sequence[Sparsity]]],
-    measure: Callable[[Any, int, int], dict[str, Tensor]],
+    measure: Callable[..., dict[str, Tensor]],
 ) -> Iterator[tuple[Run, Masks, float]]:
     """(run, its masks, seconds that it took to choose them), all from one statistic."""
     measured = measure(pruners[todo[0][0]], seed, 0)
@@ -240,7 +234,7 @@ def latex(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_tables(folder: Path, model: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """`table.md` and `table.tex`; returns the summary for the reader of the terminal."""
     table = markdown(rows)
-    what = "Zero-shot retrieval and sparsity of each group, in per cent: mean ± standard error over the seeds."
+    what = "Quality without training and sparsity of each group, in per cent: mean ± standard error over the seeds."
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     write_atomic(folder / "table.md", f"# Pruners of {model}\n\n{what}\n\n{listed}\n\n{table}\n".encode())
     write_atomic(folder / "table.tex", latex(rows).encode())

@@ -43,26 +43,33 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def configure(args: Namespace, task: str, schema: type[T]) -> tuple[Path, T]:
-    """The configuration file of a task and its content, where `--weights` and `--max_skipped` take the place of the
-    file's when they are given.
+def configure(args: Namespace, task: str, schema: type[T], base: str = "_base") -> tuple[Path | None, T]:
+    """The configuration file of a task and its content, where the options of the command line that have the name of a
+    key (`--weights`, `--max_skipped`) take the place of the file's when they are given. base: what the name of the
+    full-size model's file ends with. A schema whose keys all have defaults needs no file: then the path is None.
     """
-    path = args.config or find_variant(Path("configs", args.model), task, args.variant, args.weights)
-    given = {name: getattr(args, name) for name in ("weights", "max_skipped") if getattr(args, name) is not None}
-    return path, dataclasses.replace(load_config(path, schema), **given)
+    required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(schema))
+    path = args.config
+    if path is None and required:
+        path = find_variant(Path("configs", args.model), task, args.variant, args.weights, base)
+    names = {f.name for f in dataclasses.fields(schema)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return path, dataclasses.replace(load_config(path, schema) if path else schema(), **given)
 
 
-def find_variant(folder: Path, task: str, variant: str, weights: str | None) -> Path:
-    """`<folder>/<task>_<variant>.yaml`; "auto" is "base" where weights are given or its own are there, else "mini".
+def find_variant(folder: Path, task: str, variant: str, weights: str | None, base: str = "_base") -> Path:
+    """`<folder>/<task>_mini.yaml`, or <task> + base for "base", which "auto" is where weights are given or its own are
+    there.
 
     weights: a file, "random", or None for those of the configuration.
     """
+    full = folder / f"{task}{base}.yaml"
     if variant == "auto":
-        base = read_yaml(folder / f"{task}_base.yaml").get("weights")
-        variant = "base" if weights not in (None, "random") or Path(str(base)).is_file() else "mini"
+        own = read_yaml(full).get("weights")
+        variant = "base" if weights not in (None, "random") or Path(str(own)).is_file() else "mini"
         if variant == "mini":
-            log.info("%s is not there: using the bundled %s-mini (--variant base for the full size)", base, folder.name)
-    return folder / f"{task}_{variant}.yaml"
+            log.info("%s is not there: using the bundled %s-mini (--variant base for the full size)", own, folder.name)
+    return full if variant == "base" else folder / f"{task}_{variant}.yaml"
 
 
 def build(schema: type[T], values: Any, where: str) -> T:

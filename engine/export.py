@@ -1,20 +1,60 @@
-"""Weights that load without this project."""
+"""Weights and models that load without this project."""
 
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.files import replacing
+from engine.files import replacing, replacing_folder
+
+log = logging.getLogger(__name__)
 
 
-def save_weights(model: nn.Module, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the state dict as safetensors, floating-point tensors as `dtype`; tied tensors stand under each name."""
-    state = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().clone().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    without: Sequence[str] = (),
+    tied_once: bool = False,
+) -> Path:
+    """Write the state dict as safetensors, floating-point tensors as `dtype`.
+
+    without: globs over names that are left out. tied_once: a tied tensor stands under its first name alone, which
+    `models.checkpoint.load_weights` understands; by default under each, as other programs want it.
+    """
+    state, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
+            continue
+        seen.add(id(tensor))
+        kept = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        state[name] = kept.cpu().clone().contiguous()
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     return Path(path)
+
+
+def save_model(model: nn.Module, path: str | Path) -> Path:
+    """Write a model as its own library loads it: for transformers a folder `path`, with the processor where the model's
+    own is here, else its state dict in `path`.safetensors.
+    """
+    if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+        return save_weights(model, f"{path}.safetensors")
+    with replacing_folder(path) as temporary:
+        model.save_pretrained(temporary)
+        _save_processor(model.name_or_path, temporary)
+    return Path(path)
+
+
+def _save_processor(name: str, folder: Path) -> None:
+    import transformers
+
+    try:
+        transformers.AutoProcessor.from_pretrained(name, local_files_only=True).save_pretrained(folder)
+    except Exception:  # whatever a missing or foreign file makes of it: the weights are what was asked for
+        log.info("%s has no processor here: the saved model comes without one", name)

@@ -1,6 +1,7 @@
 """Optimizers as the recipes set them up."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ def adamw(
     return _adamw([p for p in model.parameters() if p.requires_grad], lr, weight_decay, betas, fused)
 
 
+def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], precision: str) -> torch.optim.Optimizer:
+    """The optimizer that a task's configuration names: `opt` ("adamW" or "sgd"), `lr`, `weight_decay` and `betas`.
+
+    new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars.
+    """
+    groups = []
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for rate, fresh in ((config.lr, False), (config.lr * config.lr_mult, True)):
+        chosen = [p for name, p in named if any(fnmatchcase(name, glob) for glob in new) == fresh]
+        groups += [group | {"lr": rate} for group in _by_decay(chosen, config.weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    if config.opt == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=precision != "16-mixed")
+
+
 def muon(
     model: nn.Module, *, lr: float, matrix_lr: float, weight_decay: float, betas: Sequence[float]
 ) -> "ChainedOptimizer":
@@ -46,11 +63,15 @@ def muon(
 def _adamw(
     parameters: list[nn.Parameter], lr: float, weight_decay: float, betas: Sequence[float], fused: bool
 ) -> torch.optim.AdamW:
-    groups = [
+    return torch.optim.AdamW(_by_decay(parameters, weight_decay), lr=lr, betas=tuple(betas), fused=fused)
+
+
+def _by_decay(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: what decays, and norms, biases and scalars."""
+    return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=fused)
 
 
 class ChainedOptimizer(torch.optim.Optimizer):

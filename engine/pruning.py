@@ -1,6 +1,9 @@
 """The course of a pruning run around its pruner: calibration pass, evaluation of masks, files and tables of results."""
 
 import dataclasses
+import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +16,35 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from datasets.calibration import Calibration
 from engine.config import save_config
+from engine.export import save_model
 from engine.pictures import Pictures
 from engine.report import append_csv, markdown_table, write_report
 from engine.tensors import stream_tensors
 from sparsity.gradients import batch_generator
 from sparsity.masks import Masks
+from sparsity.rows import Scratch
 from sparsity.view import PrunableView
 
 Metrics = Mapping[str, float]
-RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "precision")  # options on which masks depend
-RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
+RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
 
 
 def calibrate(
-    pruner: Any, view: PrunableView, data: Calibration | None, fabric: Any, seed: int, epoch: int = 0
-) -> dict[str, Tensor]:
+    pruner: Any,
+    view: PrunableView,
+    data: Calibration | None,
+    fabric: Any,
+    seed: int,
+    epoch: int = 0,
+    *,
+    folder: Path | None = None,
+    config: Any = None,
+    **options: Any,
+) -> Any:
     """The pruner's statistic over the batches of an epoch, summed over ranks; {} where there is no data to read.
 
-    What a loss draws is a function of the seed and the batch.
+    What a loss draws is a function of the seed and the batch. folder: for what is too large for memory; `config`, a
+    dataclass, then says what is read. options: further ones of the pruner's `measure`.
     """
     if data is None:
         return {}
@@ -44,6 +58,10 @@ def calibrate(
     def total(tensor: Tensor) -> Tensor:
         return fabric.all_reduce(tensor, reduce_op="sum")
 
+    if folder:
+        read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)
+        options["scratch"] = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
+
     with fabric.autocast(), logging_redirect_tqdm():
         return pruner.measure(
             view,
@@ -51,6 +69,8 @@ def calibrate(
             progress=progress,
             reduce=total if fabric.world_size > 1 else None,
             generators=lambda i: batch_generator(seed, numbers[i]),
+            rounds=data.rounds,
+            **options,
         )
 
 
@@ -62,6 +82,15 @@ def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, floa
         begin = time.perf_counter()
 
 
+def file_name(model: str) -> str:
+    """The name of a model as names of files begin: of a folder its last part, and nothing but letters, digits, . and -
+    between underscores.
+    """
+    source, _, rest = model.partition(":")
+    rest = Path(os.path.abspath(rest)).name if source == "hf" and Path(rest).is_dir() else rest
+    return re.sub(r"[^\w.-]+", "_", f"{source}_{rest}" if rest else source)
+
+
 def percent(sparsity: Any) -> str:
     """A sparsity in per cent, as files and tables have it."""
     return f"{float(100 * sparsity):.12g}"
@@ -71,16 +100,27 @@ class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
     folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
-    the files. config: a dataclass, written beside the results. writes: whether this rank writes files.
+    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
+    this rank writes files.
     """
 
-    def __init__(self, folder: Path, view: PrunableView, options: Mapping[str, Any], config: Any, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        view: PrunableView,
+        options: Mapping[str, Any],
+        config: Any,
+        columns: Mapping[str, str],
+        writes: bool = True,
+    ):
         self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
-        self.stem = f"{options['model']}_{options['pruner']}"
+        self.columns = columns
+        model = file_name(options["model"])
+        self.stem = f"{model}_{options['pruner']}"
         self.calibration_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
-        self.pictures = Pictures(folder, view, options["model"], self.stem)
+        self.pictures = Pictures(folder, view, model, self.stem)
         self.warnings: list[str] = []
         self.written: list[Path] = []
 
@@ -96,7 +136,7 @@ class Results:
 
     def dense(self, metrics: Metrics) -> None:
         """The first row: the model before pruning."""
-        self.rows.append(_row("dense", dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
+        self.rows.append(self._row("dense", dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
@@ -106,15 +146,19 @@ class Results:
         if self.writes:
             masks.save(path)
         self.written.append(path)
+        if masks.weights:
+            self._save_weights(masks, path.with_name(path.name.replace("_pruning_masks", "_weights")))
         report = masks.report(self.view)
         self.warnings += [f"{label}: {line}" for line in report.warnings]
         self.pictures.add(label, masks, report, path)
         metrics: Metrics = {}
-        if evaluate:
+        if evaluate or self.options["save_model"]:
             with masks.applied(self.view):
-                metrics = evaluate()
+                if self.options["save_model"]:
+                    self._save_model(path.with_name(path.name.replace("_pruning_masks.safetensors", "_model")))
+                metrics = evaluate() if evaluate else {}
         groups = {name: 100 * count.sparsity for name, count in report.groups.items()}
-        self.rows.append(_row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
+        self.rows.append(self._row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
         self.times.append(
             {
                 "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -127,6 +171,18 @@ class Results:
                 "prunable": masks.total,
             }
         )
+
+    def _save_weights(self, masks: Masks, path: Path) -> None:
+        """The updated weights alone, under every name that they have in the model."""
+        named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        if self.writes:
+            stream_tensors(path, {key: tuple(weight.shape) for key, weight in named}, named)
+        self.written.append(path)
+
+    def _save_model(self, path: Path) -> None:
+        """The model as it is, as its own library loads it."""
+        if self.writes:
+            self.written.append(save_model(self.view.model, path))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""
@@ -150,6 +206,12 @@ class Results:
         lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
         return "\n".join(lines)
 
+    def _row(
+        self, label: str, groups: Mapping[str, float], total: float, metrics: Metrics, seconds: str
+    ) -> dict[str, Any]:
+        row = {"sparsity": label, **{f"{name} %": f"{value:.2f}" for name, value in (groups | {"all": total}).items()}}
+        return row | {name: metrics[key] for name, key in self.columns.items() if key in metrics} | {"seconds": seconds}
+
     def _write(self, facts: Mapping[str, Any]) -> None:
         arguments = {name: plain(value) for name, value in self.options.items()}
         save_config({"arguments": arguments, "config": dataclasses.asdict(self.config)}, self.path("config.yaml"))
@@ -163,11 +225,6 @@ class Results:
         ]
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
-
-
-def _row(label: str, groups: Mapping[str, float], total: float, metrics: Metrics, seconds: str) -> dict[str, Any]:
-    row = {"sparsity": label, **{f"{name} %": f"{value:.2f}" for name, value in (groups | {"all": total}).items()}}
-    return row | {name: metrics[key] for name, key in RECALLS.items() if key in metrics} | {"seconds": seconds}
 
 
 def plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from datasets.sources import Evaluation
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
 
+RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
 NOT_RANKED = -100.0  # score of the candidates that the contrastive similarity left out
 READ = 64  # images read together
 
@@ -76,9 +77,12 @@ class ZeroShot:
 def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
     """Images, captions, and which belong together: for each caption its image, for each image its captions."""
     if evaluation.files:
-        files = RetrievalEvalDataset(evaluation.files.annotations, evaluation.files.images, EvalTransform(side))
+        found = evaluation.files.annotations, evaluation.files.images
+        files = RetrievalEvalDataset(*found, EvalTransform(side), evaluation.limit)
         return files, files.texts, files.txt2img, files.img2txt
-    scenes = BundledRetrieval(load_glyphs(), evaluation.bundled_split, evaluation.bundled_scenes, side=side)
+    number = min(evaluation.bundled_scenes, evaluation.limit or evaluation.bundled_scenes)
+    split, seed = evaluation.bundled_split, evaluation.bundled_seed
+    scenes = BundledRetrieval(load_glyphs(), split, number, side=side, seed=seed)
     own = list(range(len(scenes)))
     return scenes, [scenes.scene(i).caption for i in own], own, [[i] for i in own]
 
@@ -105,8 +109,8 @@ def retrieval_scores(
 ) -> tuple[Tensor, Tensor]:
     """Scores of all image-text pairs both ways, in float32 and evaluation mode.
 
-    model gives `encode_image`, `encode_text` and `match` (see models/xvlm.py). images: batches (B, 3, H, W). texts:
-    `text_ids`, `text_atts` (N, T). k_test: candidates of each query that the ITM head re-ranks by its positive logit,
+    model gives `encode_image`, `encode_text`, `match` and `pair_scores` (see models/xvlm.py). images: batches
+    (B, 3, H, W). texts: `text_ids`, `text_atts` (N, T). k_test: candidates of each query that the ITM head re-ranks,
     the others get -100; 0 scores by contrastive similarity alone. share: (rank, ranks), of which this one re-ranks its
     part of the queries; reduce: sums a tensor over them. progress: wraps the batches to re-rank, as tqdm does. Returns
     (I, N) and (N, I), on the CPU; NaN stays NaN.
@@ -125,7 +129,8 @@ def retrieval_scores(
             return similarity.cpu(), similarity.t().cpu()
 
         def matched(image: Tensor, text: Tensor) -> Tensor:
-            return model.match(states[text], atts[text], tokens[image])[:, 1]
+            logits = model.match(states[text], atts[text], tokens[image])
+            return model.pair_scores(logits, similarity[image, text])
 
         def ranked(similarity: Tensor, matched: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             scores = _rerank(similarity, k_test, matched, batch_size, share, progress)

@@ -2,9 +2,24 @@
 
 import difflib
 import importlib
+import importlib.util
+import re
 from types import ModuleType
 
-NAMES = ("xvlm",)
+KINDS = {"xvlm": "pairs", "blip": "pairs", "dino": "labels"}  # name -> the data that a model takes
+NAMES = tuple(KINDS)
+ANY = "timm:NAME, hf:NAME_OR_FOLDER, package.module:function"  # any other model, of the kind "external"
+_ANY = re.compile(r"(timm|hf):.+|\w+(\.\w+)*:\w+")
+
+
+def kind(name: str) -> str:
+    """The kind of data that a model takes; ValueError, with the nearest name, unless there is a model of this name."""
+    if ":" not in name:
+        check(name)
+        return KINDS[name]
+    if not _ANY.fullmatch(name):
+        raise ValueError(f"there is no model {name!r}; there are {', '.join(NAMES)}, and any other as {ANY}")
+    return "external"
 
 
 def check(name: str) -> None:
@@ -15,6 +30,25 @@ def check(name: str) -> None:
 
 
 def find(name: str) -> ModuleType:
-    """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; ValueError as `check`."""
+    """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; ValueError as `kind`. Of
+    any other, models.external.
+    """
+    return importlib.import_module("models.external" if kind(name) == "external" else f"models.{name}")
+
+
+def of_task(task: str) -> tuple[str, ...]:
+    """The models that there is a task ("retrieval", "captioning", ...) of: a file models/<model>_<task>.py."""
+    return tuple(name for name in NAMES if importlib.util.find_spec(f"models.{name}_{task}"))
+
+
+def check_task(name: str, task: str) -> None:
+    """ValueError unless there is this task of this model."""
     check(name)
-    return importlib.import_module(f"models.{name}")
+    if name not in of_task(task):
+        raise ValueError(f"there is no {task} with the model {name!r}; there is with: {', '.join(of_task(task))}")
+
+
+def find_task(name: str, task: str) -> ModuleType:
+    """Module of a task model, see models/task.py; ValueError as `check_task`."""
+    check_task(name, task)
+    return importlib.import_module(f"models.{name}_{task}")

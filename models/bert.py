@@ -22,6 +22,7 @@ class TextConfig:
     heads: int = 12
     mlp_width: int = 3072
     max_positions: int = 512
+    token_types: bool = True  # BLIP's BERT has no token-type embeddings
     dropout: float = 0.1
     eps: float = 1e-12
 
@@ -33,21 +34,26 @@ class TextConfig:
 
 
 class Embeddings(nn.Module):
-    """Word + position + token-type embeddings, LayerNorm, dropout."""
+    """Word + position (+ token-type) embeddings, LayerNorm, dropout."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
+        self.token_types = config.token_types
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.token_type_embeddings = nn.Embedding(2, config.width)
+        if config.token_types:
+            self.token_type_embeddings = nn.Embedding(2, config.width)
         self.LayerNorm = nn.LayerNorm(config.width, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("position_ids", torch.arange(config.max_positions).unsqueeze(0))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        positions = self.position_ids[:, : ids.shape[1]]
-        x = self.word_embeddings(ids) + self.position_embeddings(positions) + self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(x))  # (B, T, D)
+    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Ids (B, T), of which the first is the token at position `start` -> (B, T, D)."""
+        positions = self.position_ids[:, start : start + ids.shape[1]]
+        x = self.word_embeddings(ids) + self.position_embeddings(positions)
+        if self.token_types:
+            x = x + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(x))
 
 
 class SelfAttention(nn.Module):
@@ -62,11 +68,22 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(context_width, config.width)
 
     def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
-        source = x if context is None else context
-        projected = self.query(x), self.key(source), self.value(source)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)  # (B, H, T or L, D / H)
+        return self.attend(self.queries(x), *self.keys_values(x if context is None else context), mask)
+
+    # In parts, so that generation can keep the keys and values: each (B, H, T or L, D / H).
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._heads(self.query(x))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self.key(source)), self._heads(self.value(source))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Residual(nn.Module):
@@ -113,9 +130,11 @@ class Layer(nn.Module):
         self.output = Residual(config, config.mlp_width)
 
     def forward(self, x: Tensor, mask: Tensor, image: Tensor | None, image_mask: Tensor | None) -> Tensor:
+        """x: (B, T, D). image: (B, L, V), or (B / n, L, V), where n texts one after the other share a row."""
         x = self.attention(x, mask)
         if image is not None:
-            x = self.crossattention(x, image_mask, image)
+            queries = x.reshape(len(image), -1, x.shape[-1])  # texts that share a row are queries of one sequence
+            x = self.crossattention(queries, image_mask, image).reshape(x.shape)
         return self.output(self.intermediate(x), x)
 
 
@@ -127,33 +146,48 @@ class Encoder(nn.Module):
         )
 
 
-def key_mask(atts: Tensor | None) -> Tensor | None:
-    """(B, T) with 1 at the tokens to attend to -> boolean (B, 1, 1, T), as scaled_dot_product_attention takes it."""
-    return None if atts is None else atts.bool()[:, None, None, :]
+def key_mask(atts: Tensor | None, causal: bool = False) -> Tensor | None:
+    """(B, T) with 1 at the tokens to attend to -> boolean (B, 1, 1, T), as scaled_dot_product_attention takes it.
+
+    causal: no token sees a later one, (B, 1, T, T).
+    """
+    if atts is None:
+        return None
+    mask = atts.bool()[:, None, None, :]
+    length = atts.shape[1]
+    return mask & torch.ones(length, length, dtype=torch.bool, device=atts.device).tril() if causal else mask
 
 
 class Bert(nn.Module):
-    """Layers below `fusion_layer` encode text; those from it on fuse text with image tokens."""
+    """Layers below `fusion_layer` encode text; those from it on fuse text with image tokens (or do without)."""
 
-    def __init__(self, config: TextConfig, vision_width: int):
+    def __init__(self, config: TextConfig, vision_width: int, causal: bool = False):
         super().__init__()
+        self.causal = causal
         self.fusion_layer = config.fusion_layer
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, vision_width)
 
     def encode_text(self, ids: Tensor, atts: Tensor) -> Tensor:
         """Token ids and padding mask, both (B, T), through the text layers -> (B, T, D)."""
-        x, mask = self.embeddings(ids), key_mask(atts)
+        x, mask = self.embeddings(ids), key_mask(atts, self.causal)
         for layer in self.encoder.layer[: self.fusion_layer]:
             x = layer(x, mask, None, None)
         return x
 
-    def fuse(self, text: Tensor, atts: Tensor, image: Tensor, image_atts: Tensor | None = None) -> Tensor:
-        """Text states (B, T, D) and image tokens (B, L, V) through the fusion layers -> (B, T, D)."""
-        mask, image_mask = key_mask(atts), key_mask(image_atts)
+    def fuse(self, text: Tensor, atts: Tensor, image: Tensor | None, image_atts: Tensor | None = None) -> Tensor:
+        """Text states (B, T, D) and image tokens (B, L, V) through the fusion layers -> (B, T, D).
+
+        Without an image the cross-attention is left out.
+        """
+        mask, image_mask = key_mask(atts, self.causal), key_mask(image_atts)
         for layer in self.encoder.layer[self.fusion_layer :]:
             text = layer(text, mask, image, image_mask)
         return text
+
+    def forward(self, ids: Tensor, atts: Tensor, image: Tensor | None, image_atts: Tensor | None = None) -> Tensor:
+        """All layers: `encode_text`, then `fuse`."""
+        return self.fuse(self.encode_text(ids, atts), atts, image, image_atts)
 
 
 class PredictionTransform(nn.Module):
@@ -189,9 +223,9 @@ class MaskedLMHead(nn.Module):
 
 
 class BertForMaskedLM(nn.Module):
-    """`Bert` with the masked-language-modelling head tied to its word embeddings."""
+    """`Bert` with the head of masked or, where `causal`, of plain language modelling, tied to its word embeddings."""
 
-    def __init__(self, config: TextConfig, vision_width: int):
+    def __init__(self, config: TextConfig, vision_width: int, causal: bool = False):
         super().__init__()
-        self.bert = Bert(config, vision_width)
+        self.bert = Bert(config, vision_width, causal)
         self.cls = MaskedLMHead(config, self.bert.embeddings.word_embeddings)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,10 +11,44 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.hub import first_line, hub_answers
 from sparsity.view import canonical
 
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
+SAVED_FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers names them
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
 SHOWN = 3  # names in an error message
+
+
+def find_weights(name: str | Path) -> Path:
+    """The weights file that a file name, a folder saved by transformers or a repository on its hub stands for.
+
+    A repository ("facebook/dino-vitb16") is downloaded once and kept in the cache of huggingface_hub. Raises OSError
+    where there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = [path / file for file in SAVED_FILES if (path / file).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no weights in this folder; expected {' or '.join(SAVED_FILES)}")
+        return found[0]
+    return path if path.is_file() or path.suffix in SUFFIXES else _download(str(name))
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    offline = not hub_answers()
+    for file in SAVED_FILES:
+        try:
+            return Path(hf_hub_download(repository, file, local_files_only=offline))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # of the network, of the hub, of a name that is none
+            raise OSError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
+    why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
+    raise FileNotFoundError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -55,25 +89,34 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, path: str | Path, *, positions: Sequence[str] = (), ignored: Sequence[str] = ()
-) -> None:
+    model: nn.Module,
+    path: str | Path,
+    *,
+    positions: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    rename: Callable[[str], str] = str,
+) -> list[str]:
     """Copy the weights of a file into `model`, whose every tensor must be there, and nothing else.
 
     positions: names of position tables (1 + grid^2, width), interpolated where the image size differs. ignored: globs
-    of names that may be missing or superfluous on either side. A tied tensor may stand under any of its names. Raises
-    ValueError naming the first tensors that don't fit; the model is not changed then.
+    of names that may be missing or superfluous on either side. optional: globs of names that the file may lack; those
+    that it lacks are returned. rename: name in the file -> name in the model. A tied tensor may stand under any of its
+    names. Raises ValueError naming the first tensors that don't fit; the model is not changed then.
     """
-    weights = {name: t for name, t in read_weights(path).items() if not _matches(name, ignored)}
+    weights = {rename(name): t for name, t in read_weights(path).items()}
+    weights = {name: t for name, t in weights.items() if not _matches(name, ignored)}
     state = {canonical(name): t for name, t in model.state_dict(keep_vars=True).items()}
     for name in positions:
         if name in weights and name in state:
             weights[name] = fit_positions(weights[name], state[name])
-    misfits = {kind: names for kind, names in _misfits(weights, state, ignored).items() if names}
+    misfits = {kind: names for kind, names in _misfits(weights, state, (*ignored, *optional)).items() if names}
     if misfits:
         told = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in misfits.items())
         raise ValueError(f"{path}: weights of another model: {told}")
     for name, tensor in weights.items():
         state[name].data.copy_(tensor)
+    return [name for name in state if name not in weights and _matches(name, optional)]
 
 
 def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:
@@ -97,7 +140,11 @@ def _first(names: Sequence[str]) -> str:
 
 
 def fit_positions(table: Tensor, expected: Tensor) -> Tensor:
-    """A position table (1 + grid^2, width) for the grid of another; as it is where it is none, or of another width."""
+    """A position table (1 + grid^2, width), or (1, 1 + grid^2, width), for the grid of another; as it is where it is
+    none, or of another width.
+    """
+    if table.ndim == expected.ndim == 3 and len(table) == len(expected) == 1:
+        return fit_positions(table[0], expected[0])[None]
     tables = table.ndim == expected.ndim == 2 and table.shape[1] == expected.shape[1]
     differ = tables and len(table) != len(expected) and _grid(len(table)) and _grid(len(expected))
     return interpolate_positions(table, len(expected)) if differ else table

@@ -7,14 +7,24 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 
 def gather_features(features: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...); B may differ by rank."""
+    """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...).
+
+    B may differ by rank. Where another size does, as the length of texts, the shorter tensors are padded with zeros.
+    """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return features
-    counts = [torch.zeros(1, dtype=torch.long, device=features.device) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(counts, torch.tensor([len(features)], device=features.device))
-    counts = [int(c) for c in counts]
-    padded = F.pad(features, (0, 0) * (features.ndim - 1) + (0, max(counts) - len(features)))
-    return torch.cat([rows[:n] for rows, n in zip(_AllGather.apply(padded), counts, strict=True)])
+    own = torch.tensor(features.shape, device=features.device)
+    shapes = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(shapes, own)
+    missing = (torch.stack(shapes).amax(0) - own).tolist()
+    padded = F.pad(features, [side for more in reversed(missing) for side in (0, more)])
+    return torch.cat([rows[: int(shape[0])] for rows, shape in zip(_AllGather.apply(padded), shapes, strict=True)])
+
+
+def own_rows(count: int, device: torch.device | None = None) -> Tensor:
+    """Where the `count` rows of this rank stand among the rows that `gather_features` gives."""
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return (gather_features(torch.full((count,), rank, device=device)) == rank).nonzero().flatten()
 
 
 class _AllGather(torch.autograd.Function):
@@ -57,24 +67,44 @@ def hard_negatives(
     floor: float = 1e-5,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """One negative image per text and one negative text per image, drawn by their similarity (ALBEF, 3.2).
+    """One negative image per text and one negative text per image, drawn by the similarity of their features.
 
+    image_feat, text_feat: l2-normalised (B, E). temp: scalar. The rest as in `draw_negatives`.
+    """
+    similarity = image_feat @ text_feat.t() / temp
+    return draw_negatives(similarity.t(), similarity, ids, floor=floor, generator=generator)
+
+
+@torch.no_grad()
+def draw_negatives(
+    text_to_image: Tensor,
+    image_to_text: Tensor,
+    ids: Tensor | None = None,
+    pool_ids: Tensor | None = None,
+    *,
+    floor: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """One negative image per text and one negative text per image, drawn by similarity (ALBEF, arXiv 2107.07651, 3.2).
+
+    text_to_image, image_to_text: (B, P) similarities over temperature, rows are what negatives are drawn for. ids: (B,)
+    sample ids; equal ones are no negatives. pool_ids: (P,), of the samples that can be drawn, by default the same ones.
     floor is added to the softmax, so that every other sample can be drawn. Returns image indices (B,) and text indices
     (B,), or None where there is no negative: one sample only, or all ids equal.
     """
-    similarity = (image_feat @ text_feat.t() / temp).float()
-    ids = torch.arange(len(similarity), device=similarity.device) if ids is None else ids
-    same = ids[:, None] == ids[None, :]
+    ids = torch.arange(len(text_to_image), device=text_to_image.device) if ids is None else ids
+    same = ids[:, None] == (ids if pool_ids is None else pool_ids)[None, :]
     if bool(same.all()):
         return None
     drawn = []
-    for rows in (similarity.t(), similarity):  # images for each text, then texts for each image
+    for rows in (text_to_image.float(), image_to_text.float()):
         weights = (rows.softmax(1) + floor).masked_fill(same, 0.0)
+        weights = weights + (weights.sum(1, keepdim=True) == 0) * ~same  # all but the pair has underflowed
         if generator is not None:
             weights = weights.to(generator.device)
         # One call per row: the order in which the public code consumes the random stream.
         drawn.append(torch.cat([torch.multinomial(row, 1, generator=generator) for row in weights]))
-    return drawn[0].to(similarity.device), drawn[1].to(similarity.device)
+    return drawn[0].to(same.device), drawn[1].to(same.device)
 
 
 def box_losses(predicted: Tensor, target: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,14 @@
-"""Pretraining on several sources of batches at once, for any model whose forward returns a dict of losses."""
+"""Pretraining: what is trained around a model, and thrown away afterwards."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Sources(nn.Module):
-    """Sum of the losses over sources ("general", "region"): one forward for all of them, as DDP wants it."""
+    """Sum of the losses over sources ("general", "region"): one forward for all of them, as DDP wants it.
+
+    model: any whose forward returns a dict of losses.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -16,3 +20,27 @@ class Sources(nn.Module):
         for source, batch in sources.items():
             losses |= {f"{source}/{name}": value for name, value in self.model(batch, **options).items()}
         return {"loss": sum(losses[f"{source}/loss"] for source in sources), **losses}
+
+
+class FineLabels(nn.Module):
+    """A classifier that learns from finer labels, too, through a second head: more to be learnt from each image.
+
+    model: has `features`, images (B, 3, H, W) to (B, V), and `classifier`, which reads them.
+    """
+
+    def __init__(self, model: nn.Module, fine_classes: int, label_smoothing: float):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+        self.head = nn.Linear(model.classifier.in_features, fine_classes)
+
+    def forward(self, image: Tensor, label: Tensor, fine_label: Tensor) -> dict[str, Tensor]:
+        """Both cross-entropies, their sum "loss", and the share of right answers of the classifier."""
+        features = self.model.features(image)
+        logits = self.model.classifier(features).float()
+        coarse = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        fine = F.cross_entropy(self.head(features).float(), fine_label, label_smoothing=self.label_smoothing)
+        right = (logits.detach().argmax(1) == label).float().mean()
+        return {"loss": coarse + fine, "coarse": coarse, "fine": fine, "accuracy": right}
+
+
+AROUND = {"pairs": Sources, "labels": FineLabels}  # by the kinds in models.KINDS

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.bert import BertForMaskedLM, TextConfig
+from models.bert import Bert, BertForMaskedLM, TextConfig
 from models.checkpoint import load_weights
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import box_losses, contrastive_loss, gather_features, hard_negatives
+from models.tokenizer import WordPiece
 from sparsity.view import PrunableView
 
 TEMPERATURES = (0.001, 0.5)
 OBJECTIVES = ("itc", "itm", "mlm", "bbox")
+TEXT = {"add_sep": False}  # template of captions: [CLS] x
+REBUILT = ()  # state that a checkpoint need not have, since it is made anew
+REGIONS = True  # the second source of calibration data has regions of images
 KEPT_DENSE = ("vision_proj", "text_proj", "itm_head.*", "bbox_head.*", "text_encoder.cls.*")
 IMAGE_FED = ("crossattention.self.key.weight", "crossattention.self.value.weight")  # their input is the image
 POSITIONS = ("vision_encoder.pos_embed.weight",)  # interpolated when a checkpoint has another image size
@@ -45,22 +49,28 @@ def mlp_head(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, out))
 
 
-class XVLM(nn.Module):
-    """`model(batch)` returns the pretraining losses as a dict with "loss", their sum."""
+class ImageText(nn.Module):
+    """Encoders, projections and ITM head of XVLM: what pretraining and retrieval share.
 
-    def __init__(self, config: Config):
+    text_encoder: holds the layers of `bert` in one way or the other.
+    """
+
+    def __init__(self, config: Config, text_encoder: nn.Module):
         super().__init__()
         self.config = config
         self.vision_encoder = CLIPVisionTransformer(config.vision)
-        self.text_encoder = BertForMaskedLM(config.text, config.vision.width)
+        self.text_encoder = text_encoder
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.temp = nn.Parameter(torch.tensor(config.temp))
         self.itm_head = mlp_head(config.text.width, 2)
-        self.bbox_head = mlp_head(config.text.width, 4)
+
+    @property
+    def bert(self) -> Bert:
+        raise NotImplementedError
 
     @torch.no_grad()
-    def initialise(self) -> "XVLM":
+    def initialise(self) -> "ImageText":
         """Random weights for training from scratch: N(0, 1 / (2 * inputs)) for layers, biases 0, norms 1.
 
         At BERT's width that is close to its 0.02; narrower models need more to begin to learn.
@@ -88,7 +98,7 @@ class XVLM(nn.Module):
 
     def encode_text(self, ids: Tensor, atts: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and padding mask (B, T) -> states of the text encoder (B, T, D), l2-normalised feature (B, E)."""
-        states = self.text_encoder.bert.encode_text(ids, atts)
+        states = self.bert.encode_text(ids, atts)
         return states, F.normalize(self.text_proj(states[:, 0]), dim=-1)
 
     def image_feature(self, tokens: Tensor) -> Tensor:
@@ -96,15 +106,58 @@ class XVLM(nn.Module):
 
     def fuse(self, states: Tensor, atts: Tensor, image: Tensor, image_atts: Tensor | None = None) -> Tensor:
         """Text states (B, T, D), image tokens (B, L, V) -> fusion states (B, T, D)."""
-        return self.text_encoder.bert.fuse(states, atts, image, image_atts)
+        return self.bert.fuse(states, atts, image, image_atts)
 
     def match(self, states: Tensor, atts: Tensor, image: Tensor, image_atts: Tensor | None = None) -> Tensor:
         """ITM logits (B, 2) of text-image pairs; column 1 says that they match."""
         return self.itm_head(self.fuse(states, atts, image, image_atts)[:, 0])
 
+    def pair_scores(self, logits: Tensor, similarity: Tensor) -> Tensor:
+        """Score of pairs in retrieval, from the ITM logits (B, 2); the contrastive similarity (B,) does not count."""
+        return logits[:, 1]
+
+    def temperature(self) -> Tensor:
+        """Of the softmax over similarities, kept in its range."""
+        if self.training:  # through .data: a second source's forward must not invalidate the first one's graph
+            self.temp.data.clamp_(*TEMPERATURES)
+        return self.temp.clamp(*TEMPERATURES)
+
+    def matching_loss(
+        self,
+        states: Tensor,
+        atts: Tensor,
+        image: Tensor,
+        image_atts: Tensor | None,
+        negatives: tuple[Tensor, Tensor],
+        own: Tensor | None = None,
+    ) -> Tensor:
+        """ITM: two-way cross-entropy over n pairs that match and 2 n that do not, in one pass of the fusion encoder.
+
+        negatives: the image that is wrong for text i and the text that is wrong for image i, each (n,), n <= B. own:
+        (n,), the pairs that match, by default the first n.
+        """
+        wrong_image, wrong_text = negatives
+        own = torch.arange(len(wrong_image), device=states.device) if own is None else own
+        texts, images = torch.cat([own, own, wrong_text]), torch.cat([own, wrong_image, own])
+        image_atts = None if image_atts is None else image_atts[images]
+        logits = self.match(states[texts], atts[texts], image[images], image_atts)
+        return F.cross_entropy(logits.float(), (texts == images).long())
+
+
+class XVLM(ImageText):
+    """`model(batch)` returns the pretraining losses as a dict with "loss", their sum."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, BertForMaskedLM(config.text, config.vision.width))
+        self.bbox_head = mlp_head(config.text.width, 4)
+
+    @property
+    def bert(self) -> Bert:
+        return self.text_encoder.bert
+
     def predict_masked(self, batch: dict, image: Tensor, image_atts: Tensor | None) -> Tensor:
         """Vocabulary logits (B, masks, vocab) at `masked_pos` of the masked text, seen with the image."""
-        states = self.text_encoder.bert.encode_text(batch["text_ids_masked"], batch["text_atts"])
+        states = self.bert.encode_text(batch["text_ids_masked"], batch["text_atts"])
         states = self.fuse(states, batch["text_atts"], image, image_atts)
         positions = batch["masked_pos"].unsqueeze(-1).expand(-1, -1, states.shape[-1])
         return self.text_encoder.cls(states.gather(1, positions))
@@ -136,9 +189,7 @@ class XVLM(nn.Module):
         encoder (ITM, MLM, boxes), all where None. generator draws the ITM negatives. Boxes are only asked of regions;
         without any possible negative there is no "itm" in the result.
         """
-        if self.training:  # through .data: a second source's forward must not invalidate the first one's graph
-            self.temp.data.clamp_(*TEMPERATURES)
-        temp = self.temp.clamp(*TEMPERATURES)
+        temp = self.temperature()
         image, image_atts, whole = self.encode_batch_image(batch)
         atts, ids = batch["text_atts"], batch.get("sample_ids")
         states, text_feat = self.encode_text(batch["text_ids"], atts)
@@ -166,25 +217,6 @@ class XVLM(nn.Module):
             losses["bbox"], losses["giou"] = box_losses(boxes, targets, is_image)
         return {"loss": sum(losses.values()), **losses}
 
-    def matching_loss(
-        self,
-        states: Tensor,
-        atts: Tensor,
-        image: Tensor,
-        image_atts: Tensor | None,
-        negatives: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """ITM: two-way cross-entropy over n pairs that match and 2 n that do not, in one pass of the fusion encoder.
-
-        negatives: the image that is wrong for text i and the text that is wrong for image i, each (n,), n <= B.
-        """
-        wrong_image, wrong_text = negatives
-        own = torch.arange(len(wrong_image), device=states.device)
-        texts, images = torch.cat([own, own, wrong_text]), torch.cat([own, wrong_image, own])
-        image_atts = None if image_atts is None else image_atts[images]
-        logits = self.match(states[texts], atts[texts], image[images], image_atts)
-        return F.cross_entropy(logits.float(), (texts == images).long())
-
 
 def build(config: Config, weights: str | Path | None = None) -> XVLM:
     """XVLM of these sizes with the weights of a file, or random ones."""
@@ -195,10 +227,14 @@ def build(config: Config, weights: str | Path | None = None) -> XVLM:
     return model
 
 
+def tokenizer(config: Config) -> WordPiece:
+    return WordPiece(config.vocab)
+
+
 def calibrate(model: XVLM, batch: dict) -> None:
     """One calibration pass: unmasked text, positive pairs, each encoder once; regions with their own image features."""
     image, image_atts, _ = model.encode_batch_image(batch)
-    states = model.text_encoder.bert.encode_text(batch["text_ids"], batch["text_atts"])
+    states = model.bert.encode_text(batch["text_ids"], batch["text_atts"])
     model.fuse(states, batch["text_atts"], image, image_atts)
 
 

@@ -35,6 +35,11 @@ def options(name: str) -> list[str]:
     return list(inspect.signature(_find(name)).parameters)
 
 
+def one_shot(name: str) -> bool:
+    """Whether one pass over the data, or none, serves all sparsities."""
+    return "epochs" not in options(name) and not _find(name).trains
+
+
 def check(name: str) -> None:
     """ValueError, with the nearest name, unless there is a pruner of this name."""
     names = available()

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from sparsity.allocation import POOLS, Sparsity, fraction
 from sparsity.masks import Masks, model_digest
 from sparsity.passes import collect
 from sparsity.pattern import NM
+from sparsity.rows import Scratch
 from sparsity.selection import check_finite, select
 from sparsity.view import PrunableView
 
@@ -29,10 +31,12 @@ class Pruner:
     changed.
     """
 
-    statistic: ClassVar[str | None] = None  # one of sparsity.passes.PASSES, or None: no data is read
+    statistic: ClassVar[str | None] = None  # one of sparsity.passes.PASSES, or of its own; None: no data is read
     pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.POOLS
     draws: ClassVar[bool] = False  # scores depend on the seed where no data is read, too
     cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
+    scored: ClassVar[bool] = True  # single weights have scores, which serve all sparsities
+    trains: ClassVar[bool] = False  # reads the data anew for each sparsity: no pass serves them all
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -52,11 +56,15 @@ class Pruner:
         progress: Callable[[Iterable], Iterable] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         generators: Callable[[int], torch.Generator] | None = None,
-    ) -> dict[str, Tensor]:
+        rounds: Sequence[int] | None = None,
+        scratch: Scratch | None = None,
+    ) -> Any:
         """The declared statistic, name -> tensor, from one pass over the batches; none are read when none is declared.
 
         progress: wraps the batches, as tqdm does. reduce: sums a tensor over ranks, each of which reads its own
-        batches. generators: number of a batch -> the generator of what the loss draws there.
+        batches. generators: number of a batch -> the generator of what the loss draws there. rounds: for each round of
+        batches that belong together, how many of them come here; for pruners that tell one round from another.
+        scratch: where a statistic that is too large for memory is kept; for pruners that have such ones.
         """
         if self.statistic is None:
             return {}
@@ -88,11 +96,12 @@ class Pruner:
         pattern: NM | None = None,
         pool: str | None = None,
         seed: int = 42,
-        again: Callable[[int], dict[str, Tensor]] | None = None,
+        again: Callable[..., dict[str, Tensor]] | None = None,
     ) -> Iterator[tuple[Sparsity, Masks]]:
         """(sparsity, masks) for each sparsity, or once for a pattern. statistics: from `measure`.
 
         again: epoch (1, 2, ...) -> the statistics of the model as it is then, on fresh batches; for iterative pruners.
+        Epoch 0 is that of `statistics`; keyword arguments go to `measure`.
         """
         pool = self._check(sparsities, pattern, pool)
         provenance = self._provenance(view, seed)
@@ -103,13 +112,13 @@ class Pruner:
         if pattern:
             kept, dense = _follow(pattern, scores(list(view.weights)))
             provenance |= {"pattern": str(pattern), "sparsity": str(pattern.sparsity), "dense_layers": dense}
-            yield pattern.sparsity, _as_masks(view, kept, provenance)
+            yield pattern.sparsity, as_masks(view, kept, provenance)
             return
         if not self.cheap:
             held = dict(scores(list(view.weights)))
             scores = lambda names: ((name, held[name]) for name in names)  # noqa: E731
         for sparsity, kept in zip(sparsities, select(view, scores, pool, sparsities), strict=True):
-            yield sparsity, _as_masks(view, dict(kept), provenance | {"pool": pool, "sparsity": str(sparsity)})
+            yield sparsity, as_masks(view, dict(kept), provenance | {"pool": pool, "sparsity": str(sparsity)})
 
     def prune(
         self,
@@ -129,9 +138,25 @@ class Pruner:
         A pattern replaces pool and sparsities, which must then be None or empty. Raises ValueError for options that
         cannot be, before any data is read.
         """
-        self._check(sparsities, pattern, pool)
+        self.preflight(view, sparsities, pattern=pattern, pool=pool)
         statistics = self.measure(view, batches, progress=progress, reduce=reduce)
         yield from self.masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
+
+    def preflight(
+        self,
+        view: PrunableView,
+        sparsities: Sequence[Sparsity] | None,
+        *,
+        pattern: NM | None = None,
+        pool: str | None = None,
+        rounds: Sequence[int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Raises ValueError for what cannot be, before any data is read.
+
+        rounds: of `measure`. folder: where a statistic that is too large for memory would be kept.
+        """
+        self._check(sparsities, pattern, pool)
 
     def _check(self, sparsities: Sequence[Sparsity] | None, pattern: NM | None, pool: str | None) -> str:
         """The pool, when the options go together."""
@@ -175,6 +200,13 @@ def _follow(pattern: NM, scores: Iterable[tuple[str, Tensor]]) -> tuple[dict[str
     return kept, dense
 
 
-def _as_masks(view: PrunableView, kept: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Masks:
+def as_masks(
+    view: PrunableView,
+    kept: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Masks from (out, in) tensors: which weights are kept and, where the method has updated them, what they become."""
     stored = {name: weight.as_stored(kept[name]).cpu() for name, weight in view.weights.items()}
-    return Masks(stored, provenance, {name: weight.aliases for name, weight in view.weights.items()})
+    updated = {name: view.weights[name].as_stored(weight).cpu() for name, weight in (weights or {}).items()}
+    return Masks(stored, provenance, {name: weight.aliases for name, weight in view.weights.items()}, updated)

@@ -1,7 +1,7 @@
 import torch
 
 from pruners.snip import SNIP
-from sparsity.allocation import SCHEDULES, step_sparsity
+from sparsity.allocation import check_schedule, step_sparsity
 
 
 class IterSNIP(SNIP):
@@ -9,10 +9,7 @@ class IterSNIP(SNIP):
     batches, and pruned further, to the sparsity that the schedule gives. What is pruned stays pruned."""
 
     def __init__(self, epochs: int = 1, schedule: str = "exp"):
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs!r}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        check_schedule(epochs, schedule)
         self.epochs, self.schedule = epochs, schedule
         self._kept = None  # the masks of the step before
 

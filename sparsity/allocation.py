@@ -40,6 +40,14 @@ def budget(sparsity: Sparsity, numel: int) -> int:
     return int(fraction(sparsity) * numel // 1)
 
 
+def check_schedule(steps: int, schedule: str) -> None:
+    """ValueError for a number of steps, or a name of a schedule, that cannot be."""
+    if steps < 1:
+        raise ValueError(f"epochs must be at least 1, got {steps!r}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+
+
 def step_sparsity(sparsity: Sparsity, step: int, steps: int, schedule: str) -> Sparsity:
     """Sparsity after step 1 .. `steps` of an iterative method; the last is `sparsity` itself, exactly.
 

@@ -28,23 +28,23 @@ def mean_gradients(
     Raises ValueError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
     """
     generators = generators or (lambda number: batch_generator(seed, number))
-    with untouched(view.model), _only_prunable(view):
+    with untouched(view.model, view.moved_by_loss), only_prunable(view):
         count = 0
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
                 view.loss(batch, generators(count - 1)).backward()
         gradients = {name: weight.parameter.grad for name, weight in view.weights.items()}
     device = next(iter(view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
-    total = float(reduce(torch.tensor(float(count), device=device))) if reduce else count
+    seen = torch.tensor([count, *(gradient is not None for gradient in gradients.values())], dtype=torch.float32)
+    total, *reached = (reduce(seen.to(device)) if reduce else seen).tolist()
     if not total:
         raise ValueError("there are no calibration batches")
     result = {}
-    for name, gradient in gradients.items():
+    for (name, gradient), ranks in zip(gradients.items(), reached, strict=True):
+        if not ranks:
+            raise ValueError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
         if reduce:
-            parameter = view.weights[name].parameter
-            gradient = reduce(torch.zeros_like(parameter) if gradient is None else gradient)
-        elif gradient is None:
-            raise ValueError(f"layer {name!r} got no gradient from the loss")
+            gradient = reduce(torch.zeros_like(view.weights[name].parameter) if gradient is None else gradient)
         if not gradient.isfinite().all():
             raise ValueError(f"the gradient of layer {name!r} holds NaN or Inf")
         matrix = gradient.t() if view.weights[name].transposed else gradient
@@ -58,7 +58,7 @@ def batch_generator(seed: int, number: int) -> torch.Generator:
 
 
 @contextmanager
-def _only_prunable(view: PrunableView) -> Iterator[None]:
+def only_prunable(view: PrunableView) -> Iterator[None]:
     """Gradients for the prunable weights alone; flags and gradients are put back, also after an exception."""
     prunable = {id(weight.parameter) for weight in view.weights.values()}
     before: list[tuple[nn.Parameter, bool, Tensor | None]] = [

@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsity.view import PrunableView, canonical
 
@@ -50,7 +50,8 @@ _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
 
 class Masks(Mapping[str, Tensor]):
     """masks: name -> bool tensor, in prunable order. provenance: whatever can be written as JSON. aliases: name -> all
-    keys of a tied weight.
+    keys of a tied weight. weights: name -> what the kept weights become, in the parameter's layout, from methods that
+    update them; they are put in wherever the masks are applied, and are no part of the mask file.
     """
 
     def __init__(
@@ -58,13 +59,18 @@ class Masks(Mapping[str, Tensor]):
         masks: Mapping[str, Tensor],
         provenance: Mapping[str, Any] | None = None,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
+        for name, weight in (weights or {}).items():
+            if name not in masks or weight.shape != masks[name].shape:
+                raise ValueError(f"there is no mask of the shape {tuple(weight.shape)} for the weights of {name!r}")
         self._masks = dict(masks)
         self.provenance = dict(provenance or {})
         self.aliases = {name: tuple(keys) for name, keys in (aliases or {}).items() if len(keys) > 1}
+        self.weights = dict(weights or {})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -102,7 +108,7 @@ class Masks(Mapping[str, Tensor]):
             "provenance": self.provenance,
         }
         # One entry: the order in which safetensors writes several is not fixed.
-        _write_atomically(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+        write_atomically(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Masks":
@@ -157,7 +163,7 @@ class Masks(Mapping[str, Tensor]):
         A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies,
         heads) are left out. Raises one ValueError that lists what is missing, unknown or misshapen.
         """
-        known = {key: name for name in self for key in (name, *self.aliases.get(name, ()))}
+        known = self._known(self)
         used: set[str] = set()
         resolved: dict[str, Tensor] = {}
         missing, misshapen = [], []
@@ -187,28 +193,44 @@ class Masks(Mapping[str, Tensor]):
         self.resolve(view)
 
     def apply(self, view: PrunableView) -> None:
-        """Zeroes the pruned weights in place, under all their names. Nothing is changed when the masks do not fit."""
+        """Zeroes the pruned weights in place, under all their names, and puts in those that the method has updated.
+
+        Nothing is changed when the masks do not fit.
+        """
+        updated = self._updated(view)
         with torch.no_grad():
             for name, mask in self.resolve(view).items():
                 parameter = view.weights[name].parameter
+                if name in updated:
+                    parameter.copy_(updated[name])
                 parameter.masked_fill_(~mask.to(parameter.device), 0)
+
+    def _updated(self, view: PrunableView) -> dict[str, Tensor]:
+        """The updated weights under the names that this model gives them."""
+        known = self._known(self.weights)
+        found = {
+            weight.name: [known[key] for key in weight.aliases if key in known] for weight in view.weights.values()
+        }
+        return {name: self.weights[own[0]] for name, own in found.items() if own}
+
+    def _known(self, names: Iterable[str]) -> dict[str, str]:
+        """Every key of a weight -> which of these names it goes by here."""
+        return {key: name for name in names for key in (name, *self.aliases.get(name, ()))}
 
     @contextmanager
     def applied(self, view: PrunableView) -> Iterator[None]:
         """The pruned model inside the block; afterwards every weight is what it was, also after an exception."""
-        pruned = {name: ~mask for name, mask in self.resolve(view).items()}
-        before = {
-            name: view.weights[name].parameter.detach()[pruned[name].to(view.weights[name].parameter.device)]
-            for name in pruned
-        }
+        parameters = {name: view.weights[name].parameter for name in view.weights}
+        changed: dict[str, Any] = {n: ~mask.to(parameters[n].device) for n, mask in self.resolve(view).items()}
+        changed |= dict.fromkeys(self._updated(view), ...)  # all of the weight
+        before = {name: parameters[name].detach()[where].clone() for name, where in changed.items()}
         self.apply(view)
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, values in before.items():
-                    parameter = view.weights[name].parameter
-                    parameter[pruned[name].to(parameter.device)] = values
+                    parameters[name][changed[name]] = values
 
     def hold(self, view: PrunableView, optimizer: torch.optim.Optimizer) -> "Hold":
         """Applies the masks, and returns what keeps the zeros in training."""
@@ -319,6 +341,15 @@ def model_digest(view: PrunableView) -> str:
     return sha.hexdigest()
 
 
+def state_digest(model: nn.Module) -> str:
+    """SHA-256 over all that a model holds: what is kept dense decides its gradients and results, too."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 class _BadFileError(Exception):
     """Why a file cannot be read as masks."""
 
@@ -339,7 +370,8 @@ def _digest(shapes: list[list], packed: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, flushed to disk, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,12 +116,15 @@ def keep(scores: Scores, threshold: Threshold) -> Iterator[tuple[str, Tensor]]:
         yield name, kept
 
 
-def keep_rows(name: str, score: Tensor, count: int) -> Tensor:
-    """bool (out, in): in each row the `count` lowest scores are False."""
+def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:
+    """bool (out, in): in each row the `count` lowest scores are False. count: of every row, or of each, (out,)."""
     check_finite(name, score)
-    if count == 0:
+    if isinstance(count, Tensor):
+        values = _lowest_of_rows(score, count.clamp(min=1))
+    elif count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    values = score.kthvalue(count, dim=1, keepdim=True).values  # (out, 1)
+    else:
+        values = score.kthvalue(count, dim=1, keepdim=True).values  # (out, 1)
     kept, tied = score > values, score == values
     extra = score.shape[1] - count - kept.sum(dim=1)  # ties that stay, (out,)
     rows = extra.nonzero().squeeze(1)
@@ -128,6 +132,14 @@ def keep_rows(name: str, score: Tensor, count: int) -> Tensor:
         from_the_right = tied[rows].flip(1).cumsum(1).flip(1)
         kept[rows] |= tied[rows] & (from_the_right <= extra[rows, None])
     return kept
+
+
+def _lowest_of_rows(score: Tensor, ranks: Tensor) -> Tensor:
+    """(out, 1): in each row the score of this rank, from 1; float32 or float64."""
+    if not score.is_cpu:
+        return score.sort(dim=1).values.gather(1, ranks[:, None] - 1)
+    rows = zip(score.numpy(), ranks.tolist(), strict=True)  # numpy: several times as fast as kthvalue
+    return torch.tensor([np.partition(row, rank - 1)[rank - 1] for row, rank in rows], dtype=score.dtype)[:, None]
 
 
 def select(

@@ -5,8 +5,8 @@ A measure turns the real tokens of a layer's input, (tokens, in), into a tensor 
 the one that they need.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,8 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sparsity.view import PrunableView
 
@@ -57,6 +59,22 @@ class _Seen:
         return valid is None or valid is self.valid or torch.equal(valid, self.valid)
 
 
+class _LinearCalls(TorchFunctionMode):
+    """Tells of every call of torch.nn.functional.linear: some models (timm's EVA, BEiT and Swin V2) read a layer's
+    weight and call that themselves, where no hook of the layer fires.
+    """
+
+    def __init__(self, called: Callable[..., None]):
+        super().__init__()
+        self._called = called
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.linear:
+            self._called(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
 class Statistics:
     """Runs calibration batches through a model and adds up a measure of each prunable layer's inputs.
 
@@ -76,6 +94,10 @@ class Statistics:
         # Allocated before the first forward: between its activations they would leave holes in memory.
         nothing = {name: weight.matrix()[:0] for name, weight in view.weights.items()}  # (0, in)
         self._sums = {name: _Sum(self._measure(rows)) for name, rows in nothing.items()}
+        self._names = {id(weight.parameter): name for name, weight in view.weights.items()}
+        self._inside: set[str] = set()  # weights whose layer is being called
+        self._called: set[str] = set()  # weights whose layer has been called
+        self._passed_over: set[str] = set()  # weights that were used otherwise
         self._batch: Any = None
         self._seen: list[_Seen] = []
         self._stack = ExitStack()
@@ -85,24 +107,42 @@ class Statistics:
             stack.enter_context(untouched(self._view.model))
             for weight in self._view.weights.values():
                 for module, key in zip(weight.modules, weight.uses, strict=True):
-                    hook = partial(self._observe, weight.name, key)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    before, after = partial(self._before, weight.name, key), partial(self._after, weight.name)
+                    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                    stack.callback(module.register_forward_hook(after).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
         self._batch, self._seen = None, []
+        self._inside.clear()
         self._stack.close()
 
     def add(self, batch: Any) -> None:
         """Runs one batch through the view's forward."""
         self._batch = batch
-        with torch.inference_mode(False), torch.no_grad():
+        # Watching every call of a function costs time: not once all layers are known to be called themselves.
+        watched = self._passed_over or len(self._called) < len(self._names)
+        calls = _LinearCalls(self._linear) if watched else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), calls:
             self._view.forward(batch)
         self._seen.clear()
 
-    def _observe(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        source = args[0] if args else next(iter(kwargs.values()))
+    def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._inside.add(name)
+        self._called.add(name)
+        self._observe(name, key, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    def _after(self, name: str, *_: Any) -> None:
+        self._inside.discard(name)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:  # named as in torch
+        name = self._names.get(id(weight))
+        if name and name not in self._inside:
+            self._passed_over.add(name)
+            self._observe(name, self._view.weights[name].uses[0], input)
+
+    def _observe(self, name: str, key: str, source: Tensor) -> None:
         valid = self._view.valid_tokens(key, self._batch)
         seen = next((s for s in self._seen if s.matches(source, valid)), None)
         if seen is None:
@@ -143,7 +183,7 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
     rows = source.detach().reshape(-1, source.shape[-1])
     if valid is None:
         return rows
-    if valid.numel() != len(rows):
+    if source.shape[:-1] not in (valid.shape, (valid.numel(),)):  # as they are, or flattened; nothing is guessed
         raise ValueError(
             f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}"
         )
@@ -151,10 +191,11 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, moved: Collection[int] = ()) -> Iterator[None]:
     """The model in eval(); afterwards its training flags, buffers and parameters are what they were, to the bit.
 
-    Buffers and small parameters (a clamped temperature) are copied. Of large parameters only the storage is remembered,
+    moved: ids of parameters that are changed in place meanwhile (`PrunableView.moved_by_loss`). These, buffers and
+    small parameters (a clamped temperature) are copied. Of other large parameters only the storage is remembered,
     which costs no memory: a parameter that was given another one gets its own back, and one that was written to in
     place is an error (RuntimeError), since it cannot be restored.
     """
@@ -162,7 +203,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     training = [module.training for module in modules]
     buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in modules]
     parameters = [
-        (name, p, p.data, p.data.clone() if p.numel() <= _SMALL else None, p._version)
+        (name, p, p.data, p.data.clone() if p.numel() <= _SMALL or id(p) in moved else None, p._version)
         for name, p in model.named_parameters()
     ]
     model.eval()

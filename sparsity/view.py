@@ -66,7 +66,8 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
+    for layer-wise methods. moved_by_loss: globs over the names of the parameters that the loss itself changes
+    (momentum copies). Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(
@@ -79,8 +80,12 @@ class PrunableView:
         loss: Callable[[Any, torch.Generator | None], Tensor] | None = None,
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
+        moved_by_loss: Sequence[str] = (),
     ):
         self.model = model
+        self.moved_by_loss = frozenset(
+            id(p) for n, p in model.named_parameters() if any(fnmatchcase(canonical(n), g) for g in moved_by_loss)
+        )
         self.blocks = blocks
         self._forward, self._loss, self._valid_tokens = forward, loss, valid_tokens
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
@@ -215,4 +220,5 @@ def _refuse_experts(name: str, module: nn.Module) -> None:
 
 def _refusal(name: str, why: str) -> ValueError:
     layer = name or "the model itself"
-    return ValueError(f"layer {layer!r} cannot be pruned: {why}; keep it dense (keep_dense) to prune the others")
+    way_out = f"keep it dense (keep_dense, on the command line --exclude {name!r}) to prune the others"
+    return ValueError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")

@@ -7,15 +7,33 @@ import torch
 from safetensors.torch import load_file
 
 from engine.launch import PACKAGES
-from models import xvlm
+from models import blip, xvlm
 from models.bert import TextConfig
 from models.clip_vision import VisionConfig
 
 SMALL = Path("tests/data/xvlm_small")
+SMALL_BLIP = Path("tests/data/blip_small")
 CONFIG = xvlm.Config(
     vision=VisionConfig(image_size=48, patch_size=16, width=64, layers=2, heads=4, mlp_width=320, local_attn_depth=1),
     text=TextConfig(vocab_size=210, width=48, layers=8, fusion_layer=6, heads=4, mlp_width=96, max_positions=64),
     embed_dim=32,
+)
+
+
+BLIP_CONFIG = blip.Config(
+    vision=blip.VisionConfig(image_size=48, patch_size=16, width=48, layers=2, heads=4),
+    text=TextConfig(
+        vocab_size=212,
+        width=48,
+        layers=3,
+        fusion_layer=0,
+        heads=4,
+        mlp_width=96,
+        max_positions=64,
+        token_types=False,
+    ),
+    embed_dim=32,
+    queue_size=32,
 )
 
 
@@ -25,15 +43,30 @@ def small_xvlm():
     return xvlm.build(CONFIG, SMALL / "state_dict.safetensors").eval()
 
 
-@pytest.fixture(scope="session")
-def small_batches():
-    """{"general": [batch, ...], "region": [batch, ...]} of the known answers."""
+@pytest.fixture
+def small_blip():
+    """The model of the known answers, in evaluation mode."""
+    return blip.build(BLIP_CONFIG, SMALL_BLIP / "state_dict.safetensors").eval()
+
+
+def read_batches(folder):
+    """{"general": [batch, ...], "region": [batch, ...]} of known answers."""
 
     def split(tensors):
         names = {name.split(".", 1)[0] for name in tensors}
         return [{k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == i} for i in sorted(names)]
 
-    return {kind: split(load_file(SMALL / f"{kind}_batches.safetensors")) for kind in ("general", "region")}
+    return {kind: split(load_file(folder / f"{kind}_batches.safetensors")) for kind in ("general", "region")}
+
+
+@pytest.fixture(scope="session")
+def small_batches():
+    return read_batches(SMALL)
+
+
+@pytest.fixture(scope="session")
+def blip_batches():
+    return read_batches(SMALL_BLIP)
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,25 @@ def test_epochs_are_fresh_batches_and_ranks_share_them(read, public):
                 assert same(batch, whole[number]) and number // 2 % 2 == rank
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_round_is_a_batch_of_each_kind(read, world_size):
+    whole = read(BUNDLED, num_batches=5)
+    ranks = [read(BUNDLED, num_batches=5, rank=rank, world_size=world_size).at(2) for rank in range(world_size)]
+    assert [sum(own) for own in zip(*(rank.rounds for rank in ranks), strict=True)] == [2] * 5
+    assert all(sum(rank.rounds) == len(rank) for rank in ranks)
+    kinds = ["idx_to_group_img" in batch for batch in whole]
+    assert whole.rounds == [2] * 5 and all({*kinds[i : i + 2]} == {False, True} for i in range(0, 10, 2))
+
+
+@pytest.mark.parametrize("shares", [[3, 2, 5], [1, 6, 7], [2, 2, 4], [5, 5]])
+def test_rounds_hold_with_several_sources_of_a_kind(read, shares):
+    data = read(BUNDLED, num_batches=shares[-1])
+    data.shares = shares
+    source = {number: i == len(shares) - 1 for number, i, _ in data._turns()}
+    assert data.rounds == [2] * shares[-1]
+    assert all(source[number] != source[number + 1] for number in range(0, 2 * shares[-1], 2))
+
+
 def test_a_rank_without_a_batch_reads_none(read):
     data = read(BUNDLED, num_batches=1, rank=1, world_size=2)
     assert len(data) == 0 and list(data) == []

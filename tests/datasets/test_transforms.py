@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from datasets.transforms import (
+    CLIP,
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET,
     OPERATIONS,
     EvalTransform,
     RandAugment,
@@ -14,6 +18,7 @@ from datasets.transforms import (
     TrainTransform,
     box_attention,
     random_crop,
+    resize,
     to_tensor,
 )
 
@@ -23,17 +28,23 @@ def picture(size=(50, 40), seed=0):
     return Image.fromarray(pixels)
 
 
-def test_evaluation_is_a_plain_bicubic_resize():
+@pytest.mark.parametrize("size", [(50, 40), (17, 90), (200, 300), (480, 360)])
+@pytest.mark.parametrize("side", [24, 224])
+def test_resize_is_pillows_up_to_its_rounding(size, side):
+    image = picture((9, 7)).resize(size, Image.Resampling.BICUBIC)
+    theirs = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    ours = resize(image, side).numpy()
+    assert ours.dtype == np.uint8 and ours.shape == (3, side, side)
+    assert np.abs(ours.astype(int) - theirs).max() <= 2
+
+
+def test_evaluation_is_a_resize_normalised_as_torchvision_does():
     image = picture()
-    theirs = v2.Compose(
-        [
-            v2.Resize((24, 24), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(CLIP_MEAN, CLIP_STD),
-        ]
-    )
-    assert EvalTransform(24)(image).equal(torch.Tensor(theirs(image)))
+    for statistics in (CLIP, IMAGENET):
+        theirs = v2.functional.to_dtype(resize(image, 24), torch.float32, scale=True)
+        theirs = v2.functional.normalize(theirs, *map(list, statistics))
+        assert EvalTransform(24, statistics)(image).equal(theirs)
+        assert to_tensor(Image.fromarray(resize(image, 24).permute(1, 2, 0).numpy()), statistics).equal(theirs)
 
 
 def test_the_generator_decides_and_nothing_else():
@@ -96,6 +107,19 @@ def test_operations_of_randaugment():
     for name, moved in (("TranslateX", lambda p: p[:, 7:]), ("TranslateY", lambda p: p[7:])):
         there = moved(np.asarray(OPERATIONS[name](image, 0.7, 1)))
         assert (there == (pixels[:, :-7] if name == "TranslateX" else pixels[:-7])).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_geometric_operations_are_bilinear_affine_maps(sign):
+    """torchvision's, but for what lies where a pixel meets the grey that was uncovered."""
+    image = picture((25, 20)).resize((224, 200), Image.Resampling.BICUBIC)
+    degrees = math.degrees(math.atan(0.3 * 0.7)) * sign
+    maps = {"ShearX": (0, (degrees, 0.0)), "ShearY": (0, (0.0, degrees)), "Rotate": (30 * 0.7 * sign, (0.0, 0.0))}
+    for name, (angle, shear) in maps.items():
+        options = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [128] * 3}
+        theirs = np.asarray(v2.functional.affine(image, angle, [0, 0], 1.0, list(shear), **options)).astype(int)
+        apart = np.abs(np.asarray(OPERATIONS[name](image, 0.7, sign)) - theirs).max(2)
+        assert (apart > 2).sum() <= 2 * 224, name
 
 
 def test_randaugment_keeps_the_image_without_operations():

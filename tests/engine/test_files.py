@@ -113,3 +113,12 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     process.wait()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_readable_by_whom_the_umask_says(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode

@@ -6,10 +6,13 @@ import itertools
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision.amp import MixedPrecision
 from torch import nn
 
 from engine.fit import Run, fit
 from engine.optimizer import adamw, muon
+from sparsity.masks import Masks
+from tests.toys import view_of
 
 STEPS = 13
 OPTIMIZERS = {
@@ -173,3 +176,192 @@ def test_the_rate_is_a_function_of_the_step(tmp_path):
     train(make(tmp_path))
     logged = [(int(s), float(v)) for s, name, v in rows(tmp_path)[1:] if name == "lr"]
     assert logged == [(s, pytest.approx(0.1 / s, rel=1e-5)) for s, _ in logged]
+
+
+# Accumulation
+
+
+def split(parts, killed_at=None):
+    """The batches of `batches`, each in `parts` parts."""
+    for batch in batches(0, killed_at):
+        for x in batch["x"].chunk(parts):
+            yield {"x": x, "step": batch["step"]}
+
+
+def linear(folder, **options):
+    """A run without anything that depends on how a batch is divided: no dropout, no batch norm."""
+    run = make(folder, **options)
+    run.model.layers[1], run.model.layers[2] = nn.Identity(), nn.Identity()
+    return run
+
+
+def test_parts_of_a_batch_add_up_to_it(tmp_path):
+    whole = linear(tmp_path / "whole")
+    fit(whole, batches(0), 0)
+    parts = linear(tmp_path / "parts", accumulate=3)
+    fit(parts, split(3), 0)
+    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict(), rtol=1e-4, atol=1e-6)
+    logged = [{(s, name): float(value) for s, name, value in rows(tmp_path / f)[1:]} for f in ("whole", "parts")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
+def test_resumed_equals_uninterrupted_with_accumulation(tmp_path):
+    whole = make(tmp_path / "whole", accumulate=3)
+    fit(whole, split(3), 0)
+    cut = make(tmp_path / "cut", accumulate=3)
+    with pytest.raises(Killed):
+        fit(cut, split(3, killed_at=8), 0)
+    cut = make(tmp_path / "cut", accumulate=3)
+    start = cut.resume()
+    assert start == 6
+    fit(cut, itertools.islice(split(3), 3 * start, None), start)
+    same(whole, cut)
+
+
+def test_a_run_may_stop_early_and_go_on(tmp_path):
+    run = make(tmp_path / "cut")
+    fit(run, batches(0), 0, stop=5)
+    run = make(tmp_path / "cut")
+    assert run.resume() == 5
+    fit(run, batches(5), 5)
+    same(run, train(make(tmp_path / "whole")))
+
+
+# The best weights
+
+
+def scores(values):
+    """A validation that returns these, and the weights of a run when it did."""
+    remaining = iter(values)
+    return lambda: {"r": next(remaining)}
+
+
+def test_the_best_weights_are_kept_and_brought_back(tmp_path):
+    weights = {}
+
+    def validate():
+        weights[len(weights)] = {k: v.clone() for k, v in run.model.state_dict().items()}
+        return {"r": [1.0, 3.0, 2.0, 3.0][len(weights) - 1]}
+
+    run = make(tmp_path, validate=validate, validate_every=4, select="r")
+    train(run)
+    assert run.best == {"step": 8, "value": 3.0}  # the first of equal ones
+    run.load_best()
+    torch.testing.assert_close(run.model.state_dict(), weights[1], rtol=0, atol=0)
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path):
+    options = {"validate_every": 4, "select": "r"}
+    with pytest.raises(Killed):
+        train(make(tmp_path, validate=scores([5.0, 1.0]), **options), killed_at=10)
+    run = train(make(tmp_path, validate=scores([2.0, 3.0]), **options))
+    assert run.best == {"step": 4, "value": 5.0}
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="best.pt: not found, and .*last.pt goes with it"):
+        make(tmp_path, **options).resume()
+
+
+def test_a_snapshot_elsewhere(tmp_path):
+    run = train(make(tmp_path / "out", snapshot=tmp_path / "kept" / "snap.pt"))
+    assert (tmp_path / "kept" / "snap.pt").is_file() and not (tmp_path / "out" / "last.pt").exists()
+    assert make(tmp_path / "other", snapshot=tmp_path / "kept" / "snap.pt").resume() == STEPS
+    assert run.resume() == STEPS
+
+
+# Pruned weights
+
+
+class Prunable(nn.Module):
+    """`spike` is a factor of a loss on the pruned weights of the first layer alone."""
+
+    def __init__(self, spike):
+        super().__init__()
+        self.up, self.down, self.spike = nn.Linear(4, 8), nn.Linear(8, 1), spike
+        self.register_buffer("gone", torch.rand(8, 4, generator=torch.Generator().manual_seed(1)) < 0.6)
+
+    def forward(self, x, step):
+        loss = (self.down(self.up(x).relu()).float() - 1).square().mean()
+        return {"loss": loss + self.spike * self.up.weight[self.gone].sum()}
+
+
+HELD = {
+    "adamw": lambda model: adamw(model, lr=0.1, weight_decay=0.1, betas=(0.9, 0.98), fused=False),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "muon": lambda model: muon(model, lr=0.1, matrix_lr=0.05, weight_decay=0.1, betas=(0.9, 0.98)),
+}
+
+
+def held(folder, optimizer, precision, spike=1.0, **options):
+    torch.manual_seed(0)
+    # Fabric takes bf16 on CPUs where fp16 is asked for: give it what it would take on a GPU, loss scale included.
+    plugins = [] if precision == "32-true" else [MixedPrecision(precision, "cpu")]
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+    model = Prunable(spike)
+    raw = HELD[optimizer](model)
+    view = view_of(model)
+    masks = Masks({"up.weight": ~model.gone, "down.weight": torch.ones(1, 8, dtype=torch.bool)})
+    wrapped, wrapped_optimizer = fabric.setup(model, raw)
+    options = {"identity": {}, "seed": 3, "log_every": 2, "save_every": 3, "hold": masks.hold(view, raw)} | options
+    return Run(fabric, wrapped, wrapped_optimizer, lambda step: 1.0, STEPS, folder, **options)
+
+
+def zeros(state):
+    return bool((state["up.weight"][state["gone"]] == 0).all())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_pruned_weights_stay_zero(tmp_path, optimizer, precision, clip_norm, accumulate, caplog):
+    run = held(tmp_path, optimizer, precision, clip_norm=clip_norm, accumulate=accumulate)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    fit(run, split(accumulate), 0)
+    after = run.model.state_dict()
+    assert zeros(after) and zeros(torch.load(tmp_path / "last.pt", weights_only=True)["model"])
+    assert not caplog.records, "no weight had moved before a checkpoint"
+    kept = ~after["gone"]
+    assert (after["up.weight"] != before["up.weight"])[kept].float().mean() > 0.9
+
+
+def test_an_optimizer_that_moves_zeros_is_corrected_before_each_checkpoint(tmp_path, caplog):
+    """Muon makes every update orthogonal, so that pruned weights move too."""
+    run = held(tmp_path, "muon", "32-true", validate=lambda: {"r": 1.0}, select="r", validate_every=4)
+    fit(run, batches(0), 0)
+    assert "pruned weights had moved from zero" in caplog.text
+    for name in ("last.pt", "best.pt"):
+        assert zeros(torch.load(tmp_path / name, weights_only=True)["model"])
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_an_overflow_in_pruned_gradients_does_not_lose_the_step(tmp_path, clip_norm):
+    runs = []
+    for spike in (0.0, 1e35):  # infinite once it is scaled
+        run = held(tmp_path / str(spike), "adamw", "16-mixed", spike=spike, clip_norm=clip_norm)
+        fit(run, batches(0), 0)
+        runs.append(run)
+    scales = [run.fabric.strategy.precision.state_dict()["scale"] for run in runs]
+    assert scales[0] == scales[1], "no step more was given up"
+    torch.testing.assert_close(runs[0].model.state_dict(), runs[1].model.state_dict(), rtol=0, atol=0)
+
+
+def test_clipping_does_not_count_pruned_gradients(tmp_path):
+    """The kept weights move as if the pruned ones had no gradient, however large that is."""
+    small = held(tmp_path / "small", "sgd", "32-true", spike=0.0, clip_norm=0.01)
+    large = held(tmp_path / "large", "sgd", "32-true", spike=1e4, clip_norm=0.01)
+    for run in (small, large):
+        fit(run, batches(0), 0)
+    torch.testing.assert_close(small.model.state_dict(), large.model.state_dict(), rtol=1e-5, atol=1e-7)
+    same_norms = [[row for row in rows(tmp_path / name) if row[1] == "norm"] for name in ("small", "large")]
+    assert same_norms[0] == same_norms[1]
+
+
+def test_a_checkpoint_with_weights_where_there_should_be_none_is_corrected(tmp_path):
+    run = held(tmp_path, "adamw", "32-true")
+    fit(run, batches(0), 0)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["model"]["up.weight"] += 1
+    torch.save(state, tmp_path / "last.pt")
+    run = held(tmp_path, "adamw", "32-true")
+    run.resume()
+    assert zeros(run.model.state_dict())

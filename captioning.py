@@ -1,0 +1,88 @@
+"""Fine-tune a pruned or dense vision-language model for captioning, and let it describe images.
+
+    python captioning.py --model xvlm --mask pruned_weights/multiflow/xvlm_multiflow_63_seed42_pruning_masks.safetensors
+    python captioning.py --model blip --dense --output_dir output/captioning_dense
+    python captioning.py --model xvlm --mask MASK --variant base -pre 4m-xvlm-vit-bert.pth --devices 4
+    python captioning.py --model xvlm --mask MASK --load_capt_pretrain -pre output/captioning_pretrain/last.pt
+
+Weights, mask, metrics, a model card and the captions of each test set (captions_*.json, in COCO's format of results)
+are written to <output_dir>/result/; with --skip_eval the captions, but no metrics. METEOR and the public tokenizer
+need Java. A run that was stopped goes on from its snapshot when the same command is given again.
+"""
+
+import argparse
+from functools import partial
+
+import models
+from datasets.captioning_metrics import check_package
+from datasets.tasks import CaptioningConfig
+from engine.launch import launch, run
+from engine.options import Parser, add_finetuning_options
+from engine.tasks import prepare
+
+TASK = "captioning"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_finetuning_options(parser, TASK, models.of_task(TASK))
+    first = "--pretraining_weights is a checkpoint of captioning_pretrain.py; xvlm only (default: no)"
+    parser.add_argument("--load_capt_pretrain", action="store_true", help=first)
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace, arguments: list[str] | None) -> CaptioningConfig:
+    """Everything that can be refused before heavy imports."""
+    models.check_task(args.model, TASK)
+    if args.load_capt_pretrain:
+        models.check_task(args.model, "captioning_pretrain")
+        if args.weights is None:
+            raise ValueError("--load_capt_pretrain needs --pretraining_weights: last.pt of captioning_pretrain.py")
+    if not args.skip_eval:
+        check_package()
+    return prepare(args, TASK, CaptioningConfig, arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    config = check(args, arguments)
+
+    from datasets.captioning import evaluation_sets, training_set
+    from datasets.captioning_metrics import CaptionScorer
+    from datasets.text import TextEncoder
+    from engine.captioning import Captions, without_prompt
+    from engine.config import load_config
+    from engine.finetuning import Finetuning
+    from models.captioning import check_captioning_weights
+
+    module, task = models.find(args.model), models.find_task(args.model, TASK)
+    sizes = config.sizes(load_config(config.model_config, module.Config))
+    tokenizer, side = module.tokenizer(sizes), sizes.vision.image_size
+    prompt = [tokenizer.cls_id, *tokenizer.encode(config.prompt)]
+    config.check_lengths(len(prompt), sizes.max_tokens, sizes.text.max_positions)
+    if args.load_capt_pretrain:
+        check_captioning_weights(config.checkpoint)
+    train = training_set(config, TextEncoder(tokenizer, sizes.max_tokens, **task.TEXT), side, args.seed)
+    sets = evaluation_sets(config, side, args.debug)
+    fabric = launch(args)
+    marks = {"end": tokenizer.sep_id, "pad": tokenizer.pad_id, "label_smoothing": config.label_smoothing}
+    model = task.build(sizes, config.checkpoint, prompt=prompt, **marks)
+    tuning = Finetuning(args, config, fabric, task, model, sizes, train)
+
+    def decode(ids: list[int]) -> str:
+        return without_prompt(tokenizer.decode(ids), config.prompt)
+
+    options = {"batch_size": config.batch_size_test, "generation": config.generation}
+    options |= {"workers": config.workers, "max_skipped": config.max_skipped}
+    captions = partial(Captions, model, decode=decode, fabric=fabric, folder=args.output_dir, **options)
+    scorer, result = CaptionScorer(), args.output_dir / "result"
+    if not args.skip_eval:
+        scorer.tell()
+    files = {name: result / f"captions_{name}.json" for name in sets}
+    tests = {name: captions(images, score=scorer, path=files[name]) for name, images in sets.items()}
+    if tuning.fit(validate=captions(sets["val"], score=scorer.quick), select=scorer.best):
+        tuning.finish(tests, unscored=[test.describe for test in tests.values()])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,62 @@
+"""What pretrain.py needs of a model's data, one class for each kind of data: the curriculum and the validation."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from datasets.bundled import load_glyphs
+from datasets.bundled_classification import BundledClassification
+from datasets.classification import check_classes
+from datasets.curriculum import Curriculum, LabelledCurriculum
+from datasets.sources import Evaluation, LabelsPretrainConfig, PretrainConfig
+from datasets.text import TextEncoder
+from engine.classification import Accuracy
+from engine.config import load_config
+from engine.retrieval import ZeroShot
+
+
+class Pairs:
+    """Scenes with captions, validated by zero-shot retrieval.
+
+    module: of models/, with `Config`, `OBJECTIVES`, `tokenizer` and `TEXT`. where: the configuration file, for
+    messages. `options` are those of what `models.pretraining` puts around the model. Raises ValueError for objectives
+    that the model does not have.
+    """
+
+    unused_parameters = True  # not every loss is asked for in each step
+
+    def __init__(self, module: ModuleType, config: PretrainConfig, where: str, seed: int):
+        for stage in config.stages:
+            stage.check(module.OBJECTIVES, where)
+        self.sizes = load_config(config.model_config, module.Config)
+        self.encode = TextEncoder(module.tokenizer(self.sizes), self.sizes.max_tokens, **module.TEXT)
+        self.data = Curriculum(config, load_glyphs(), self.encode, self.sizes.vision, seed=seed)
+        self.evaluation = Evaluation(k_test=0, bundled_scenes=config.validation_scenes)
+        self.options: dict[str, Any] = {}
+
+    def validation(self, model: nn.Module, fabric: Any, folder: Path) -> ZeroShot:
+        return ZeroShot(model, self.evaluation, self.encode, fabric, self.sizes.vision, folder)
+
+
+class Labels:
+    """Single glyphs with labels, validated by the accuracy on the font that is not trained on. Raises ValueError for a
+    model with another number of classes.
+    """
+
+    unused_parameters = False
+
+    def __init__(self, module: ModuleType, config: LabelsPretrainConfig, where: str, seed: int):
+        self.sizes, self.images = load_config(config.model_config, module.Config), config.validation_images
+        self.glyphs = load_glyphs()
+        check_classes(len(set(self.glyphs.subcategories)), self.sizes.classes)
+        self.data = LabelledCurriculum(config, self.glyphs, self.sizes.image_size, seed=seed)
+        self.options = {"fine_classes": len(self.glyphs), "label_smoothing": config.label_smoothing}
+
+    def validation(self, model: nn.Module, fabric: Any, folder: Path) -> Accuracy:
+        unseen = BundledClassification(self.glyphs, "unseen", self.images, side=self.sizes.image_size)
+        return Accuracy(model, unseen, fabric, folder)
+
+
+PRETRAINING = {"pairs": Pairs, "labels": Labels}  # by the kinds in models.KINDS

@@ -1,0 +1,94 @@
+"""What the names of layers say of models that this project does not know: towers, output heads, text.
+
+Names that public vision-language models share, each in one table. Whoever has other names says so: `--groups`,
+`--exclude`, or a view of their own.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+# Group -> parts of a name that put a layer into it; the first group with one of its parts in the name takes it. CLIP
+# and SigLIP (text_model, vision_model), BLIP-2 (vision_model, qformer, language_projection, language_model), LLaVA
+# (vision_tower, multi_modal_projector, language_model), Qwen-VL (visual, visual.merger, language_model) and their like.
+TOWERS: Mapping[str, frozenset[str]] = {
+    "fusion": frozenset(
+        {
+            "qformer",
+            "language_projection",
+            "multi_modal_projector",
+            "mm_projector",
+            "merger",
+            "merger_list",
+            "deepstack_merger_list",
+            "connector",
+            "cross_modal_text_layers",
+            "cross_modal_image_layers",
+        }
+    ),
+    "vision": frozenset(
+        {
+            "vision_model",
+            "vision_tower",
+            "vision_encoder",
+            "visual",
+            "visual_encoder",
+            "visual_model",
+            "image_encoder",
+            "image_tower",
+            "visual_projection",
+            "vision_projection",
+        }
+    ),
+    "text": frozenset(
+        {"text_model", "text_encoder", "text_decoder", "text_tower", "text_projection", "language_model"}
+    ),
+}
+TEXT = "text"  # the group whose layers read text, so that padding can be among their inputs
+
+# Layers at the top of a model that make its output from features: classifiers, language-model heads, projections of a
+# contrastive model. Globs over names without a dot; what is inside such a module is part of it.
+HEADS = (
+    *("head", "heads", "head_dist", "fc", "classifier", "*_classifier", "score", "qa_outputs", "cls", "*_head"),
+    *("visual_projection", "vision_projection", "text_projection"),
+)
+# Heads that lie deeper: SigLIP's, of which the image head pools with an nn.MultiheadAttention, and BLIP's.
+DEEP_HEADS = (
+    *("text_model.head", "vision_model.head.attention", "*.vision_model.head.attention"),
+    *("text_encoder.cls", "text_decoder.cls"),
+)
+
+POOLED = re.compile(r"(?:^|\.)pooler\.")  # layers that read one vector a sample: no token of it is padding
+CROSS_FED = re.compile(  # keys and values of cross-attention read what the other tower or the encoder made
+    r"(?:^|\.)(?:crossattention|cross_attn|cross_attention|encoder_attn|EncDecAttention)\.(?:.*\.)?(?:k|v|key|value|k_proj|v_proj)\."
+)
+DECODER = re.compile(r"(?:^|\.)decoder\.")
+
+
+def is_head(name: str) -> bool:
+    """Whether the module of this name is an output head, as far as the name tells."""
+    deep = any(fnmatchcase(name, glob) for glob in DEEP_HEADS)
+    return deep or ("." not in name and any(fnmatchcase(name, glob) for glob in HEADS))
+
+
+def tower(name: str) -> str | None:
+    """The group of a layer by the parts of its name; None where they say nothing."""
+    parts = set(name.split("."))
+    return next((group for group, known in TOWERS.items() if parts & known), None)
+
+
+def text_field(name: str, encoder_decoder: bool) -> str | None:
+    """Which field of a batch says what tokens of this text layer's input are real; None where all are.
+
+    name: of the weight. encoder_decoder: a text encoder feeds the decoder (T5), rather than an image encoder or none.
+    """
+    if POOLED.search(name):
+        return None
+    if CROSS_FED.search(name):
+        return "attention_mask" if encoder_decoder else None
+    return "decoder_attention_mask" if encoder_decoder and DECODER.search(name) else "attention_mask"
+
+
+def match_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
+    """The first group with a glob that matches the name of a layer."""
+    return next((g for g, globs in groups.items() if any(fnmatchcase(name, glob) for glob in globs)), None)

@@ -1,0 +1,35 @@
+"""What the fine-tuning scripts ask of a task model.
+
+A task of a model is the file models/<model>_<task>.py, which `models.find_task` finds. It offers
+- `TEXT`, keyword arguments of `datasets.text.TextEncoder`: the task's template of tokens;
+- `NEW`, globs of parameters that the pretrained model does not have: they learn at lr x lr_mult;
+- `build(config, weights, **options)` -> `TaskModel`, from a checkpoint of the pretrained model or of the task (random
+  without one); config holds the sizes of the pretrained model, options are what the task's configuration adds;
+- `prunable_view(model)` -> `sparsity.view.PrunableView`: which of its weights a mask holds;
+- `task_names(name)` -> names in the task model of what the pretrained model calls `name`: none, one or several. A name
+  of the task model stands for itself. It translates checkpoints and masks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class TaskModel(nn.Module):
+    """A model with the loss of one task."""
+
+    def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
+        """{"loss": what is minimised, and its parts}. epoch: how many are done, with fractions."""
+        raise NotImplementedError
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """What gradient checkpointing computes again in the backward pass, block by block."""
+        raise NotImplementedError
+
+    def heirs(self, name: str) -> Sequence[str]:
+        """The weights that begin as copies of the weight `name` of this model and take its mask."""
+        return ()
+
+    def on_pruned(self) -> None:
+        """Called once, when the masks have been applied: copies of the weights begin here."""

@@ -1,0 +1,128 @@
+"""XVLM fine-tuned for visual question answering: a decoder of as many layers as the fusion encoder has, which begins as
+its copy and attends to the question's states (arXiv 2111.08276, section 4.3).
+
+Shapes as in models/answering.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import xvlm
+from models.answering import Answering
+from models.bert import Bert, BertForMaskedLM
+from models.checkpoint import load_weights, read_weights
+from models.clip_vision import CLIPVisionTransformer
+from sparsity.view import PrunableView
+
+TEXT = {"add_sep": False}  # [CLS] question
+ANSWER_ENDS = 1  # [CLS] answer [SEP]
+NEW = ()  # the decoder is a copy
+DROPPED = ("vision_proj.*", "text_proj.*", "temp", "itm_head.*", "bbox_head.*")  # of the pretrained model
+IGNORED = (*xvlm.HARMLESS, "text_decoder.cls.predictions.bias", "*.weight_pruning_mask", "*.bias_pruning_mask")
+_RENAMED = {"text_encoder.bert.": "text_encoder.", "text_encoder.cls.": "text_decoder.cls."}
+_DECODER = "text_decoder.bert."
+
+
+class XVLMVQA(Answering):
+    """inherit_mask: the decoder has the masks of the fusion layers that it begins as; it is dense otherwise."""
+
+    def __init__(self, config: xvlm.Config, inherit_mask: bool = False):
+        super().__init__()
+        self.config, self.inherit_mask = config, inherit_mask
+        text = config.text
+        self.vision_encoder = CLIPVisionTransformer(config.vision)
+        self.text_encoder = Bert(text, config.vision.width)
+        decoder = dataclasses.replace(text, layers=text.layers - text.fusion_layer, fusion_layer=0)
+        self.text_decoder = BertForMaskedLM(decoder, text.width, causal=True)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return self.vision_encoder(image)
+
+    def ask(self, image: Tensor, ids: Tensor, atts: Tensor) -> Tensor:
+        return self.text_encoder(ids, atts, image)
+
+    def score(self, first: Tensor, losses: Tensor) -> Tensor:
+        """log p of the first token counts twice, as published."""
+        return first - losses
+
+    def blocks(self) -> Sequence[nn.Module]:
+        text = *self.text_encoder.encoder.layer, *self.text_decoder.bert.encoder.layer
+        return [*self.vision_encoder.encoder.layers, *text]
+
+    def heirs(self, name: str) -> tuple[str, ...]:
+        return tuple(heir for heir, source in self.copies().items() if source == name) if self.inherit_mask else ()
+
+    def copies(self) -> dict[str, str]:
+        """Parameter of the decoder -> the one of the text encoder that it begins as."""
+        fusion, pairs = self.config.text.fusion_layer, {}
+        for name, _ in self.text_decoder.bert.named_parameters():
+            head, layer, rest = name.partition("encoder.layer.")
+            number, _, key = rest.partition(".")
+            source = f"{layer}{fusion + int(number)}.{key}" if layer else head
+            pairs[_DECODER + name] = f"text_encoder.{source}"
+        return pairs
+
+    @torch.no_grad()
+    def begin_decoder(self) -> None:
+        """The decoder as a copy of the fusion layers and of the embeddings; ValueError where the widths differ."""
+        vision, text = self.config.vision.width, self.config.text.width
+        if vision != text:
+            raise ValueError(
+                f"vision.width {vision} and text.width {text} must be equal: the decoder attends to text with the "
+                "weights that attend to the image in the pretrained model"
+            )
+        for name, source in self.copies().items():
+            self.get_parameter(name).copy_(self.get_parameter(source))
+
+
+def translated(name: str) -> str:
+    """Name in this model of what the pretrained model calls `name`."""
+    for prefix, own in _RENAMED.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
+
+def task_names(name: str) -> tuple[str, ...]:
+    return () if any(fnmatchcase(name, glob) for glob in DROPPED) else (translated(name),)
+
+
+def build(config: xvlm.Config, weights: str | Path | None = None, inherit_mask: bool = False) -> XVLMVQA:
+    """Model of these sizes, from a checkpoint of XVLM or of itself, or random.
+
+    Raises ValueError where the checkpoint is of another model, or where the decoder cannot begin as a copy.
+    """
+    model = XVLMVQA(config, inherit_mask)
+    if weights is None:
+        trunk = xvlm.build(config)
+        model.vision_encoder.load_state_dict(trunk.vision_encoder.state_dict())
+        model.text_encoder.load_state_dict(trunk.bert.state_dict())
+        model.text_decoder.cls.load_state_dict(trunk.text_encoder.cls.state_dict())
+        model.begin_decoder()
+        return model
+    own = any(name.startswith(_DECODER) for name in read_weights(weights))
+    options = {"positions": xvlm.POSITIONS, "ignored": (*IGNORED, *DROPPED), "rename": translated}
+    load_weights(model, weights, **options, optional=() if own else (f"{_DECODER}*",))
+    if not own:
+        model.begin_decoder()
+    return model
+
+
+def prunable_view(model: XVLMVQA) -> PrunableView:
+    """The weights that are prunable in XVLM, in its groups, and those of the decoder where it inherits their masks."""
+    fusion = model.config.text.fusion_layer
+    text_only = tuple(f"text_encoder.encoder.layer.{i}." for i in range(fusion))
+
+    def group_of(name: str) -> str:
+        if name.startswith("vision_encoder."):
+            return "vision"
+        return "text" if name.startswith(text_only) else "fusion"
+
+    return PrunableView(
+        model, group_of=group_of, keep_dense=("text_decoder.cls.*",) if model.inherit_mask else ("text_decoder.*",)
+    )

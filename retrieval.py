@@ -1,0 +1,55 @@
+"""Fine-tune a pruned or dense vision-language model for image-text retrieval, and evaluate it.
+
+    python retrieval.py --model xvlm --mask pruned_weights/multiflow/xvlm_multiflow_63_seed42_pruning_masks.safetensors
+    python retrieval.py --model xvlm --dense --output_dir output/retrieval_dense
+    python retrieval.py --model xvlm --dense --variant base -pre 4m-xvlm-vit-bert.pth --devices 4
+
+Weights, mask, metrics and a model card are written to <output_dir>/result/. A run that was stopped goes on from its
+snapshot when the same command is given again.
+"""
+
+import argparse
+from functools import partial
+
+import models
+from datasets.tasks import RetrievalConfig
+from engine.launch import launch, run
+from engine.options import Parser, add_finetuning_options
+from engine.tasks import prepare
+
+TASK = "retrieval"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_finetuning_options(parser, TASK, models.of_task(TASK))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    models.check_task(args.model, TASK)
+    config = prepare(args, TASK, RetrievalConfig, arguments)
+
+    from datasets.retrieval import training_set
+    from datasets.text import TextEncoder
+    from engine.config import load_config
+    from engine.finetuning import Finetuning
+    from engine.retrieval import ZeroShot
+
+    module, task = models.find(args.model), models.find_task(args.model, TASK)
+    sizes = config.sizes(load_config(config.model_config, module.Config))
+    encode = TextEncoder(module.tokenizer(sizes), sizes.max_tokens, **task.TEXT)
+    train = training_set(config, encode, sizes.vision.image_size, args.seed)
+    fabric = launch(args)
+    model = task.build(sizes, config.checkpoint, negative_all_rank=config.negative_all_rank)
+    tuning = Finetuning(args, config, fabric, task, model, sizes, train)
+    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
+    recalls = partial(ZeroShot, model, encode=encode, fabric=fabric, vision=sizes.vision, folder=args.output_dir)
+    tests = {name: recalls(data, **reading) for name, data in config.evaluations(args.debug).items()}
+    if tuning.fit(validate=tests.pop("val"), select="r_mean"):
+        tuning.finish(tests)
+
+
+if __name__ == "__main__":
+    run(main)

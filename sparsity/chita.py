@@ -1,0 +1,329 @@
+"""CHITA's block-wise solver, arXiv 2302.14623: which weights are kept, and what they become.
+
+With the gradient rows A (n, p), the weights w0 that enter the step, y = A w0 and the first-order term a = (1/b) sum of
+A's rows, it minimises over w with at most k non-zeros
+
+    Q(w) = 1/2 ||y - A w||^2 + a^T w + (n lambda / 2) ||w - w0||^2.
+
+Since a = A^T c with c = 1/b in all n entries, that is, but for a constant, a ridge regression in delta = w0 - w, where
+delta_j = w0_j for a weight that goes:
+
+    1/2 ||A delta - c||^2 + (mu / 2) ||delta||^2,    mu = n lambda.
+
+So nothing is needed but products with A, and the p x p matrix A^T A + mu never: memory is O(n x block). A step over the
+whole problem chooses how many weights each block keeps, a step in each block which ones, and those are then solved for
+in closed form. Sums over n are kept in float64.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsity.rows import Rows
+from sparsity.selection import keep, keep_rows, thresholds
+
+BLOCK = 10_000  # weights of a block, at most
+_TRIALS = 10  # doublings of the step in a line search
+_HALVINGS = 100
+_SLACK = 1e-10
+_GONE = -1.0  # score of weights that were pruned before: below that of all others
+
+
+def solve(
+    rows: Rows,
+    weights: Mapping[str, Tensor],
+    count: int,
+    *,
+    ridge: float,
+    alive: Mapping[str, Tensor] | None = None,
+    blocks: Mapping[str, Sequence[int]] | None = None,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, which weights are kept, bool, what they become), in the order and shapes of the weights; `count` are kept.
+
+    weights: w0, name -> (out, in), in the order of the rows' columns. ridge: lambda. alive: name -> bool (out, in);
+    where it is False the weight was pruned before, and stays so. blocks: name -> where its blocks begin and the last
+    one ends; by default each weight is cut into even ones of at most BLOCK. A block whose line search finds nothing
+    better keeps the weights with which it began.
+    """
+    problem = _Problem(rows, weights, ridge, alive)
+    step, kept = _choose(problem, count)
+    for name, weight in weights.items():
+        bounds = cut(weight.numel()) if blocks is None else blocks[name]
+        chosen, solved = _solve_weight(problem, name, step, kept.pop(name).view(-1), bounds)
+        yield name, chosen.view(weight.shape), solved.view(weight.shape).to(weight.dtype)
+
+
+def objective(rows: Rows, before: Mapping[str, Tensor], after: Mapping[str, Tensor], ridge: float) -> float:
+    """Q(w) of the weights `after` a step that `before` entered: name -> (out, in), in the order of the columns."""
+    problem = _Problem(rows, before, ridge, None)
+    error, squares = problem.along((n, problem.weight(n) - after[n].reshape(-1).float()) for n in before)
+    forward, _ = problem.along((name, after[name].reshape(-1).float()) for name in before)
+    return float(error.square().sum() / 2 + forward.sum() * problem.shift + problem.mu / 2 * squares)
+
+
+def cut(numel: int, size: int = BLOCK) -> list[int]:
+    """Where the blocks of a weight begin, and its end: as few as can be, of even sizes, none above `size`."""
+    count = -(-numel // size)
+    return [numel * i // count for i in range(count + 1)]
+
+
+class _Problem:
+    """The whole problem, weight after weight; the vectors are flat, (numel,), and float32."""
+
+    def __init__(self, rows: Rows, weights: Mapping[str, Tensor], ridge: float, alive: Mapping[str, Tensor] | None):
+        self.rows, self.mu, self.shift = rows, rows.n * ridge, 1 / rows.batch_size
+        self._weights, self._alive = weights, alive
+        self.first, self.numel = {}, 0  # column where each weight begins, and how many there are
+        for name, weight in weights.items():
+            self.first[name] = self.numel
+            self.numel += weight.numel()
+
+    def weight(self, name: str) -> Tensor:
+        return self._weights[name].reshape(-1).float()
+
+    def alive(self, name: str) -> Tensor | None:
+        return None if self._alive is None else self._alive[name].reshape(-1)
+
+    def moved(self, name: str, step: float) -> Tensor:
+        """The weight after a gradient step."""
+        weight = self.weight(name)
+        return weight.sub(self.slope(name), alpha=step) if step else weight.clone()
+
+    def slope(self, name: str) -> Tensor:
+        """The gradient of Q at w0, which is the first-order term."""
+        start = self.first[name]
+        slope = self.rows.sum()[start : start + self._weights[name].numel()] * self.shift
+        return slope if self._alive is None else slope.masked_fill_(~self.alive(name), 0)
+
+    def scores(self, step: float) -> Iterator[tuple[str, Tensor]]:
+        """The magnitudes after a gradient step; in the shape of the weights."""
+        for name, weight in self._weights.items():
+            score = self.moved(name, step).abs_()
+            if self._alive is not None:
+                score.masked_fill_(~self.alive(name), _GONE)
+            yield name, score.view(weight.shape)
+
+    def largest(self, step: float, count: int) -> dict[str, Tensor]:
+        """Where the `count` largest magnitudes after a gradient step are."""
+        scores = partial(self.scores, step)
+        return dict(keep(scores, *thresholds(scores, [self.numel - count])))
+
+    def stays(self, step: float, kept: Mapping[str, Tensor]) -> bool:
+        """Whether the largest magnitude after a gradient step is among the kept weights."""
+        inside = outside = _GONE
+        for name, score in self.scores(step):
+            inside = max(inside, float(score.where(kept[name], _GONE).amax()))
+            outside = max(outside, float(score.masked_fill_(kept[name], _GONE).amax()))
+        return inside >= outside - _SLACK
+
+    def best_step(self, kept: Mapping[str, Tensor]) -> float:
+        """The length of the step along the gradient on the kept weights that minimises Q over all lengths."""
+        along, squares = self.along((name, self.slope(name).mul_(mask.view(-1))) for name, mask in kept.items())
+        return float(_ratio(squares, along.square().sum() + self.mu * squares))
+
+    def value(self, step: float, kept: Mapping[str, Tensor]) -> float:
+        """Q, but for a constant, after a gradient step that is cut to the kept weights."""
+        error, squares = self.along(
+            (name, torch.where(mask.view(-1), self.slope(name).mul_(step), self.weight(name)))
+            for name, mask in kept.items()
+        )
+        return float((error - self.shift).square().sum() / 2 + self.mu / 2 * squares)
+
+    def along(self, vector: Iterable[tuple[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The rows times a vector, (n,), and the sum of its squares; it comes as (name, piece), one after the other."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.rows.device)
+
+        def pieces() -> Iterator[tuple[int, Tensor]]:
+            for name, piece in vector:
+                squares.add_(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
+                yield self.first[name], piece
+
+        return self.rows.product(pieces()), squares
+
+
+def _choose(problem: _Problem, count: int) -> tuple[float, dict[str, Tensor]]:
+    """A projected-gradient step over the whole problem: its length, and the weights that it keeps."""
+    kept = problem.largest(0.0, count)
+    step = problem.best_step(kept)
+    if problem.stays(step, kept):
+        return step, kept
+    step /= 2
+    for _ in range(_HALVINGS):
+        if problem.stays(step, kept):
+            break
+        step /= 2
+    best, lowest = (0.0, kept), problem.value(0.0, kept)
+    for _ in range(_TRIALS):
+        trial = problem.largest(step, count)
+        value = problem.value(step, trial)
+        if value >= lowest:
+            break
+        best, lowest = (step, trial), value
+        step *= 2
+    return best
+
+
+def _solve_weight(
+    problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The blocks of a weight, several at once: which of it is kept (numel,), and what it becomes (numel,)."""
+    weight, alive, rows = problem.weight(name), problem.alive(name), problem.rows
+    start = problem.moved(name, step).mul_(kept)
+    solved = torch.empty_like(weight)
+    for begin, end, count in _batches(bounds, rows.piece()):
+        shape, here = (count, -1), slice(begin, end)
+        columns = rows.read(problem.first[name] + begin, problem.first[name] + end)  # (n, blocks * size)
+        A = columns.view(rows.n, count, -1).transpose(0, 1)  # (blocks, n, size)
+        living = None if alive is None else alive[here].view(shape)
+        w, chosen = weight[here].view(shape), kept[here].view(shape)
+        chosen = _search(A, w, start[here].view(shape), chosen, living, problem.shift, problem.mu)
+        solved[here] = _refit(columns, w, chosen, problem.shift, problem.mu).view(-1)
+        kept[here] = chosen.view(-1)
+    return kept, solved
+
+
+def _batches(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, how many blocks) of neighbouring blocks of one size, about `width` columns together."""
+    spans = [(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False) if end > begin]
+    while spans:
+        (begin, end), count = spans[0], 1
+        size = end - begin
+        while count < min(len(spans), max(1, width // size)) and spans[count][1] - spans[count][0] == size:
+            count += 1
+        yield begin, spans[count - 1][1], count
+        spans = spans[count:]
+
+
+def _search(A: Tensor, w: Tensor, start: Tensor, kept: Tensor, alive: Tensor | None, shift: float, mu: float) -> Tensor:
+    """A projected-gradient step in each block, with line search: which weights it keeps, as many as before.
+
+    A (blocks, n, size); w: those that entered; start: those that the step begins at, zero but for the kept ones; kept
+    and alive: bool; all (blocks, size).
+    """
+    delta = w - start
+    error = _times(A, delta) - shift  # (blocks, n)
+    slope = (error[:, None] @ A).squeeze(1).add_(delta, alpha=mu).neg_()
+    if alive is not None:
+        slope *= alive.to(slope.dtype)
+    inside = slope * kept.to(slope.dtype)
+    outside = (slope - inside).abs_().amax(dim=1)  # (blocks,)
+    squares = inside.square().sum(dim=1)
+    step = _ratio(squares, _times(A, inside).square_().sum(dim=1) + mu * squares)
+    which = _leaves(start, inside, outside, step).nonzero().squeeze(1)
+    if not len(which):  # only the lengths of the weights change, and those are solved for anyway
+        return kept
+    begin = _Begin(*_rows(which, A, w, start, slope, inside, outside, kept, alive), shift, mu)
+    found = begin.search(step[which] / 2, _value(error, delta, mu)[which])
+    return found if len(which) == len(w) else kept.index_copy(0, which, found)
+
+
+@dataclass
+class _Begin:
+    """Blocks in which the best step would exchange weights, as the line search finds them."""
+
+    A: Tensor  # (blocks, n, size)
+    w: Tensor  # (blocks, size), as all that follow but for `outside`
+    start: Tensor
+    slope: Tensor
+    inside: Tensor  # the slope on the kept weights
+    outside: Tensor  # (blocks,): the largest slope on the others
+    kept: Tensor
+    alive: Tensor | None
+    shift: float
+    mu: float
+
+    def search(self, step: Tensor, lowest: Tensor) -> Tensor:
+        """Which weights the best iterate keeps, (blocks, size); `lowest` (blocks,) is the value of the first."""
+        for _ in range(_HALVINGS):
+            far = _leaves(self.start, self.inside, self.outside, step)
+            if not far.any():
+                break
+            step = torch.where(far, step / 2, step)
+        best, counts = self.kept.clone(), self.kept.sum(dim=1)
+        which = torch.arange(len(best), device=best.device)
+        for _ in range(_TRIALS):
+            chosen, value = self._trial(which, step, counts)
+            better = value < lowest[which]
+            which, step, chosen, value = (tensor[better] for tensor in (which, step * 2, chosen, value))
+            if not len(which):
+                break
+            best[which], lowest[which] = chosen, value
+        return best
+
+    def _trial(self, which: Tensor, step: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """After a step in some of the blocks: which weights are the largest, and the value with them."""
+        A, w, start, slope, counts, alive = _rows(which, self.A, self.w, self.start, self.slope, counts, self.alive)
+        trial = start - step[:, None] * slope
+        scores = trial.abs()
+        if alive is not None:
+            scores.masked_fill_(~alive, _GONE)
+        chosen = keep_rows("of a block", scores, scores.shape[1] - counts)
+        delta = w - trial.mul_(chosen.to(trial.dtype))
+        return chosen, _value(_times(A, delta) - self.shift, delta, self.mu)
+
+
+def _rows(which: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Some of the blocks of each tensor; the tensors as they are where it is all of them."""
+    return [t if t is None or len(which) == len(t) else t[which] for t in tensors]
+
+
+def _leaves(start: Tensor, inside: Tensor, outside: Tensor, step: Tensor) -> Tensor:
+    """Blocks in which the largest magnitude after a step is not among the kept weights: bool (blocks,)."""
+    highest = torch.addcmul(start, inside, step[:, None], value=-1).abs_().amax(dim=1)
+    return highest < step * outside - _SLACK
+
+
+def _refit(columns: Tensor, w: Tensor, kept: Tensor, shift: float, mu: float) -> Tensor:
+    """The kept weights in closed form, zero elsewhere: (blocks, size). columns: (n, blocks * size).
+
+    With e = A_rest w_rest - c, the kept weights change by A_S^T (A_S A_S^T + mu I)^-1 e, which is the Woodbury identity,
+    or by (A_S^T A_S + mu I)^-1 A_S^T e where a block keeps no more weights than there are rows.
+    """
+    n, (blocks, _) = len(columns), w.shape
+    flat, counts = kept.view(-1).nonzero().squeeze(1), kept.sum(dim=1)
+    longest = int(counts.max())
+    solved = torch.zeros_like(w)
+    if longest == 0:
+        return solved
+    inside = w * kept.to(w.dtype)
+    error = _times(columns.view(n, blocks, -1).transpose(0, 1), w - inside) - shift
+    padded = longest * blocks > len(flat)
+    if padded:
+        real = torch.arange(longest, device=w.device) < counts[:, None]  # (blocks, longest)
+        indices = flat.new_zeros(real.shape).masked_scatter_(real, flat).view(-1)
+    A = columns.index_select(1, indices if padded else flat).double()
+    A = A.view(n, blocks, longest).transpose(0, 1)  # (blocks, n, longest)
+    if padded:
+        A *= real[:, None]
+    error = error.double()[:, None]  # (blocks, 1, n)
+    if n < longest:
+        change = _ridge(A @ A.mT, error, mu) @ A  # (blocks, 1, longest)
+    else:
+        change = _ridge(A.mT @ A, error @ A, mu)
+    change = change.squeeze(1)[real] if padded else change.view(-1)
+    solved.view(-1)[flat] = w.reshape(-1)[flat] + change.to(w.dtype)
+    return solved
+
+
+def _ridge(gram: Tensor, right: Tensor, mu: float) -> Tensor:
+    """right (gram + mu I)^-1: (blocks, 1, size), from (blocks, size, size), which is symmetric, and (blocks, 1, size)."""
+    gram.diagonal(dim1=1, dim2=2).add_(mu)
+    return torch.linalg.solve(gram, right.mT).mT
+
+
+def _times(A: Tensor, vectors: Tensor) -> Tensor:
+    """(blocks, n, size) times (blocks, size): (blocks, n)."""
+    return (A @ vectors[:, :, None]).squeeze(2)
+
+
+def _value(error: Tensor, delta: Tensor, mu: float) -> Tensor:
+    """Q of each block, but for a constant."""
+    return error.double().square().sum(dim=1) / 2 + mu / 2 * delta.square().sum(dim=1).double()
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where the gradient is: nothing moves."""
+    return torch.where(above > 0, above / below, torch.zeros_like(above))

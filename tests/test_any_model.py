@@ -1,0 +1,214 @@
+"""prune.py on models that are not the project's own, end to end, and the Python API as README.md has it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+import yaml
+from PIL import Image
+
+import prune
+from engine.config import load_config
+from engine.launch import run
+from models import external, xvlm
+from sparsity.masks import Masks
+from tests import tiny_models
+from tests.tiny_models import image_processor, tokenizer
+
+QUICK = ["--accelerator", "cpu", "--num_batches", "2", "--batch_size", "3"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    for module in ("external", "hub"):
+        monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four images of two classes each, with captions."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (folder / kind).mkdir()
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / kind / f"{i}.png")
+            (folder / kind / f"{i}.txt").write_text(f"a photo : {kind} w{20 + i}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    processor = transformers.CLIPProcessor(image_processor(), tokenizer())
+    return tiny_models.save(tiny_models.clip(), tmp_path_factory.mktemp("models") / "clip", processor)
+
+
+def options(folder, model, pruner, *more):
+    return ["-m", model, "-p", pruner, "--output_dir", str(folder), "-s", "50", *QUICK, *more]
+
+
+def pruned(folder, model, pruner, *more):
+    """Prune in this process: the folder of the results and the masks."""
+    prune.main(options(folder, model, pruner, *more))
+    (path,) = (folder / pruner).glob("*_50_seed42_pruning_masks.safetensors")
+    return folder / pruner, Masks.load(path)
+
+
+def half(masks):
+    return masks.total - masks.kept == masks.total // 2
+
+
+def test_a_timm_model_without_data(tmp_path):
+    folder, masks = pruned(tmp_path, "timm:test_vit", "omp", "--weights", "random", "--save_model")
+    assert half(masks)
+    saved = folder / "timm_test_vit_omp_50_seed42_model.safetensors"
+    plain = timm.create_model("test_vit", checkpoint_path=str(saved)).state_dict()
+    for name, mask in masks.items():
+        assert not plain[name][~mask].any() and plain[name][mask].all()
+    assert "vision %" in (folder / "report.md").read_text()
+    _, again = pruned(tmp_path / "again", "timm:test_vit", "omp", "--weights", str(saved))
+    assert again.digest() == masks.digest(), "what is zero goes first"
+
+
+def test_a_timm_model_with_classes(tmp_path, photos):
+    _, masks = pruned(tmp_path, "timm:test_vit", "snip", "--weights", "random", "--calibration", str(photos))
+    assert half(masks)
+    assert masks.provenance["config"]["calibration"] == str(photos)
+
+
+def test_a_folder_of_transformers_with_captions(tmp_path, clip, photos):
+    folder, masks = pruned(tmp_path, f"hf:{clip}", "snip", "--calibration", str(photos), "--save_model")
+    assert half(masks)
+    saved = transformers.CLIPModel.from_pretrained(folder / "hf_clip_snip_50_seed42_model")
+    assert all(not saved.state_dict()[name][~mask].any() for name, mask in masks.items())
+    transformers.AutoProcessor.from_pretrained(folder / "hf_clip_snip_50_seed42_model")
+    report = yaml.safe_load((folder / "config.yaml").read_text())
+    assert report["config"]["weights"] == "published" and report["config"]["batch_size"] == 3
+
+
+def test_the_iterative_pruner_reads_fresh_batches(tmp_path, clip, photos):
+    _, once = pruned(tmp_path / "1", f"hf:{clip}", "itersnip", "--calibration", str(photos))
+    _, often = pruned(tmp_path / "2", f"hf:{clip}", "itersnip", "--calibration", str(photos), "-e", "3")
+    assert half(once) and half(often) and once.digest() != often.digest()
+
+
+def test_layers_and_groups_of_choice(tmp_path, clip, photos):
+    chosen = ["--include", "*.mlp.*,*.self_attn.*", "--exclude", "*.fc2", "--groups", "a=*.mlp.*,b=vision_*,b=text_*"]
+    folder, masks = pruned(tmp_path, f"hf:{clip}", "multiflow", "--calibration", str(photos), *chosen)
+    view = external.prunable_view(external.build(f"hf:{clip}"), exclude=["*.fc2"])
+    assert list(masks) == list(view.weights)
+    for group, part in (("a", ".mlp."), ("b", ".self_attn.")):
+        gone = sum(int((~mask).sum()) for name, mask in masks.items() if part in name)
+        assert gone == sum(mask.numel() for name, mask in masks.items() if part in name) // 2
+        assert f"{group} %" in (folder / "report.md").read_text()
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def batches(seed, epoch):
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return [(torch.randn(5, 8, generator=generator),) for _ in range(4)]
+
+
+def loss(model, batch):
+    return model(*batch).square().mean()
+
+
+HERE = "tests.test_any_model"
+
+
+@pytest.mark.parametrize("pruner", ["snip", "multiflow"])
+def test_a_model_with_batches_and_loss_of_ones_own(tmp_path, pruner):
+    data = ["--calibration", f"{HERE}:batches", "--loss", f"{HERE}:loss"]
+    folder, masks = pruned(tmp_path, f"{HERE}:model", pruner, *data, "--exclude", "2")
+    assert list(masks) == ["0.weight"] and half(masks)
+    assert (folder / f"{HERE}_model_{pruner}_50_seed42_pruning_masks.safetensors").is_file()
+
+
+def test_a_configuration_file(tmp_path, clip, photos):
+    content = {"calibration": str(photos), "exclude": ["text_model"], "groups": {"eyes": ["vision_model.*"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    folder, masks = pruned(tmp_path / "out", f"hf:{clip}", "multiflow", "--config", str(tmp_path / "c.yaml"))
+    assert half(masks) and all(name.startswith("vision_model.") for name in masks)
+    assert "eyes %" in (folder / "report.md").read_text()
+
+
+def test_a_saved_model_of_the_projects_own(tmp_path):
+    config = ["--config", "tests/data/configs/prune.yaml", "--accelerator", "cpu", "--output_dir", str(tmp_path)]
+    prune.main(["-m", "xvlm", "-p", "omp", "-s", "50", "--save_model", *config])
+    masks = Masks.load(tmp_path / "omp" / "xvlm_omp_50_seed42_pruning_masks.safetensors")
+    sizes = load_config("tests/data/configs/model.yaml", xvlm.Config)
+    model = xvlm.build(sizes, tmp_path / "omp" / "xvlm_omp_50_seed42_model.safetensors")
+    assert all(not model.state_dict()[name][~mask].any() for name, mask in masks.items())
+
+
+def test_what_would_be_read_is_listed(photos, capsys):
+    for given, code, told in (
+        (["--calibration", str(photos)], 0, "8 images with captions of 2 classes; 8 of 8 images looked up are there"),
+        (["--calibration", "absent"], 1, "--calibration absent: neither a folder nor package.module:function"),
+        (["--calibration", f"{HERE}:batches"], 0, "a function, which was not called"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            prune.main(["-m", "timm:test_vit", "--check_data", *given])
+        assert caught.value.code == code and told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["-m", "timm:test_vit", "-p", "multiflow"], "this pruner needs --calibration, a folder of images or package."),
+        (
+            ["-m", "timm:test_vit", "-p", "snip", "--calibration", "absent"],
+            "--calibration absent: neither a folder nor ",
+        ),
+        (["-m", "timm:test_vit", "-p", "omp", "--evaluate"], "--evaluate: there is no evaluation of timm:test_vit"),
+        (["-m", "timm:test_vit", "-p", "omp", "--variant", "mini"], "--variant is for xvlm, "),
+        (["-m", "timm:test_vit", "-p", "omp"], "the hub cannot be reached"),
+        (["-m", "timm:test_vitt", "-p", "omp"], "did you mean timm:test_vit?"),
+        (["-m", "timm:test_vit", "-p", "omp", "--weights", "absent.pth"], "absent.pth: weights file not found"),
+        (["-m", "timm:test_vit", "-p", "omp", "--weights", "random", "--exclude", "vision"], "--exclude: no layer"),
+        (["-m", "timm:test_vit", "-p", "omp", "--weights", "random", "--exclude", "blocks"], "no prunable weight"),
+        (["-m", "timm:", "-p", "omp"], "there is no model 'timm:'; there are xvlm, "),
+        (["-m", "xvlm", "-p", "omp", "--calibration", "images"], "--calibration is for other models (timm:NAME"),
+        (["-m", f"{HERE}:modl", "-p", "omp"], f"-m {HERE}:modl: {HERE} has no function 'modl', did you mean 'model'?"),
+        (["-m", f"{HERE}:model", "-p", "snip", "--calibration", "."], "only models of timm and transformers bring"),
+        (["-m", f"{HERE}:model", "-p", "snip", "--calibration", f"{HERE}:batches"], "the model returns no loss"),
+        (["-m", f"{HERE}:model", "-p", "omp", "--loss", "cross entropy"], "loss must be package.module:function"),
+        (["-m", f"{HERE}:model", "-p", "omp", "--groups", "vision"], "expected name=glob,name=glob, got 'vision'"),
+        (["-m", f"{HERE}:model", "-p", "omp", "--include", "a,,b"], "expected globs like"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path, capsys, given, told):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: prune.main([*given, "--output_dir", str(tmp_path / "out"), "--accelerator", "cpu"]))
+    heard = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("error")]
+    assert caught.value.code == 2 and len(heard) == 1 and told in heard[0]
+    assert not (tmp_path / "out").exists()
+
+
+# The Python API
+
+
+def test_the_snippet_of_the_readme(capsys):
+    section = re.search(r"#+ Python API\n(.*?)\n#", Path("README.md").read_text(), re.DOTALL)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {}
+    exec(code, names)
+    view, masks, model = names["view"], names["masks"], names["model"]
+    assert sum(int((~mask).sum()) for mask in masks.values()) == sum(mask.numel() for mask in masks.values()) // 2
+    assert all(not view.weights[name].parameter[~mask].any() for name, mask in masks.items())
+    assert set(masks) < set(model.state_dict())
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 6

@@ -1,0 +1,102 @@
+"""The scripts on a two-layer BLIP: every pruner, comparison, pretraining that resumes, retrieval with a mask."""
+
+import csv
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compare
+import pretrain
+import prune
+import pruners
+import retrieval
+from engine.config import load_config
+from models import blip
+from sparsity.allocation import budget
+from sparsity.masks import Masks
+from tests.test_scripts import CONFIGS, SMALL, script
+
+CPU = ["--accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take most of the time of a small run."""
+    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+
+
+@pytest.fixture(scope="module")
+def view():
+    return blip.prunable_view(blip.build(load_config(CONFIGS / "blip_model.yaml", blip.Config)))
+
+
+def prune_options(folder, pruner, *options):
+    config = str(CONFIGS / "blip_prune.yaml")
+    return ["-m", "blip", "-p", pruner, "--config", config, "--output_dir", str(folder), *SMALL, *options]
+
+
+@pytest.mark.parametrize("pruner", pruners.available())
+def test_every_pruner_is_exact(tmp_path, view, pruner):
+    prune.main(prune_options(tmp_path, pruner, "-s", "63"))
+    masks = Masks.load(tmp_path / pruner / f"blip_{pruner}_63_seed42_pruning_masks.safetensors")
+    masks.check(view)
+    pool = pruners.build(pruner).pool
+    if pool == "global":
+        assert masks.total - masks.kept == budget("0.63", masks.total)
+    alias = "text_decoder.bert.encoder.layer.1.crossattention.self.key.weight"
+    assert alias in masks.aliases[alias.replace("text_decoder.bert.", "text_encoder.")]
+
+
+def test_evaluation_and_two_processes(tmp_path):
+    options = ["-s", "50", "--evaluate"]
+    printed = script("prune.py", *prune_options(tmp_path / "one", "multiflow", *options)).stdout
+    assert "i2t R@1" in printed and "vision %" in printed
+    script("prune.py", *prune_options(tmp_path / "two", "multiflow", *options, "--devices", "2"))
+    one, two = (next((tmp_path / n).rglob("*_masks.safetensors")) for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_comparison(tmp_path):
+    options = ["-m", "blip", "-p", "omp,multiflow", "-s", "50", "--seeds", "1,2", "--num_batches", "2", *CPU]
+    compare.main([*options, "--config", str(CONFIGS / "blip_prune.yaml"), "--output_dir", str(tmp_path)])
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["pruner"] for row in rows] == ["dense", "omp", "multiflow", "multiflow"]
+    assert set(rows[0]) >= {"vision %", "text %", "i2t R@1"}
+
+
+def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    options = ["-m", "blip", "--config", str(CONFIGS / "blip_pretrain.yaml"), *CPU, "--output_dir"]
+    pretrain.main([*options, str(tmp_path / "whole")])
+    whole = load_file(tmp_path / "whole" / "blip.safetensors")
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+
+    real, steps = torch.optim.AdamW.step, []
+
+    def stop_in_the_middle(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main([*options, str(tmp_path / "halted")])
+    monkeypatch.setattr(torch.optim.AdamW, "step", real)
+    pretrain.main([*options, str(tmp_path / "halted")])
+    resumed = load_file(tmp_path / "halted" / "blip.safetensors")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    model = blip.build(load_config(CONFIGS / "blip_model.yaml", blip.Config), tmp_path / "whole" / "blip.safetensors")
+    assert isinstance(model, blip.BLIP)
+
+
+def test_retrieval_with_a_mask(tmp_path, view):
+    prune.main(prune_options(tmp_path, "omp", "-s", "75"))
+    mask = tmp_path / "omp" / "blip_omp_75_seed42_pruning_masks.safetensors"
+    options = ["--model", "blip", "--mask", str(mask), "--config", str(CONFIGS / "blip_retrieval.yaml"), *CPU]
+    retrieval.main([*options, "--output_dir", str(tmp_path / "tuned")])
+    state, masks = load_file(tmp_path / "tuned" / "result" / "model.safetensors"), Masks.load(mask)
+    for name in view.weights:
+        if name in state:
+            assert (state[name][~masks[name]] == 0).all() and (state[name][masks[name]] != 0).any()
