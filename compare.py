@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(pruner.statistic for pruner in chosen.values()):
         config.check_calibration(str(args.config))
 
+    from datasets.calibration import clear_skipped
     from engine.comparison import Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning import calibrate, plain
     from engine.subjects import SUBJECTS
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     view, file = subject.load(fabric), args.output_dir / "results.csv"
     digest = digests(view, subject.sizes, config, vars(args), chosen)
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
+    clear_skipped(args.output_dir, fabric.global_rank, fabric.world_size)
     evaluate = subject.evaluation(args.output_dir)
     arguments = {name: plain(value) for name, value in vars(args).items()}
     save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")

@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--pool", choices=POOLS, help="weights that compete with each other; default: the pruner's own")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
-    add("--evaluate", action="store_true", help="measure quality without training, dense and at every sparsity")
+    add("--evaluate", action="store_true", help="measure quality, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
     add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
@@ -67,7 +67,7 @@ def list_data(args: argparse.Namespace) -> bool:
 
     path, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     findings = check_data(config)
-    print(path, table(findings), sep="\n")
+    print(path or args.model, table(findings), sep="\n")
     return all(finding.ok for finding in findings)
 
 
@@ -112,12 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
     if pruner.statistic:
         config.check_calibration(str(args.config))
 
+    from datasets.calibration import clear_skipped
     from engine.pruning import Results, calibrate, timed
     from engine.subjects import SUBJECTS
 
     subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args)
     view, folder = subject.load(fabric), args.output_dir / args.pruner
+    clear_skipped(folder, fabric.global_rank, fabric.world_size)
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
     target = {"pattern": args.pattern, "pool": args.pool}

@@ -123,8 +123,8 @@ def plain_step(A: np.ndarray, w: np.ndarray, start: np.ndarray, a: np.ndarray, c
 
 def plain(rows: np.ndarray, weights: np.ndarray, bounds: list[int], count: int, batch_size: float) -> np.ndarray:
     """The same method with whole vectors and matrices."""
-    n, mu = len(rows), np.float32(len(rows) * RIDGE)
-    a = rows.sum(0) / np.float32(batch_size)
+    n, mu = len(rows), len(rows) * RIDGE
+    a = rows.sum(0) / batch_size
     start = plain_step(rows, weights, weights, a, count, mu)
     threshold = np.abs(start[np.argsort(-np.abs(start))[count]])
     result = np.zeros_like(weights)
@@ -135,9 +135,9 @@ def plain(rows: np.ndarray, weights: np.ndarray, bounds: list[int], count: int, 
             continue
         part = plain_step(A, w, part, a[begin:end], keep, mu)
         inside = np.argsort(-np.abs(part))[:keep]
-        X = A[:, inside]
+        X = A[:, inside].astype(np.float64)
         right = X.T @ (A @ w) + mu * w[inside] - a[begin:end][inside]
-        small = np.linalg.solve(np.eye(n, dtype=np.float32) + X @ X.T / mu, X @ right)
+        small = np.linalg.solve(np.eye(n) + X @ X.T / mu, X @ right)
         result[begin + inside] = right / mu - X.T @ small / mu**2
     return result
 
@@ -168,7 +168,7 @@ def compare_solvers(view: PrunableView, rows: Rows, path: Path, count: int, repe
     for _ in range(repeats):
         rows = Rows(torch.from_file(str(path), size=mapped.size).view(mapped.shape), range(rows.n), rows.n, rows.images)
         mine = seconds(lambda rows=rows: found.update(ours=ours(rows, view, count)))
-        theirs = seconds(lambda: found.update(plain=plain(mapped, flat, bounds, count, rows.batch_size)))
+        theirs = seconds(lambda size=rows.batch_size: found.update(plain=plain(mapped, flat, bounds, count, size)))
         times.append((mine, theirs))
         print(f"  ours {mine:.1f} s, NumPy {theirs:.1f} s, ratio {theirs / mine:.2f}", flush=True)
     split = torch.from_numpy(found["plain"]).split([weight.numel() for weight in weights.values()])

@@ -5,25 +5,27 @@ made for it. Transforms: "plain" resizes, "crop" also crops and mirrors, "train"
     python -m benchmarks.data                                # 300 images, five minutes on two cores
     python -m benchmarks.data --images 64 --passes 1 --repeats 1 --workers 1
 
-Each measurement follows one of the floor, and the ratio is that of the two; medians of the repeats. More workers than
-free cores share these, and are slower than the floor for that alone.
+Each measurement follows one of the floor, and the ratio is that of the two; medians of the repeats. Where workers have
+to share their cores, with each other or with anything else, only the ratio by processor time says what they cost.
 """
 
 import argparse
 import io
 import json
+import resource
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from datasets.annotations import load_image
 from datasets.bundled import draw_scene, load_glyphs
@@ -91,38 +93,58 @@ def with_ours(path: Path, side: int) -> None:
     resize(load_image(path), side)
 
 
-def alone(read: Callable[[Path, int], None], paths: Sequence[Path], side: int) -> float:
-    """Images per second of decoding and resizing, with nothing around it."""
-    begin = time.perf_counter()
+class Rate(NamedTuple):
+    """Images per second of the clock, and per second that processors were busy with them."""
+
+    clock: float
+    busy: float
+
+
+def alone(read: Callable[[Path, int], None], paths: Sequence[Path], side: int) -> Rate:
+    """Decoding and resizing, with nothing around it."""
+    begin, busy = time.perf_counter(), time.process_time()
     for path in paths:
         read(path, side)
-    return len(paths) / (time.perf_counter() - begin)
+    return Rate(len(paths) / (time.perf_counter() - begin), len(paths) / (time.process_time() - busy))
 
 
-def rate(batches: Iterable[dict]) -> float:
-    """Images per second from the first batch on: the start of workers is left out."""
+def rate(batches: DataLoader) -> Rate:
+    """From the first batch on by the clock: the start of workers is left out. Their processor time counts whole."""
+    busy = _busy()
     iterator = iter(batches)
-    next(iterator)
-    begin, images = time.perf_counter(), 0
-    for batch in iterator:
-        images += len(batch["image"])
-    return images / (time.perf_counter() - begin)
+    first = len(next(iterator)["image"])
+    begin = time.perf_counter()
+    images = sum(len(batch["image"]) for batch in iterator)
+    clock = time.perf_counter() - begin
+    del iterator  # ends the workers, whose time is known then
+    own = batches.num_workers == 0
+    return Rate(images / clock, (first + images) / (_busy()[own] - busy[own]))
+
+
+def _busy() -> tuple[float, float]:
+    """Processor seconds of the processes that have ended, and of this one."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime, time.process_time()
 
 
 class Measured:
-    """Images per second of what is measured, and of the floor measured just before."""
+    """Rates of what is measured, and of the floor measured just before."""
 
-    def __init__(self, floor: Callable[[], float]):
+    def __init__(self, floor: Callable[[], Rate]):
         self.floor, self.pairs = floor, []
 
-    def add(self, measure: Callable[[], float]) -> None:
+    def add(self, measure: Callable[[], Rate]) -> None:
         floor = self.floor()
         self.pairs.append((measure(), floor))
 
     def line(self, label: str, processes: int = 1) -> str:
-        ours, floor = (statistics.median(side) for side in zip(*self.pairs, strict=True))
-        ratio = statistics.median(mine / processes / other for mine, other in self.pairs)
-        return f"{label}: {ours:.0f} images/s, decode + resize alone {floor:.0f}: {ratio:.2f} x for each process"
+        ours, floor = (statistics.median(rate.clock for rate in side) for side in zip(*self.pairs, strict=True))
+        clock = statistics.median(mine.clock / processes / floor.clock for mine, floor in self.pairs)
+        busy = statistics.median(mine.busy / floor.busy for mine, floor in self.pairs)
+        return (
+            f"{label}: {ours:.0f} images/s, decode + resize alone {floor:.0f}: "
+            f"{clock:.2f} x for each process, {busy:.2f} x by processor time"
+        )
 
 
 def main() -> None:
@@ -155,7 +177,7 @@ def main() -> None:
         print(both.line(f"{source}, {name} transform, {workers} workers", max(1, workers)))
 
 
-def loaders(args: argparse.Namespace, root: Path) -> dict[tuple[str, str, int], Iterable[dict]]:
+def loaders(args: argparse.Namespace, root: Path) -> dict[tuple[str, str, int], DataLoader]:
     """(source, transform, workers) -> its batches."""
     encode = TextEncoder(WordPiece("data/vocab/mini_vocab.txt"), 40)
     result = {}

@@ -164,6 +164,16 @@ def skipped_path(folder: Path, rank: int) -> Path:
     return folder / (f"skipped_rank{rank}.txt" if rank else "skipped.txt")
 
 
+def clear_skipped(folder: Path, rank: int, world_size: int) -> None:
+    """Remove the lists that earlier runs left in a folder of results. Every rank calls it, before it reads anything; a
+    list that another rank of this run may write is left to that rank.
+    """
+    skipped_path(folder, rank).unlink(missing_ok=True)
+    ours = {skipped_path(folder, other) for other in range(world_size)}
+    for path in set(folder.glob("skipped_rank*.txt")) - ours if not rank else ():
+        path.unlink(missing_ok=True)
+
+
 Source = tuple[Dataset | ShardDataset, Callable[[list[Any]], dict[str, Any]]]
 
 

@@ -62,7 +62,8 @@ class SkippedImages:
     """Counts and lists the images that could not be decoded, and stops a run that loses too many.
 
     Args:
-        list_path: file with a line for each such image, usually `<output_dir>/skipped.txt`; there is none without one.
+        list_path: file with a line for each such image, usually `<output_dir>/skipped.txt`, which several accounts of
+            one process may share; there is none without such an image.
         expected: samples that this process will read, of which `max_skipped` is the share.
         max_skipped: share of them that may be skipped, 0 to 1.
     """
@@ -89,6 +90,9 @@ class SkippedImages:
         """Count and list these; raises ValueError as `watch`."""
         self.count += len(skipped)
         new = {item.path: item.reason for item in skipped if item.path not in self._listed}
+        if new and self.list_path.is_file():  # another account of this run has listed some
+            self._listed |= {line.partition("\t")[0] for line in self.list_path.read_text("utf-8").splitlines()}
+            new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new:
             self._listed |= new.keys()
             self.list_path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,10 @@ class GeneralLoader:
             value = getattr(self, f.name)
             if f.name in ONE_VALUE and value != f.default:
                 raise ValueError(f"{f.name} is always {f.default!r} here, got {value!r}: leave it out")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size!r}")
+        for name in ("batch_size", "image_res", "patch_size", "max_tokens", "max_words"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         if self.root and self._pairs(DATASETS):
             raise ValueError("set root, for models that classify, or files of image-text pairs, not both")
 

@@ -28,6 +28,12 @@ def at_least(config: Any, minimum: int, *names: str) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
+def is_hosted(weights: str) -> bool:
+    """Whether this is a folder that transformers saved, or may name a repository on its hub."""
+    repository = REPOSITORY.fullmatch(weights) and Path(weights).suffix not in WEIGHTS_SUFFIXES
+    return bool(repository) or Path(weights).is_dir()
+
+
 @dataclass(frozen=True)
 class Files:
     """An annotation file in one of the public layouts and the folder of its images; or WebDataset shards, which have
@@ -267,8 +273,7 @@ class LabelsPruneConfig(PrunedModel):
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where nothing can be meant by `weights` but a file that is not there."""
-        hosted = REPOSITORY.fullmatch(self.weights) and Path(self.weights).suffix not in WEIGHTS_SUFFIXES
-        if not hosted and not Path(self.weights).is_dir():
+        if not is_hosted(self.weights):
             super().check_weights()
 
     def check_calibration(self, where: str) -> None:

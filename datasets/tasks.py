@@ -1,11 +1,12 @@
 """What the fine-tuning scripts read, as it stands in configs/<model>/<task>.yaml. Needs no torch: checked at once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets.sources import BUNDLED_SPLITS, HOW_TO_GET, Evaluation, Files, at_least
+from datasets.sources import BUNDLED_SPLITS, HOW_TO_GET, Evaluation, Files, LabelledImages, at_least, is_hosted
 
 OPTIMIZERS = ("adamW", "sgd")
 SCHEDULES = ("linear", "cosine")
@@ -101,6 +102,10 @@ class TaskConfig:
         """The file with the pretrained weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
+    def overridden(self, options: Mapping[str, Any]) -> "TaskConfig":
+        """With what options of the task's own on the command line say where they are given, that is, not None."""
+        return self
+
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
@@ -148,6 +153,9 @@ class BundledRetrieval:
 
     def __post_init__(self):
         at_least(self, 1, "train_scenes", "val_scenes", "test_scenes")
+        for split in self.test:
+            if split not in BUNDLED_SPLITS:
+                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,7 @@ class RetrievalConfig(TaskConfig):
             Files(annotations, self.image_root).check()
 
     def evaluations(self, debug: bool = False) -> dict[str, Evaluation]:
-        """ "val", by which the best weights are chosen, then what they are tested on."""
+        """By name: "val", by which the best weights are chosen, then what they are tested on."""
         limit = DEBUG_IMAGES if debug else None
         options = {"k_test": self.k_test, "limit": limit}
         if not self.bundled:
@@ -357,3 +365,83 @@ class CaptioningPretrainConfig(TaskConfig):
             raise ValueError(f"{where}: no data: set train, or bundled")
         for files in self.train:
             files.check()
+
+
+# What there is to classify -> its splits for training and for tests, where it is of `datasets.classification`.
+CLASSIFICATION = {
+    "bundled": (),
+    "cifar10": (),
+    "cifar100": (),
+    "flowers102": ("train", "test"),
+    "imagenet": ("train", "val"),
+}
+BUNDLED_IMAGES = ("seen", "unseen")
+
+
+@dataclass(frozen=True)
+class BundledImages:
+    """The bundled glyphs: `train_images` in an epoch, drawn anew in each; validation on `val_images` of the fonts of
+    training. test: "seen", the fonts of training, and "unseen", the one that training never shows, `test_images` each.
+    """
+
+    train_images: int = 10000
+    val_images: int = 556
+    test_images: int = 5004
+    test: list[str] = field(default_factory=lambda: list(BUNDLED_IMAGES))
+
+    def __post_init__(self):
+        at_least(self, 1, "train_images", "val_images", "test_images")
+        for split in self.test:
+            if split not in BUNDLED_IMAGES:
+                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_IMAGES)}, got {split!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(TaskConfig):
+    """Image classification. dataset: one of CLASSIFICATION. data_root: its folder, default data/<dataset>. `weights`
+    may also name a folder that transformers saved, or a repository on its hub.
+    """
+
+    dataset: str = "bundled"
+    data_root: str | None = None
+    bundled: BundledImages = field(default_factory=BundledImages)
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset not in CLASSIFICATION:
+            raise ValueError(f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
+        if self.max_tokens is not None:
+            raise ValueError(f"max_tokens is for models of texts: leave it out, got {self.max_tokens!r}")
+
+    @property
+    def folder(self) -> str:
+        return self.data_root or f"data/{self.dataset}"
+
+    def overridden(self, options: Mapping[str, Any]) -> "ClassificationConfig":
+        def given(**names: str) -> dict[str, Any]:
+            return {key: options[name] for key, name in names.items() if options[name] is not None}
+
+        sizes = given(image_res="image_size", batch_size_target="batch_size")
+        devices = options["devices"] * options["num_nodes"]
+        if "batch_size_target" in sizes:
+            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
+            if left:
+                raise ValueError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
+        schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
+        optimizer, scheduler = replace(self.optimizer, **given(lr="lr")), replace(self.scheduler, **schedule)
+        return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
+
+    def check_weights(self) -> None:
+        if not is_hosted(self.weights):
+            super().check_weights()
+
+    def check_data(self, where: str) -> None:
+        for split in CLASSIFICATION[self.dataset]:
+            LabelledImages(self.dataset, split, self.folder).check()
+
+    def sizes(self, pretrained: Any) -> Any:
+        """Those of the pretrained model, a dataclass with `image_size`, with the task's images."""
+        return replace(pretrained, image_size=self.image_res or pretrained.image_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from datasets.batches import Batches, FolderBatches, LoaderBatches
+from datasets.batches import FolderBatches, LoaderBatches
 from datasets.sources import ExternalPruneConfig
 from sparsity.view import PrunableView
 
@@ -29,14 +29,12 @@ class External:
         chosen = {"include": config.include, "exclude": config.exclude, "groups": config.groups}
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
-    def calibration(self, folder: Path, num_batches: int, seed: int) -> Batches:
+    def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:
         config, place = self.config, {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
         if not Path(config.calibration).is_dir():
             make = self.module.resolve(config.calibration, "--calibration")
             return LoaderBatches(make, config.calibration, num_batches, seed, **place)
-        reading = {"workers": config.workers, "max_skipped": config.max_skipped, "batch_size": config.batch_size}
-        preprocess = self.module.preprocessing(self.model)
-        return FolderBatches(config.calibration, preprocess, folder, num_batches, seed, **reading, **place)
+        return FolderBatches(config, self.module.preprocessing(self.model), folder, num_batches, seed, **place)
 
     def evaluation(self, folder: Path) -> NoReturn:
         self.config.check_evaluation("")

@@ -107,10 +107,10 @@ class Finetuning:
         if start < stop:
             run.loggers = self._begin(start)
             fit(run, self._batches(start, stop), start, stop)
-            for logger in run.loggers:
-                logger.close()
-        if stop < run.steps and self.fabric.is_global_zero:
-            print(f"epoch {stop // self.epoch_steps} of {epochs} is done; the same command does the next")
+        if stop < run.steps:
+            self._close({})
+            if self.fabric.is_global_zero:
+                print(f"epoch {stop // self.epoch_steps} of {epochs} is done; the same command does the next")
         return stop == run.steps
 
     def evaluate(self, evaluation: Callable[[], Metrics]) -> Metrics:
@@ -127,6 +127,7 @@ class Finetuning:
         for produce in unscored if self.args.skip_eval else ():
             self.evaluate(produce)
         metrics = {} if self.args.skip_eval else {name: self.evaluate(test) for name, test in tests.items()}
+        self._close(metrics)
         if self.fabric.is_global_zero:
             folder = self._write(metrics)
             lines = [
@@ -166,6 +167,13 @@ class Finetuning:
         if args.tensorboard:
             loggers.append(TensorBoardLog(args.output_dir, start))
         return loggers
+
+    def _close(self, metrics: Mapping[str, Metrics]) -> None:
+        """The last that the loggers get: the metrics of each test."""
+        values = {f"{test}/{name}": value for test, found in metrics.items() for name, value in found.items()}
+        for logger in self.run.loggers:
+            logger.write(self.run.steps, values)
+            logger.close()
 
     def _batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """What the model is called with in the steps from `start` to `stop`, on this rank.

@@ -127,7 +127,7 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | Non
     """
     stop = run.steps if stop is None else stop
     leads = run.fabric.is_global_zero
-    log = _Log([CsvLog(run.output_dir / "log.csv", start), *run.loggers] if leads else [])
+    log = _Log(run.fabric, [CsvLog(run.output_dir / "log.csv", start), *run.loggers] if leads else [])
     peaks = [group.setdefault("peak", group["lr"]) for group in run.optimizer.param_groups]
     batches = iter(batches)
     with tqdm(total=run.steps, initial=start, desc="training", disable=not leads, mininterval=2) as bar:
@@ -169,9 +169,10 @@ def _step(run: Run, batches: Iterator[dict[str, Any]], step: int, log: "_Log") -
         assert batch is not None, f"the batches ended at step {step} of {run.steps}"
         number = step * run.accumulate + part
         torch.manual_seed((run.seed * 1_000_003 + number) * fabric.world_size + fabric.global_rank)
-        with fabric.no_backward_sync(run.model, enabled=part + 1 < run.accumulate):
-            with attention(fabric.device):
-                losses = run.model(**fabric.to_device(batch))
+        partial = part + 1 < run.accumulate
+        # Over the backward, too: checkpointed blocks compute their attention again there.
+        with fabric.no_backward_sync(run.model, enabled=partial), attention(fabric.device):
+            losses = run.model(**fabric.to_device(batch))
             fabric.backward(losses["loss"] / run.accumulate)
         log.add(losses)
     if run.hold is not None:
@@ -186,10 +187,10 @@ def _step(run: Run, batches: Iterator[dict[str, Any]], step: int, log: "_Log") -
 
 
 class _Log:
-    """Losses are averaged between two flushes."""
+    """Losses are averaged between two flushes, and over the ranks."""
 
-    def __init__(self, loggers: Sequence[Logger]):
-        self.loggers = loggers
+    def __init__(self, fabric: Any, loggers: Sequence[Logger]):
+        self.fabric, self.loggers = fabric, loggers
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 
@@ -201,6 +202,9 @@ class _Log:
     def flush(self, step: int, **extra: float | torch.Tensor) -> float:
         """Write the means of what was added since the last time; returns the loss. ValueError unless it is finite."""
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        if self.fabric.world_size > 1:
+            local = torch.tensor(list(means.values()), device=self.fabric.device)
+            means = dict(zip(means, self.fabric.all_reduce(local, reduce_op="mean").tolist(), strict=True))
         self.sums, self.counts = {}, {}
         self.write(step, means | {name: float(value) for name, value in extra.items()})
         if not math.isfinite(means["loss"]):

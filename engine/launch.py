@@ -1,11 +1,11 @@
 """Start of every script: user errors as one line, Fabric on the devices that were asked for, seeds, what is logged."""
 
 import argparse
-import dis
 import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; what the user can mend ends the program with one line on stderr and exit code 2, a bug with its
     traceback.
 
-    The user's errors are files (OSError) and every ValueError that this project raises itself.
+    The user's errors are files (OSError) and every ValueError of this project's own code, none of a library's.
     """
     # Before torch is loaded: threads that wait by spinning slow a run more than tenfold where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not _deliberate(error):
+        if isinstance(error, ValueError) and not _ours(error):
             raise
         print(f"error{f' (rank {rank})' if rank else ''}: {_line(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -49,18 +49,13 @@ def _rank() -> int:
     return int(next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), 0))
 
 
-def _deliberate(error: ValueError) -> bool:
-    """Whether a `raise` of this project made the error: one that comes out of a library, or of zip(), is a bug."""
+def _ours(error: ValueError) -> bool:
+    """Whether the last call before the error was in a file of this project."""
     if WORKER in str(error):
-        file, code = re.findall(r'File "(.+)", line \d+, in .+\n\s*(.*)', str(error))[-1]
-        raised = code.startswith("raise ")
+        file = re.findall(r'File "(.+)", line \d+, in ', str(error))[-1]
     else:
-        last = error.__traceback__
-        while last.tb_next:
-            last = last.tb_next
-        code = last.tb_frame.f_code  # the source file may have been edited since it was loaded
-        file, raised = code.co_filename, dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    return raised and ROOT in Path(file).resolve().parents[:2]
+        file = traceback.extract_tb(error.__traceback__)[-1].filename
+    return ROOT in Path(file).resolve().parents[:2]
 
 
 def _line(error: Exception) -> str:

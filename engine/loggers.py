@@ -93,7 +93,7 @@ class WandbLog:
             )
         except Exception as error:  # of the network, or without a login
             reason = " ".join(str(error).split())
-            raise ValueError(f"--wandb: {reason}; log in with `wandb login`, or give --wdb_offline") from error
+            raise ValueError(f"--wandb: {reason}; or give --wdb_offline") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

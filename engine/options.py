@@ -132,10 +132,13 @@ def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
 def add_finetuning_options(parser: argparse.ArgumentParser, task: str, models: Sequence[str]) -> None:
     """What every script that fine-tunes has: model and mask, configuration, where a run is kept, logs, devices.
 
-    `-m` is the mask here. `--pretraining_weights` is `weights` in the result.
+    `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
+    be named.
     """
     add = parser.add_argument
-    add("--model", required=True, metavar="MODEL", help=", ".join(models))
+    only = models[0] if len(models) == 1 else None
+    listed = f"default: {only}" if only else ", ".join(models)
+    add("--model", required=only is None, default=only, metavar="MODEL", help=listed)
     add("-m", "--mask", type=Path, help="mask file of the pretrained model; default: none, with --dense")
     add("--dense", action="store_true", help="train the dense model, whatever --mask says (default: no)")
     add("--output_dir", type=Path, default=Path("output", task), help="default: %(default)s")

@@ -30,6 +30,7 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     elif not args.mask.is_file():
         raise FileNotFoundError(f"--mask {args.mask}: mask file not found; prune.py writes such files")
     args.config, config = configure(args, task, schema, base="")
+    config = config.overridden(vars(args))
     read_yaml(config.model_config)
     config.check_weights()
     config.check_data(str(args.config))

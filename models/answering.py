@@ -4,26 +4,35 @@ closed list.
 Shapes: Q questions, T their tokens, K answers, A their tokens, L image tokens, V vision width, D text width.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.bert import BertForMaskedLM
+from models.bert import Bert, BertForMaskedLM
+from models.checkpoint import load_weights
 from models.task import TaskModel
 
 ROWS = 2048  # answers that are scored together
+_HEAD = "text_decoder.cls.predictions.decoder.weight"  # tied to the decoder's word embeddings
 
 
 class Answering(TaskModel):
     """Adds what the models share to their `encode_image` and `ask`.
 
-    text_decoder: attends to the states of the question. label_smoothing: of the language model's loss.
+    text_encoder: reads the question with the image. text_decoder: attends to its states. inherit_mask: the decoder has
+    the masks of the layers that it begins as. label_smoothing: of the language model's loss.
     """
 
     label_smoothing = 0.0
+    text_encoder: Bert
     text_decoder: BertForMaskedLM
+
+    def __init__(self, config: Any, inherit_mask: bool):
+        super().__init__()
+        self.config, self.inherit_mask = config, inherit_mask
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(Q, 3, H, W) -> tokens (Q, L, V)."""
@@ -40,6 +49,25 @@ class Answering(TaskModel):
     def score(self, first: Tensor, losses: Tensor) -> Tensor:
         """What an answer is ranked by, from log p of its first token and its loss, all (Q, k)."""
         raise NotImplementedError
+
+    def copies(self) -> dict[str, str]:
+        """Parameter of the decoder -> the one of the text encoder that it begins as, by their names."""
+        raise NotImplementedError
+
+    def heirs(self, name: str) -> tuple[str, ...]:
+        return tuple(heir for heir, source in self.copies().items() if source == name) if self.inherit_mask else ()
+
+    @torch.no_grad()
+    def begin_decoder(self) -> None:
+        """Copy what it begins as; ValueError where the widths differ."""
+        vision, text = self.config.vision.width, self.config.text.width
+        if vision != text:
+            raise ValueError(
+                f"vision.width {vision} and text.width {text} must be equal: the decoder attends to text with the "
+                "weights that attend to the image in the pretrained model"
+            )
+        for name, source in self.copies().items():
+            self.get_parameter(name).copy_(self.get_parameter(source))
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """Of `image`, `text_ids`, `text_atts` (Q, T) and the answers `answer_ids`, `answer_atts` (K, A), their
@@ -85,3 +113,18 @@ class Answering(TaskModel):
             losses = self.answer_losses(*answers, states[rows], state_atts[rows]).view(len(rows), -1)
             best.append(self.score(first[rows].gather(1, kept[rows]), losses).argmax(1))
         return kept.gather(1, torch.cat(best)[:, None]).squeeze(1)
+
+
+def load(model: Answering, weights: str | Path, **options: Any) -> Answering:
+    """The weights of a file into a model, and copies where the file has nothing for what the decoder begins as a copy.
+
+    options: of `load_weights`. Raises ValueError as that does, or where the decoder cannot begin as a copy.
+    """
+    copies = model.copies()
+    left_out = load_weights(model, weights, optional=(*copies, _HEAD), **options)
+    missing = [name for name in left_out if name in copies]
+    if missing and len(missing) < len(copies):
+        raise ValueError(f"{weights}: weights of another model: {len(missing)} missing: {', '.join(missing[:3])}")
+    if missing:
+        model.begin_decoder()
+    return model

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.sizes import check_sizes
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -27,6 +29,9 @@ class TextConfig:
     eps: float = 1e-12
 
     def __post_init__(self):
+        check_sizes(self, "fusion_layer")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if not 0 <= self.fusion_layer <= self.layers:

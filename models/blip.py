@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from models.bert import Bert, BertForMaskedLM, TextConfig
 from models.checkpoint import load_weights
 from models.losses import draw_negatives, gather_features
+from models.sizes import check_sizes
 from models.tokenizer import WordPiece
 from sparsity.view import PrunableView
 
@@ -51,6 +52,9 @@ class VisionConfig:
     drop_path: float = 0.0
 
     def __post_init__(self):
+        check_sizes(self)
+        if self.drop_path >= 1:
+            raise ValueError(f"drop_path must be from 0 to below 1, got {self.drop_path!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
         if self.width % self.heads:
@@ -79,12 +83,11 @@ class Config:
     max_tokens: int = 30
 
     def __post_init__(self):
+        check_sizes(self)
         if self.max_tokens > self.text.max_positions:
             raise ValueError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
         if self.text.fusion_layer or self.text.token_types:
             raise ValueError("text must have fusion_layer: 0 and token_types: false, as every layer of BLIP's does")
-        if self.queue_size < 1:
-            raise ValueError(f"queue_size must be at least 1, got {self.queue_size!r}")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum must be a fraction between 0 and 1, got {self.momentum!r}")
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models import blip
-from models.answering import Answering
+from models.answering import Answering, load
 from models.bert import Bert, BertForMaskedLM
-from models.checkpoint import load_weights
 from sparsity.view import PrunableView
 
 TEXT = {"add_sep": True}  # [ENC] question [SEP]
@@ -25,15 +24,13 @@ NEW = ()
 DROP_PATH = 0.1  # of the visual encoder
 DROPPED = ("*_m.*", "*_queue", "queue_ptr", "vision_proj.*", "text_proj.*", "temp", "itm_head.*")  # of pretraining
 IGNORED = (*blip.HARMLESS, "text_decoder.cls.predictions.bias", "*.weight_pruning_mask", "*.bias_pruning_mask")
-_ENCODER, _DECODER = "text_encoder.", "text_decoder.bert."
 
 
 class BLIPVQA(Answering):
     label_smoothing = blip.LABEL_SMOOTHING
 
     def __init__(self, config: blip.Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config, inherit_mask=True)
         self.decoder_start, self.encoder_start = config.text.vocab_size - 2, config.text.vocab_size - 1
         self.visual_encoder = blip.vision_transformer(dataclasses.replace(config.vision, drop_path=DROP_PATH))
         self.text_encoder = Bert(config.text, config.vision.width)
@@ -63,13 +60,14 @@ class BLIPVQA(Answering):
         text = *self.text_encoder.encoder.layer, *self.text_decoder.bert.encoder.layer
         return [*self.visual_encoder.blocks, *text]
 
+    def copies(self) -> dict[str, str]:
+        """What the pretrained model shares: all but self-attention."""
+        names = [name for name, _ in self.text_decoder.bert.named_parameters() if ".attention." not in name]
+        return {f"text_decoder.bert.{name}": f"text_encoder.{name}" for name in names}
+
 
 def task_names(name: str) -> tuple[str, ...]:
-    """A weight of the encoder is the decoder's, too, but for self-attention."""
-    if any(fnmatchcase(name, glob) for glob in DROPPED):
-        return ()
-    shared = name.startswith(_ENCODER) and ".attention." not in name
-    return (name, _DECODER + name.removeprefix(_ENCODER)) if shared else (name,)
+    return () if any(fnmatchcase(name, glob) for glob in DROPPED) else (name,)
 
 
 def build(config: blip.Config, weights: str | Path | None = None, inherit_mask: bool = True) -> BLIPVQA:
@@ -81,8 +79,7 @@ def build(config: blip.Config, weights: str | Path | None = None, inherit_mask: 
     model = BLIPVQA(config)
     if weights is None:
         return model.initialise()
-    load_weights(model, weights, positions=blip.POSITIONS, ignored=(*IGNORED, *DROPPED))
-    return model
+    return load(model, weights, positions=blip.POSITIONS, ignored=(*IGNORED, *DROPPED))
 
 
 def prunable_view(model: BLIPVQA) -> PrunableView:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.sizes import check_sizes
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -25,6 +27,7 @@ class VisionConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
+        check_sizes(self, "local_attn_depth")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checkpoint import find_weights, load_weights
+from models.sizes import check_sizes
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Config:
     eps: float = 1e-12
 
     def __post_init__(self):
+        check_sizes(self)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:

@@ -50,11 +50,12 @@ TEXT = "text"  # the group whose layers read text, so that padding can be among 
 # contrastive model. Globs over names without a dot; what is inside such a module is part of it.
 HEADS = (
     *("head", "heads", "head_dist", "fc", "classifier", "*_classifier", "score", "qa_outputs", "cls", "*_head"),
-    *("visual_projection", "vision_projection", "text_projection"),
+    *("visual_projection", "vision_projection", "vision_proj", "text_projection", "text_proj"),
 )
-# Heads that lie deeper: SigLIP's, of which the image head pools with an nn.MultiheadAttention, and BLIP's.
+# Heads that lie deeper: SigLIP's, of which the image head pools with an nn.MultiheadAttention (and is not used at all
+# where the tower feeds a language model), and BLIP's.
 DEEP_HEADS = (
-    *("text_model.head", "vision_model.head.attention", "*.vision_model.head.attention"),
+    *("text_model.head", "vision_model.head.attention", "*vision_tower.head", "*vision_tower.vision_model.head"),
     *("text_encoder.cls", "text_decoder.cls"),
 )
 
@@ -62,7 +63,7 @@ POOLED = re.compile(r"(?:^|\.)pooler\.")  # layers that read one vector a sample
 CROSS_FED = re.compile(  # keys and values of cross-attention read what the other tower or the encoder made
     r"(?:^|\.)(?:crossattention|cross_attn|cross_attention|encoder_attn|EncDecAttention)\.(?:.*\.)?(?:k|v|key|value|k_proj|v_proj)\."
 )
-DECODER = re.compile(r"(?:^|\.)decoder\.")
+DECODER = re.compile(r"(?:^|\.)(?:text_)?decoder\.")
 
 
 def is_head(name: str) -> bool:
@@ -80,13 +81,13 @@ def tower(name: str) -> str | None:
 def text_field(name: str, encoder_decoder: bool) -> str | None:
     """Which field of a batch says what tokens of this text layer's input are real; None where all are.
 
-    name: of the weight. encoder_decoder: a text encoder feeds the decoder (T5), rather than an image encoder or none.
+    name: of the weight. encoder_decoder: a text encoder feeds the text decoder (T5); else what cross-attention is fed
+    with is an image.
     """
-    if POOLED.search(name):
+    decoded = encoder_decoder and DECODER.search(name)
+    if POOLED.search(name) or (CROSS_FED.search(name) and not decoded):
         return None
-    if CROSS_FED.search(name):
-        return "attention_mask" if encoder_decoder else None
-    return "decoder_attention_mask" if encoder_decoder and DECODER.search(name) else "attention_mask"
+    return "decoder_attention_mask" if decoded and not CROSS_FED.search(name) else "attention_mask"
 
 
 def match_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:

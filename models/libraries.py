@@ -86,7 +86,8 @@ class Transformers(Library):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         text = model.config.get_text_config(decoder=True)
-        self.encoder_decoder = bool(model.config.is_encoder_decoder or text.is_encoder_decoder)
+        both = {"text_encoder", "text_decoder"} <= {name for name, _ in model.named_children()}  # BLIP's answers
+        self.encoder_decoder = bool(model.config.is_encoder_decoder or text.is_encoder_decoder or both)
         self.group = "vision" if model.main_input_name == "pixel_values" else TEXT
 
     def heads(self) -> set[str]:

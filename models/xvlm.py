@@ -15,6 +15,7 @@ from models.bert import Bert, BertForMaskedLM, TextConfig
 from models.checkpoint import load_weights
 from models.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.losses import box_losses, contrastive_loss, gather_features, hard_negatives
+from models.sizes import check_sizes
 from models.tokenizer import WordPiece
 from sparsity.view import PrunableView
 
@@ -41,6 +42,7 @@ class Config:
     max_tokens: int = 40
 
     def __post_init__(self):
+        check_sizes(self)
         if self.max_tokens > self.text.max_positions:
             raise ValueError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
 

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models import xvlm
-from models.answering import Answering
+from models.answering import Answering, load
 from models.bert import Bert, BertForMaskedLM
-from models.checkpoint import load_weights, read_weights
 from models.clip_vision import CLIPVisionTransformer
 from sparsity.view import PrunableView
 
@@ -25,15 +23,11 @@ NEW = ()  # the decoder is a copy
 DROPPED = ("vision_proj.*", "text_proj.*", "temp", "itm_head.*", "bbox_head.*")  # of the pretrained model
 IGNORED = (*xvlm.HARMLESS, "text_decoder.cls.predictions.bias", "*.weight_pruning_mask", "*.bias_pruning_mask")
 _RENAMED = {"text_encoder.bert.": "text_encoder.", "text_encoder.cls.": "text_decoder.cls."}
-_DECODER = "text_decoder.bert."
 
 
 class XVLMVQA(Answering):
-    """inherit_mask: the decoder has the masks of the fusion layers that it begins as; it is dense otherwise."""
-
     def __init__(self, config: xvlm.Config, inherit_mask: bool = False):
-        super().__init__()
-        self.config, self.inherit_mask = config, inherit_mask
+        super().__init__(config, inherit_mask)
         text = config.text
         self.vision_encoder = CLIPVisionTransformer(config.vision)
         self.text_encoder = Bert(text, config.vision.width)
@@ -54,30 +48,15 @@ class XVLMVQA(Answering):
         text = *self.text_encoder.encoder.layer, *self.text_decoder.bert.encoder.layer
         return [*self.vision_encoder.encoder.layers, *text]
 
-    def heirs(self, name: str) -> tuple[str, ...]:
-        return tuple(heir for heir, source in self.copies().items() if source == name) if self.inherit_mask else ()
-
     def copies(self) -> dict[str, str]:
-        """Parameter of the decoder -> the one of the text encoder that it begins as."""
+        """All of the decoder: layer i begins as fusion layer i."""
         fusion, pairs = self.config.text.fusion_layer, {}
         for name, _ in self.text_decoder.bert.named_parameters():
             head, layer, rest = name.partition("encoder.layer.")
             number, _, key = rest.partition(".")
             source = f"{layer}{fusion + int(number)}.{key}" if layer else head
-            pairs[_DECODER + name] = f"text_encoder.{source}"
+            pairs[f"text_decoder.bert.{name}"] = f"text_encoder.{source}"
         return pairs
-
-    @torch.no_grad()
-    def begin_decoder(self) -> None:
-        """The decoder as a copy of the fusion layers and of the embeddings; ValueError where the widths differ."""
-        vision, text = self.config.vision.width, self.config.text.width
-        if vision != text:
-            raise ValueError(
-                f"vision.width {vision} and text.width {text} must be equal: the decoder attends to text with the "
-                "weights that attend to the image in the pretrained model"
-            )
-        for name, source in self.copies().items():
-            self.get_parameter(name).copy_(self.get_parameter(source))
 
 
 def translated(name: str) -> str:
@@ -105,12 +84,7 @@ def build(config: xvlm.Config, weights: str | Path | None = None, inherit_mask: 
         model.text_decoder.cls.load_state_dict(trunk.text_encoder.cls.state_dict())
         model.begin_decoder()
         return model
-    own = any(name.startswith(_DECODER) for name in read_weights(weights))
-    options = {"positions": xvlm.POSITIONS, "ignored": (*IGNORED, *DROPPED), "rename": translated}
-    load_weights(model, weights, **options, optional=() if own else (f"{_DECODER}*",))
-    if not own:
-        model.begin_decoder()
-    return model
+    return load(model, weights, positions=xvlm.POSITIONS, ignored=(*IGNORED, *DROPPED), rename=translated)
 
 
 def prunable_view(model: XVLMVQA) -> PrunableView:

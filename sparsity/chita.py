@@ -176,11 +176,11 @@ def _solve_weight(
     for begin, end, count in _batches(bounds, rows.piece()):
         shape, here = (count, -1), slice(begin, end)
         columns = rows.read(problem.first[name] + begin, problem.first[name] + end)  # (n, blocks * size)
-        A = columns.view(rows.n, count, -1).transpose(0, 1)  # (blocks, n, size)
+        A = _in_blocks(columns, count)
         living = None if alive is None else alive[here].view(shape)
         w, chosen = weight[here].view(shape), kept[here].view(shape)
         chosen = _search(A, w, start[here].view(shape), chosen, living, problem.shift, problem.mu)
-        solved[here] = _refit(columns, w, chosen, problem.shift, problem.mu).view(-1)
+        solved[here] = _refit(A, w, chosen, problem.shift, problem.mu).view(-1)
         kept[here] = chosen.view(-1)
     return kept, solved
 
@@ -205,7 +205,7 @@ def _search(A: Tensor, w: Tensor, start: Tensor, kept: Tensor, alive: Tensor | N
     """
     delta = w - start
     error = _times(A, delta) - shift  # (blocks, n)
-    slope = (error[:, None] @ A).squeeze(1).add_(delta, alpha=mu).neg_()
+    slope = torch.bmm(error.unsqueeze(1), A).squeeze(1).add_(delta, alpha=mu).neg_()
     if alive is not None:
         slope *= alive.to(slope.dtype)
     inside = slope * kept.to(slope.dtype)
@@ -276,47 +276,35 @@ def _leaves(start: Tensor, inside: Tensor, outside: Tensor, step: Tensor) -> Ten
     return highest < step * outside - _SLACK
 
 
-def _refit(columns: Tensor, w: Tensor, kept: Tensor, shift: float, mu: float) -> Tensor:
-    """The kept weights in closed form, zero elsewhere: (blocks, size). columns: (n, blocks * size).
+def _refit(A: Tensor, w: Tensor, kept: Tensor, shift: float, mu: float) -> Tensor:
+    """The kept weights in closed form, zero elsewhere: (blocks, size). A: (blocks, n, size).
 
-    With e = A_rest w_rest - c, the kept weights change by A_S^T (A_S A_S^T + mu I)^-1 e, which is the Woodbury identity,
-    or by (A_S^T A_S + mu I)^-1 A_S^T e where a block keeps no more weights than there are rows.
+    With e = A_rest w_rest - c, the kept weights change by A_S^T (A_S A_S^T + mu I)^-1 e, which is the Woodbury
+    identity, or by (A_S^T A_S + mu I)^-1 A_S^T e where a block keeps no more weights than there are rows.
     """
-    n, (blocks, _) = len(columns), w.shape
-    flat, counts = kept.view(-1).nonzero().squeeze(1), kept.sum(dim=1)
-    longest = int(counts.max())
-    solved = torch.zeros_like(w)
-    if longest == 0:
-        return solved
-    inside = w * kept.to(w.dtype)
-    error = _times(columns.view(n, blocks, -1).transpose(0, 1), w - inside) - shift
-    padded = longest * blocks > len(flat)
-    if padded:
-        real = torch.arange(longest, device=w.device) < counts[:, None]  # (blocks, longest)
-        indices = flat.new_zeros(real.shape).masked_scatter_(real, flat).view(-1)
-    A = columns.index_select(1, indices if padded else flat).double()
-    A = A.view(n, blocks, longest).transpose(0, 1)  # (blocks, n, longest)
-    if padded:
-        A *= real[:, None]
-    error = error.double()[:, None]  # (blocks, 1, n)
-    if n < longest:
-        change = _ridge(A @ A.mT, error, mu) @ A  # (blocks, 1, longest)
-    else:
-        change = _ridge(A.mT @ A, error @ A, mu)
-    change = change.squeeze(1)[real] if padded else change.view(-1)
-    solved.view(-1)[flat] = w.reshape(-1)[flat] + change.to(w.dtype)
+    n, mask = A.shape[1], kept.to(w.dtype)
+    solved = w * mask
+    error = (_times(A, w - solved) - shift).double()  # (blocks, n)
+    gram = torch.bmm(A * mask.unsqueeze(1), A.mT).double()
+    gram.diagonal(dim1=1, dim2=2).add_(mu)
+    small = torch.linalg.solve(gram, error)
+    solved += torch.bmm(small.to(A.dtype).unsqueeze(1), A).squeeze(1).mul_(mask)
+    for i in (kept.sum(dim=1) <= n).nonzero().squeeze(1).tolist():
+        inside = A[i][:, kept[i]].double()
+        gram = inside.T @ inside
+        gram.diagonal().add_(mu)
+        solved[i, kept[i]] = w[i, kept[i]] + torch.linalg.solve(gram, inside.T @ error[i]).to(w.dtype)
     return solved
 
 
-def _ridge(gram: Tensor, right: Tensor, mu: float) -> Tensor:
-    """right (gram + mu I)^-1: (blocks, 1, size), from (blocks, size, size), which is symmetric, and (blocks, 1, size)."""
-    gram.diagonal(dim1=1, dim2=2).add_(mu)
-    return torch.linalg.solve(gram, right.mT).mT
+def _in_blocks(columns: Tensor, blocks: int) -> Tensor:
+    """(n, blocks * size) as (blocks, n, size), on the same memory."""
+    return columns.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
 def _times(A: Tensor, vectors: Tensor) -> Tensor:
     """(blocks, n, size) times (blocks, size): (blocks, n)."""
-    return (A @ vectors[:, :, None]).squeeze(2)
+    return torch.bmm(A, vectors.unsqueeze(2)).squeeze(2)
 
 
 def _value(error: Tensor, delta: Tensor, mu: float) -> Tensor:

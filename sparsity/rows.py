@@ -100,8 +100,8 @@ class Rows:
         return self._reduce(total)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """(n, stop - start), float32, contiguous: some columns of all rows."""
-        part = self._part(start, stop).contiguous()
+        """(n, stop - start), float32: some columns of all rows, which must not be written to."""
+        part = self._part(start, stop)
         if self._whole:
             return part
         rows = torch.zeros(self.n, stop - start, device=self.device).index_copy_(0, self._numbers, part)

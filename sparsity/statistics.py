@@ -185,7 +185,8 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
         return rows
     if source.shape[:-1] not in (valid.shape, (valid.numel(),)):  # as they are, or flattened; nothing is guessed
         raise ValueError(
-            f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}"
+            f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}; where it"
+            " reads more than the text, --groups must put it into another group than 'text'"
         )
     return rows[valid.reshape(-1).bool()]
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import compare
 import pretrain
 import prune
 import pruners
+from engine.classification import Accuracy
 from engine.config import load_config
 from engine.launch import run
 from models import dino
@@ -44,8 +46,6 @@ def view():
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     """A configuration that calibrates and evaluates on eight images in ImageNet's layout, with 76 classes."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("imagenet")
     synsets = [f"n{i:02}" for i in range(76)]
     (folder / "annots").mkdir()
@@ -110,8 +110,9 @@ def refused(capsys, main, options):
     return line
 
 
-def test_what_a_user_may_do_wrong(tmp_path, capsys, imagenet):
-    usual = [*SMALL, "-p", "omp", "--output_dir", str(tmp_path), "--config"]
+def test_what_a_user_may_do_wrong(tmp_path, capsys):
+    file, sizes = tmp_path / "c.yaml", tmp_path / "sizes.yaml"
+    usual = [*SMALL, "-p", "snip", "--output_dir", str(tmp_path), "--config", str(file)]
     config = yaml.safe_load((CONFIGS / "dino_prune.yaml").read_text())
     for change, told in (
         ({"bundled": False}, "no calibration data"),
@@ -119,37 +120,51 @@ def test_what_a_user_may_do_wrong(tmp_path, capsys, imagenet):
         ({"weights": "nowhere.pth"}, "weights file not found"),
         ({"model_config": "tests/data/configs/model.yaml"}, "unknown key 'vision'"),
     ):
-        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | change))
-        options = [*usual, str(tmp_path / "c.yaml")]
-        options[options.index("omp")] = "snip"
-        assert told in refused(capsys, prune.main, options)
-    sizes = yaml.safe_load((CONFIGS / "dino_model.yaml").read_text())
-    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump(sizes | {"classes": 75}))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"model_config": str(tmp_path / "sizes.yaml")}))
-    told = refused(capsys, prune.main, [*usual, str(tmp_path / "c.yaml"), "--evaluate"])
-    assert "the data has 76 classes and the model 75" in told
-    told = refused(
-        capsys, compare.main, [*SMALL, "--k_test", "8", "--output_dir", str(tmp_path), "--config", usual[-1]]
-    )
-    assert told
+        file.write_text(yaml.safe_dump(config | change))
+        assert told in refused(capsys, prune.main, usual)
+    sizes.write_text(yaml.safe_dump(yaml.safe_load((CONFIGS / "dino_model.yaml").read_text()) | {"classes": 75}))
+    file.write_text(yaml.safe_dump(config | {"model_config": str(sizes)}))
+    assert "the data has 76 classes and the model 75" in refused(capsys, prune.main, [*usual, "--evaluate"])
+    file.write_text(yaml.safe_dump(config))
+    options = [*SMALL, "--k_test", "8", "--output_dir", str(tmp_path), "--config", str(file)]
+    assert "--k_test re-ranks the candidates of retrieval" in refused(capsys, compare.main, options)
 
 
 def pretrain_options(folder, config=CONFIGS / "dino_pretrain.yaml"):
     return [*SMALL, "--config", str(config), "--output_dir", str(folder)]
 
 
-def test_training_from_scratch_and_on_from_a_checkpoint(tmp_path, capsys):
-    pretrain.main(pretrain_options(tmp_path / "whole"))
-    weights = load_file(tmp_path / "whole" / "dino.safetensors")
-    model = dino.build(load_config(CONFIGS / "dino_model.yaml", dino.Config), tmp_path / "whole" / "dino.safetensors")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    pretrain.main(pretrain_options(folder))
+    return folder
+
+
+def test_training_from_scratch(trained):
+    weights = load_file(trained / "dino.safetensors")
+    model = dino.build(load_config(CONFIGS / "dino_model.yaml", dino.Config), trained / "dino.safetensors")
     assert {name: t.shape for name, t in weights.items()} == {n: t.shape for n, t in model.state_dict().items()}
-    log = (tmp_path / "whole" / "log.csv").read_text()
+    log = (trained / "log.csv").read_text()
     assert all(f",{name}," in log for name in ("coarse", "fine", "accuracy", "validation/top1", "validation/top5"))
 
-    read = yaml.safe_load((CONFIGS / "dino_pretrain.yaml").read_text())
-    assert sum(stage["steps"] for stage in read["stages"]) == 12
-    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    assert any(name.endswith("head.weight") for name in state["model"]), "the second head is kept to go on with"
+
+def test_a_stopped_training_goes_on(trained, tmp_path, monkeypatch):
+    measure = Accuracy.__call__
+    measured = []
+
+    def stop(self):
+        measured.append(1)
+        if len(measured) == 2:  # after step 10, of which nothing is saved
+            raise KeyboardInterrupt
+        return measure(self)
+
+    monkeypatch.setattr(Accuracy, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(pretrain_options(tmp_path))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 9
+    pretrain.main(pretrain_options(tmp_path))
+    assert (tmp_path / "dino.safetensors").read_bytes() == (trained / "dino.safetensors").read_bytes()
 
 
 def test_classes_that_the_bundled_glyphs_do_not_have(tmp_path, capsys):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from datasets.batches import FolderBatches, LoaderBatches
 from datasets.image_folder import ImageFolder
+from datasets.sources import ExternalPruneConfig
 
 
 def write(path, shade=0):
@@ -35,7 +36,9 @@ class Shades:
 
 
 def batches(folder, tmp_path, num_batches=99, seed=0, **options):
-    return FolderBatches(folder, Shades(), tmp_path / "out", num_batches, seed, **{"batch_size": 3, **options})
+    place = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
+    config = ExternalPruneConfig(calibration=str(folder), **{"batch_size": 3, **options})
+    return FolderBatches(config, Shades(), tmp_path / "out", num_batches, seed, **place)
 
 
 def shades(read):
@@ -148,7 +151,7 @@ def numbers(seed, epoch):
 
 
 def made(make, num_batches=99, rank=0, world_size=1):
-    return LoaderBatches(make, "my:loader", num_batches, 7, rank, world_size)
+    return LoaderBatches(make, "my:loader", num_batches, 7, rank=rank, world_size=world_size)
 
 
 def test_a_function_is_called_for_each_epoch():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datasets.bundled import export_public, load_glyphs
-from datasets.calibration import Calibration
+from datasets.calibration import Calibration, clear_skipped, skipped_path
 from datasets.curriculum import Curriculum
 from datasets.sources import Evaluation, Files, PruneConfig, Stage
 
@@ -149,6 +149,22 @@ def test_unreadable_images_are_listed_and_too_many_are_an_error(read, text, tmp_
         assert len(list(read(lenient, num_batches=2, rank=rank, world_size=2))) == 1
     with pytest.raises(ValueError, match="1 of 6 samples were skipped"):
         list(read(dataclasses.replace(config, max_skipped=0.1), num_batches=2))
+    assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1, "several passes list an image once"
+
+
+def test_each_run_begins_its_lists_anew_and_leaves_those_of_other_ranks(tmp_path):
+    lists = [skipped_path(tmp_path, rank) for rank in range(4)]
+    assert [path.name for path in lists] == ["skipped.txt", *(f"skipped_rank{rank}.txt" for rank in (1, 2, 3))]
+    for path in lists:
+        path.write_text("old.jpg\tbroken\n")
+    (tmp_path / "skipped_by_hand.txt").touch()
+    clear_skipped(tmp_path, 1, 2)
+    assert [path.exists() for path in lists] == [True, False, True, True]
+    lists[1].write_text("new.jpg\tbroken\n")
+    clear_skipped(tmp_path, 0, 2)
+    assert [path.exists() for path in lists] == [False, True, False, False]
+    assert (tmp_path / "skipped_by_hand.txt").exists()
+    clear_skipped(tmp_path / "nowhere", 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.collate import Skipped, collate
-from datasets.retrieval import RetrievalEvalDataset, recall
-from datasets.transforms import EvalTransform
+from datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset, recall
+from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
 
 IMG2TXT = [[0, 1], [2], [3, 4, 5]]
 TXT2IMG = [0, 0, 1, 2, 2, 2]
@@ -105,3 +105,56 @@ def test_equals_the_published_formula_without_ties():
 def test_misshapen_scores_are_an_error():
     with pytest.raises(ValueError, match=r"scores must be \(3, 6\) and \(6, 3\)"):
         recall(matching(), matching(), TXT2IMG, IMG2TXT)
+
+
+# Training
+
+
+def encode(caption, rng):
+    return {"caption": caption, "draw": torch.tensor(rng.random())}
+
+
+@pytest.fixture
+def pairs(folder, write_json):
+    """Two annotation files: five captions of three images, one of which cannot be read."""
+    first = [
+        {"image": "0.jpg", "caption": "a dog", "image_id": 7},
+        {"image": "0.jpg", "caption": "the dog", "image_id": "7"},
+        {"image": "1.jpg", "caption": "a cat", "image_id": "coco_1"},
+    ]
+    second = [{"image": "coco/2.jpg", "caption": ["one", "two"]}]
+    files = [write_json(folder / name, records) for name, records in (("a.json", first), ("b.json", second))]
+    return RetrievalTrainDataset(files, folder / "coco", TrainTransform(16, FINETUNING_SCALE), encode, seed=3)
+
+
+def test_every_caption_is_an_item_that_knows_its_image(pairs):
+    items = [pairs[i] for i in range(len(pairs))]
+    assert [isinstance(item, Skipped) for item in items] == [False, False, True, False, False]
+    read = [item for item in items if not isinstance(item, Skipped)]
+    assert [item["caption"] for item in read] == ["a dog", "the dog", "one", "two"]
+    assert [int(item["sample_ids"]) for item in read] == [0, 0, 2, 2]
+    assert all(item["image"].shape == (3, 16, 16) for item in read)
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index(pairs):
+    epochs = [[pairs[epoch * len(pairs) + i] for i in (4, 0)] for epoch in (0, 1, 0)]
+    for first, again in zip(epochs[0], epochs[2], strict=True):
+        assert torch.equal(first["image"], again["image"]) and first["draw"] == again["draw"]
+    assert not torch.equal(epochs[0][0]["image"], epochs[1][0]["image"]) and epochs[0][0]["caption"] == "two"
+    pairs.seed = 4
+    assert not torch.equal(pairs[4]["image"], epochs[0][0]["image"])
+
+
+def test_bad_pairs_are_refused(folder, write_json):
+    for records, told in (([{"image": "0.jpg", "caption": []}], "record 0: 'caption' must be"), ([], "no record")):
+        write_json(folder / "bad.json", records)
+        with pytest.raises(ValueError, match=told):
+            RetrievalTrainDataset([folder / "bad.json"], folder / "coco", TrainTransform(16), encode, seed=0)
+    write_json(folder / "far.json", [{"image": "far.jpg", "caption": "x"}])
+    with pytest.raises(FileNotFoundError, match="none of 1 images of"):
+        RetrievalTrainDataset([folder / "far.json"], folder / "coco", TrainTransform(16), encode, seed=0)
+
+
+def test_a_part_of_the_evaluation_set(folder):
+    data = RetrievalEvalDataset(folder / "coco_test.json", folder / "coco", EvalTransform(16), limit=2)
+    assert len(data) == 2 and data.img2txt == IMG2TXT[:2] and data.txt2img == TXT2IMG[:3]

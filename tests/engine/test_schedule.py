@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from engine.schedule import cooldown, warmup_cosine
+from engine.schedule import cooldown, warmup_cosine, warmup_linear
 
 
 def test_warmup_is_linear_and_reaches_the_peak():
@@ -32,3 +32,9 @@ def test_the_cooldown_is_linear_at_the_end():
     assert [cooldown(step, 10, 4) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
     assert [cooldown(step, 10, 0) for step in (0, 9)] == [1.0, 1.0]
     assert cooldown(0, 3, 6) == 0.5  # a run shorter than its cooldown
+
+
+def test_the_linear_rate_falls_from_the_peak_to_the_floor():
+    rates = [warmup_linear(step, 14, 4, floor=0.5) for step in range(16)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == pytest.approx([1.0 - 0.05 * i for i in range(11)] + [0.5])

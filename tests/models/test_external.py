@@ -268,6 +268,39 @@ def test_pooled_and_cross_attention_inputs_are_not_padded():
     assert not any(".cls." in name for name in view.weights)
 
 
+def test_a_question_and_its_answer_have_masks_of_their_own():
+    text = {**TEXT, "encoder_hidden_size": 32}
+    model = transformers.BlipForQuestionAnswering(transformers.BlipConfig(text_config=text, vision_config=VISION))
+    view, layer = external.prunable_view(model), "encoder.layer.0."
+    batch = words([[1, 5, 6, 7, 2], [1, 9, 2]]) | {"decoder_attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    question, answer = batch["attention_mask"].bool(), batch["decoder_attention_mask"].bool()
+    for name, expected in (
+        (f"text_encoder.{layer}crossattention.self.key.weight", None),  # the image
+        (f"text_encoder.{layer}crossattention.self.query.weight", question),
+        (f"text_decoder.bert.{layer}crossattention.self.key.weight", question),
+        (f"text_decoder.bert.{layer}attention.self.key.weight", answer),
+    ):
+        found = view.valid_tokens(name, batch)
+        assert found is expected or torch.equal(found, expected), name
+
+
+def test_what_reads_more_than_the_text_is_not_guessed():
+    """ViLT's layers read text and image in one sequence."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViltConfig(**sizes, vocab_size=99, image_size=32, patch_size=16)
+    model = transformers.ViltModel(config).eval()
+    batch = {**words([[1, 5, 6, 7, 2], [1, 9, 2]]), "pixel_values": torch.randn(2, 3, 32, 32)}
+    with (
+        Statistics(external.prunable_view(model), "input_norms") as statistics,
+        pytest.raises(ValueError, match="layer 'encoder.layer.0.*--groups must put it into another group than 'text'"),
+    ):
+        statistics.add(batch)
+    with Statistics(external.prunable_view(model, groups={"both": ["*"]}), "input_norms") as statistics:
+        statistics.add(batch)
+    assert len(statistics.result()) == 7
+
+
 def test_an_encoder_and_its_decoder_have_masks_of_their_own():
     sizes = {"vocab_size": 99, "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)

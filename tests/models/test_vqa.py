@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import models
+from engine.export import save_weights
 from engine.finetuning import checkpoint_blocks, read_masks
 from models import answering, blip, blip_vqa, xvlm, xvlm_vqa
 from models.bert import TextConfig
@@ -126,6 +127,12 @@ def test_every_weight_is_one_of_the_pretrained_model(name, trunk, model):
     expected = trunk.state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[source(name, key)]), key
+
+
+def test_a_file_that_has_tied_weights_once(name, trunk, model, tmp_path):
+    path = save_weights(trunk, tmp_path / "once.safetensors", tied_once=True)
+    again = TASKS[name].build(SIZES[name], path)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_decoder_and_encoder_learn_apart(name, model, batch):

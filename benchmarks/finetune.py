@@ -1,0 +1,125 @@
+"""Time of a fine-tuning step of XVLM for retrieval, three ways: the dense model, its mask held by masking gradients, and
+its masks multiplied with the weights in every forward pass, as published code does it. Interleaved, medians.
+
+    python -m benchmarks.finetune                                  # base size: 5 GB of memory, minutes on two cores
+    python -m benchmarks.finetune --variant mini --repeats 40
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets.tasks import OptimizerConfig
+from engine.config import load_config
+from engine.fit import attention
+from engine.optimizer import finetuning_optimizer
+from models import xvlm, xvlm_retrieval
+from sparsity.masks import Hold, Masks
+from sparsity.view import PrunableView
+
+SPARSITY = 0.63
+GOAL = 1.03  # held against dense
+WAYS = ("dense", "held", "multiplied")
+
+
+def random_batch(config: xvlm.Config, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side, length = config.vision.image_size, config.max_tokens
+    ids = torch.randint(5, config.text.vocab_size, (size, length), generator=generator)
+    image = torch.randn(size, 3, side, side, generator=generator)
+    return {"image": image, "text_ids": ids, "text_atts": torch.ones_like(ids), "sample_ids": torch.arange(size)}
+
+
+def random_masks(view: PrunableView) -> Masks:
+    generator = torch.Generator().manual_seed(0)
+    return Masks(
+        {name: torch.rand(w.parameter.shape, generator=generator) > SPARSITY for name, w in view.weights.items()}
+    )
+
+
+@contextmanager
+def multiplied(view: PrunableView, masks: Masks) -> Iterator[None]:
+    """Every prunable layer computes with weight * mask."""
+    layers = [(module, masks[name]) for name, weight in view.weights.items() for module in weight.modules]
+
+    def masked(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight * mask, module.bias)
+
+    for module, mask in layers:
+        module.forward = partial(masked, module, mask)
+    try:
+        yield
+    finally:
+        for module, _ in layers:
+            del module.forward
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, autocast: bool, hold: Hold | None) -> None:
+    """What `engine.fit` does in a step."""
+    torch.manual_seed(0)
+    with attention(torch.device("cpu")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(batch)["loss"]
+        loss.backward()
+    if hold is not None:
+        hold.before_step()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=("base", "mini"), default="base", help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each way (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="default: %(default)s"
+    )
+    args = parser.parse_args()
+    config = load_config(Path("configs/xvlm") / f"model_{args.variant}.yaml", xvlm.Config)
+    torch.manual_seed(0)
+    model = xvlm_retrieval.build(config).train()
+    view = xvlm_retrieval.prunable_view(model)
+    masks = random_masks(view)
+    optimizer = finetuning_optimizer(model, OptimizerConfig(1e-6), (), args.precision)
+    hold = masks.hold(view, optimizer)
+    batch = random_batch(config, args.batch_size)
+    once = partial(step, model, optimizer, batch, args.precision == "bf16-mixed")
+
+    def run(way: str) -> None:
+        if way == "multiplied":
+            with multiplied(view, masks):
+                once(None)
+        else:
+            once(hold if way == "held" else None)
+
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(-1, args.repeats):  # the first is a warm-up
+        for way in WAYS:
+            taken = seconds(partial(run, way))
+            times[way] += [taken] if number >= 0 else []
+    threads = torch.get_num_threads()
+    print(f"XVLM {args.variant}, {view.numel:,} prunable weights, batches of {args.batch_size}, {threads} threads")
+    for way in WAYS:
+        ratio = statistics.median(ours / dense for ours, dense in zip(times[way], times["dense"], strict=True))
+        goal = f" (goal {GOAL})" if way == "held" else ""
+        print(f"{way}: {statistics.median(times[way]):.3f} s a step, {ratio:.3f} x dense{goal}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,527 @@
+"""Bad input, generated from the argument parsers and from the dataclasses of the configurations: exit code 2, one line
+that names the option or the key, nothing written; what arguments and YAML alone decide, before torch is imported.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import yaml
+
+import prune
+from datasets.calibration import Calibration
+from datasets.general_loader import ONE_VALUE, GeneralLoader
+from datasets.retrieval import RetrievalEvalDataset
+from datasets.sources import PRETRAIN_CONFIGS, PRUNE_CONFIGS, Files, PruneConfig
+from datasets.text import TextEncoder
+from datasets.transforms import EvalTransform
+from engine import options
+from engine.launch import run
+from engine.options import Parser
+from models import blip, dino, xvlm
+from models.tokenizer import WordPiece
+
+CONFIGS = Path("tests/data/configs")
+MODEL = str(CONFIGS / "model.yaml")
+HEAVY = ("torch", "torchvision", "lightning", "transformers", "timm", "matplotlib")
+OUT = "TMP/out"  # TMP: a folder of the case's own
+
+# Arguments with which a script would run; bad ones follow, and the last counts.
+RUNS = {
+    "prune": ["-m", "xvlm", "-p", "omp", "--config", str(CONFIGS / "prune.yaml"), "--output_dir", OUT],
+    "compare": ["-m", "xvlm", "-p", "omp", "--config", str(CONFIGS / "prune.yaml"), "--output_dir", OUT],
+    "pretrain": ["--config", str(CONFIGS / "pretrain.yaml"), "--output_dir", OUT],
+}
+
+# What the type of an option must refuse.
+BAD_TEXTS = {
+    options.positive_int: ("0", "-1", "1.5", "abc", "nan", "inf", ""),
+    options.count: ("-1", "1.5", "abc", "nan", ""),
+    options.positive_float: ("0", "-1", "abc", "nan", "inf", ""),
+    options.share: ("-0.1", "1.1", "abc", "nan", "inf", ""),
+    options.seed: ("-1", "4294967296", "1.5", "abc", ""),
+    options.seeds: ("1,,2", "1,x", "-1", "4294967296", ""),
+    options.byte_count: ("abc", "-1GB", "4XB", "nan", ""),
+    options.globs: ("a,,b", ""),
+    options.group_globs: ("a", "a=", "=b", "a=b,", ""),
+}
+
+# Options that are texts or paths: bad ones, and what is said of them.
+BAD_VALUES = {
+    "pruner": {"multiflo": "did you mean 'multiflow'", "": "-p/--pruner", "base": "no pruner 'base'"},
+    "pruners": {"omp,multiflo": "did you mean 'multiflow'", "": "no pruner ''", "omp,": "no pruner ''"},
+    "model": {"xvml": "did you mean 'xvlm'", "": "no model ''"},
+    "sparsities": {
+        **{s: f"got '{s}'" for s in ("0", "100", "-5", "abc", "nan", "inf", "1e400", "", "-0.5", "101", "63%")},
+        **{"63,,75": "got '' in '63,,75'", "63,": "got '' in '63,'", "50,0": "got '0'", "63;75": "got '63;75'"},
+    },
+    "pattern": {text: "pattern must be N:M" for text in ("4:2", "0:4", "2:2", "2-4", "2:4:8", "", "a:b", "-1:4")},
+    "weights": {"absent.pth": "absent.pth: weights file not found; give --weights PATH"},
+    "config": {
+        "absent.yaml": "absent.yaml: configuration file not found",
+        "README.md": "README.md: not valid YAML",
+        "data/xvlm_mini.safetensors": "data/xvlm_mini.safetensors: not valid YAML",
+        "configs": "configs: configuration file not found",
+    },
+    "output_dir": {
+        "README.md": "--output_dir README.md",
+        "README.md/below": "--output_dir README.md/below",
+        "/proc/results": "--output_dir /proc/results",
+    },
+    "calibration": {"photos": "--calibration is for other models"},
+    "loss": {"a.b:c": "--loss is for other models"},
+}
+
+
+class Case(NamedTuple):
+    """A script's arguments, YAML files by name, and what the one line must hold."""
+
+    script: str
+    arguments: list[str]
+    told: list[str]
+    files: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.script} {' '.join(self.arguments)} {json.dumps(self.files)}"
+
+
+def parser_of(script: str) -> Parser:
+    """The parser that a script makes."""
+    made = []
+
+    def stop(parser: Parser, *_: Any) -> None:
+        made.append(parser)
+        raise SystemExit
+
+    with mock.patch.object(Parser, "parse_args", stop), contextlib.suppress(SystemExit):
+        importlib.import_module(script).parse([])
+    return made[0]
+
+
+def bad_arguments(script: str) -> Iterator[Case]:
+    """For every option: values that it must refuse, none at all, its name misspelt, and it left out if it is needed."""
+    for action in parser_of(script)._actions:
+        shown, long = "/".join(action.option_strings), action.option_strings[-1]
+        if action.dest == "help":
+            continue
+        if action.nargs == 0:
+            yield Case(script, [*RUNS[script], f"{long}=yes"], [shown, "'yes'"])
+        else:
+            yield Case(script, [*RUNS[script], long], [shown, "expected one argument"])
+            for text, told in bad_values(action):
+                yield Case(script, [*RUNS[script], f"{long}={text}"], [told or shown])
+        yield Case(script, [*RUNS[script], misspelt(long)], [misspelt(long), "did you mean --"])
+        if action.required:
+            place = next(i for i, given in enumerate(RUNS[script]) if given in action.option_strings)
+            yield Case(script, RUNS[script][:place] + RUNS[script][place + 2 :], [f"required: {shown}"])
+    yield Case(script, [*RUNS[script], "stray"], ["unrecognized argument stray"])
+
+
+def bad_values(action: Any) -> Iterator[tuple[str, str]]:
+    """(text, what is said of it; empty where the name of the option will do)."""
+    if action.choices is not None:
+        yield from ((text, "") for text in ("nonsense", "", str(next(iter(action.choices)))[:-1]))
+    elif action.type in BAD_TEXTS:
+        yield from ((text, "") for text in BAD_TEXTS[action.type])
+    else:
+        yield from BAD_VALUES[action.dest].items()
+
+
+def misspelt(word: str) -> str:
+    """With the last letter twice."""
+    return word + word[-1]
+
+
+# Configurations
+
+FILES = {"annotations": "a.json", "images": "images", "roots": {"cc3m": "images"}}
+STAGE = {"steps": 1, "batch_size": 2, "max_objects": 1, "objectives": ["itc"], "region_images": 1, "fused_pairs": 1}
+IMAGES = {"dataset": "imagenet", "split": "train", "root": "data/imagenet"}
+PRUNED = {"model_config": MODEL, "weights": "random", "batch_size": 2, "workers": 0, "max_skipped": 0.5}
+TRAINED = {"model_config": MODEL, "betas": [0.9, 0.98]}
+ONE_VALUE_REFUSED = {
+    name: {bool: not GeneralLoader.__dict__[name], str: "text"}.get(type(GeneralLoader.__dict__[name]), 1)
+    for name in ONE_VALUE
+}
+
+
+class Schema(NamedTuple):
+    """How a dataclass is read: by which script with which options; a valid content with all that is nested; and changes
+    of it that it must refuse beside those that its types tell, with what is said of them.
+    """
+
+    script: str
+    options: list[str]
+    content: dict[str, Any]
+    refused: list[tuple[dict[str, Any], str]]
+
+
+SCHEMAS = {
+    PRUNE_CONFIGS["pairs"]: Schema(
+        "prune",
+        [],
+        PRUNED | {"general": [FILES], "region": [FILES], "evaluation": {"k_test": 1, "files": FILES, "limit": 3}},
+        [
+            ({"max_skipped": 1.5}, "max_skipped must be a fraction between 0 and 1, got 1.5"),
+            ({"bundled": True}, "set bundled: true, or give general and region files, not both"),
+            ({"general": [{}]}, "general[0]: images must name a folder"),
+            (
+                {"general": [{"annotations": "a.json", "images": "{0..3}.tar"}]},
+                "general[0]: images {0..3}.tar are shards",
+            ),
+            ({"general": [{"images": "a", "roots": {"b": "c"}}]}, "general[0]: roots are for annotation files"),
+            ({"region": [{"images": "0.tar"}]}, "region files must name annotations"),
+            (
+                {"evaluation": {"bundled_split": "scene"}},
+                "evaluation: bundled_split must be one of scenes, unseen_scenes",
+            ),
+            (
+                {"evaluation": {"bundled_scenes": 3, "files": FILES}},
+                "evaluation: set bundled_scenes or files, not both",
+            ),
+            ({"evaluation": {"files": {"images": "0.tar"}}}, "evaluation: files must name annotations"),
+            ({"general_loader": "README.md"}, "README.md: not valid YAML"),
+        ],
+    ),
+    PRUNE_CONFIGS["labels"]: Schema(
+        "prune",
+        ["-m", "dino"],
+        PRUNED | {"images": IMAGES, "evaluation": {"images": IMAGES}},
+        [
+            ({"images": IMAGES | {"dataset": "imagnet"}}, "images: dataset must be one of imagenet, flowers102"),
+            ({"evaluation": {"bundled_split": "all"}}, "evaluation: bundled_split must be unseen or seen, got 'all'"),
+            ({"evaluation": {"bundled_images": 3, "images": IMAGES}}, "evaluation: set bundled_images or images"),
+            ({"bundled": True}, "set bundled: true, or give images, not both"),
+        ],
+    ),
+    PRUNE_CONFIGS["external"]: Schema(
+        "prune",
+        ["-m", "timm:resnet18"],
+        {"weights": "random", "include": ["*"], "groups": {"all": ["*"]}},
+        [({"loss": text}, "loss must be package.module:function") for text in ("a.b", "a b:c")],
+    ),
+    PRETRAIN_CONFIGS["pairs"]: Schema(
+        "pretrain",
+        [],
+        TRAINED | {"stages": [STAGE]},
+        [
+            ({"stages": []}, "stages must have at least one stage"),
+            ({"stages": [STAGE | {"objectives": []}]}, "stages[0]: objectives must name at least one loss"),
+            ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
+            *(({"betas": betas}, "betas must be two numbers") for betas in ([0.9], [0.9, 1.0], [0.9, 0.9, 0.9])),
+        ],
+    ),
+    PRETRAIN_CONFIGS["labels"]: Schema(
+        "pretrain",
+        ["-m", "dino"],
+        TRAINED | {"stages": [{"steps": 1, "batch_size": 2}]},
+        [
+            ({"stages": []}, "stages must have at least one stage"),
+            ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1"),
+        ],
+    ),
+    GeneralLoader: Schema(
+        "prune",
+        [],
+        {"cc3m_file": "a.json", "region_files": ["r.json"], "batch_size": 1},
+        [
+            *(({name: value}, f"{name} is always ") for name, value in ONE_VALUE_REFUSED.items()),
+            ({"root": "data/imagenet"}, "set root, for models that classify, or files of image-text pairs, not both"),
+            ({"cc3m_file": "", "region_files": []}, "names no data for this kind of model"),
+        ],
+    ),
+}
+
+WRONG = {
+    int: (1.5, "two", True, math.nan, [1], {"a": 1}, None),
+    float: ("fast", True, math.nan, math.inf, [1.0], {"a": 1}, None),
+    str: (3, 1.5, True, ["x"], {"a": "b"}, None),
+    bool: (1, 0, "yes", "true", [], None),
+}
+
+
+def wrong(kind: Any) -> Iterator[Any]:
+    """Values that a field with this annotation must not have."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        yield from (value for value in wrong(inner) if value is not None)
+    elif dataclasses.is_dataclass(kind):
+        yield from (3, "text", [1], None)
+    elif origin in (list, tuple):
+        yield from (3, "text", {"a": 1}, None, *([value] for value in wrong(arguments[0])))
+    elif origin is dict:
+        yield from (3, "text", [1], None, *({"a": value} for value in wrong(arguments[1])))
+    else:
+        yield from WRONG[kind]
+
+
+def spoilt(schema: type, content: dict) -> Iterator[tuple[str, dict]]:
+    """(what the message names, content with one fault): wrong types and numbers below zero in every field, unknown keys
+    one letter off, required ones left out; the same inside what is nested.
+    """
+    kinds = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        kind, required = kinds[f.name], f.default is f.default_factory is dataclasses.MISSING
+        for value in wrong(kind):
+            yield f.name, content | {f.name: value}
+        if {kind, *typing.get_args(kind)} & {int, float}:
+            yield f.name, content | {f.name: [-1.0, -1.0] if typing.get_origin(kind) is tuple else -1}
+        if required:
+            yield f"key '{f.name}' is missing", {key: value for key, value in content.items() if key != f.name}
+        else:
+            yield f"unknown key '{misspelt(f.name)}'; did you mean '", content | {misspelt(f.name): 1}
+        inner = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
+        present = content.get(f.name)
+        if inner and present:
+            listed = isinstance(present, list)
+            for told, changed in spoilt(inner, present[0] if listed else present):
+                yield told, content | {f.name: [changed] if listed else changed}
+
+
+def bad_configurations(schema: type) -> Iterator[Case]:
+    script, more, content, refused = SCHEMAS[schema]
+    arguments = [*RUNS[script], "--config", "TMP/c.yaml", *more]
+    outer = PRUNED | {"general_loader": "TMP/g.yaml"}
+    for told, bad in [*spoilt(schema, content), *((told, content | change) for change, told in refused)]:
+        if schema is GeneralLoader:
+            yield Case(script, arguments, ["TMP/c.yaml: TMP/g.yaml: ", told], {"c.yaml": outer, "g.yaml": bad})
+        else:
+            yield Case(script, arguments, ["TMP/c.yaml: ", told], {"c.yaml": bad})
+
+
+ARGUMENTS = [case for script in RUNS for case in bad_arguments(script)]
+CONFIGURATIONS = [case for schema in SCHEMAS for case in bad_configurations(schema)]
+BAD_YAML = [  # whole files
+    Case(script, [*RUNS[script], "--config", "TMP/c.yaml"], ["TMP/c.yaml: ", told], {"c.yaml": text})
+    for script in RUNS
+    for text, told in {
+        "{weights: random": "not valid YAML",
+        "[1, 2]": "expected a mapping",
+        "text": "expected a mapping",
+        "weights: *nothing": "not valid YAML",
+        "weights: !!python/object/apply:os.system [true]": "not valid YAML",
+        "": "key 'model_config' is missing",
+    }.items()
+]
+
+DRIVER = """
+import contextlib, importlib, io, json, logging, os, sys
+from pathlib import Path
+from engine.launch import run
+
+def names(folder):
+    return {str(path) for path in Path(folder).rglob("*")}
+
+for number, (script, arguments, files) in enumerate(json.load(sys.stdin)):
+    folder, out, err, code = f"{sys.argv[1]}/{number}", io.StringIO(), io.StringIO(), None
+    os.mkdir(folder)
+    for name, content in files.items():
+        Path(folder, name).write_text(content.replace("TMP", folder))
+    before = names(folder)
+    arguments = [argument.replace("TMP", folder) for argument in arguments]
+    logging.getLogger().handlers.clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run(lambda: importlib.import_module(script).main(arguments))
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = repr(error)
+    written = sorted(names(folder) - before)
+    print(json.dumps([code, out.getvalue(), err.getvalue().replace(folder, "TMP"), written]))
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Case -> (exit code, stdout, stderr, files written), all of them from one process in which torch is missing."""
+    blocked, folder = tmp_path_factory.mktemp("blocked"), tmp_path_factory.mktemp("cases")
+    for name in HEAVY:
+        (blocked / f"{name}.py").write_text("raise ImportError('too early')")
+    cases = [*ARGUMENTS, *CONFIGURATIONS, *BAD_YAML]
+    files = [{n: c if isinstance(c, str) else yaml.safe_dump(c) for n, c in case.files.items()} for case in cases]
+    given = json.dumps([[case.script, case.arguments, file] for case, file in zip(cases, files, strict=True)])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(blocked)))}
+    command = [sys.executable, "-c", DRIVER, str(folder)]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *lines, modules = done.stdout.splitlines()
+    assert not set(json.loads(modules)) & set(HEAVY)
+    return {case.name: json.loads(line) for case, line in zip(cases, lines, strict=True)}
+
+
+def check(outcomes: dict, cases: list[Case]) -> None:
+    """All end with exit code 2, one line that tells what is wrong, and nothing written."""
+    found = []
+    for case in cases:
+        code, out, err, written = outcomes[case.name]
+        one_line = re.fullmatch(r"error: [^\n]+\n", err) and all(part in err for part in case.told)
+        if code != 2 or out or written or not one_line:
+            found.append(f"{case.name}: expected {case.told}, got {code} {out}{err}{written}")
+    assert not found, "\n".join([f"{len(found)} of {len(cases)}", *found])
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_bad_arguments(outcomes, script):
+    cases = [case for case in ARGUMENTS if case.script == script]
+    assert len(cases) > 20
+    check(outcomes, cases)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_bad_configurations(outcomes, schema):
+    cases = list(bad_configurations(schema))
+    assert len(cases) > 30
+    check(outcomes, cases)
+
+
+def test_files_that_are_no_configuration(outcomes):
+    check(outcomes, BAD_YAML)
+
+
+def test_every_option_of_a_text_has_bad_values():
+    known = {action.dest for script in RUNS for action in parser_of(script)._actions}
+    assert set(BAD_VALUES) <= known, "an option that is gone"
+
+
+# What is known only after torch is there: sizes of models, weights, data
+
+
+def refused(capsys, main: Callable[[], Any]) -> str:
+    """The one line on stderr of what ends with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    out, err = capsys.readouterr()
+    lines = [line for line in re.split("[\r\n]", err) if line.strip()]
+    assert caught.value.code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+SIZES = {  # model -> its dataclass, a configuration, and changes that it must refuse beside wrong types
+    "xvlm": (xvlm.Config, CONFIGS / "model.yaml", {"text": {"dropout": 1.0, "heads": 0}, "vision": {"patch_size": 0}}),
+    "blip": (blip.Config, Path("configs/blip/model_mini.yaml"), {"vision": {"drop_path": 1.5, "heads": 0}}),
+    "dino": (dino.Config, Path("configs/dino/model_mini.yaml"), {"patch_size": 0, "heads": 0, "classes": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bad_sizes_of_models(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("prune.launch", lambda *_: pytest.fail("too late"))
+    schema, path, changes = SIZES[name]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(PRUNED | {"model_config": str(tmp_path / "m.yaml")}))
+    arguments = ["-m", name, "-p", "omp", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out")]
+    content = yaml.safe_load(path.read_text())
+    bad = list(spoilt(schema, content))
+    for key, value in changes.items():
+        inner = value if isinstance(value, dict) else {key: value}
+        for changed, wrong_one in inner.items():
+            within = {key: content[key] | {changed: wrong_one}} if isinstance(value, dict) else {changed: wrong_one}
+            bad.append((changed, content | within))
+    for told, changed in bad:
+        (tmp_path / "m.yaml").write_text(yaml.safe_dump(changed))
+        line = refused(capsys, lambda: prune.main(arguments))
+        assert f"{tmp_path}/m.yaml: " in line and told in line
+    assert {entry.name for entry in tmp_path.iterdir()} == {"c.yaml", "m.yaml"}
+
+
+GOOD = {  # kind of annotation file -> a record
+    "pairs": {"image": "1.png", "caption": ["a", "b"], "dataset": "cc3m", "bb": [[0, 0, 4, 4], [2, 2, 4, 4]]},
+    "regions": {"image": "1.png", "caption": "a", "elems": [{"bb": [0, 0, 9, 9], "caption": "b", "attributes": "c"}]},
+    "evaluation": {"image": "1.png", "caption": ["a", "b"]},
+}
+NEEDED = {"pairs": ("image", "caption"), "regions": ("image", "elems"), "evaluation": ("image", "caption")}
+
+
+def bad_records(kind: str) -> Iterator[tuple[str, Any]]:
+    """(what the message says, a record)."""
+    good = GOOD[kind]
+    yield from (("expected {", record) for record in (3, "text", None, [good], []))
+    for key in NEEDED[kind]:
+        yield f"'{key}'", {name: value for name, value in good.items() if name != key}
+        yield from ((f"'{key}'", good | {key: value}) for value in (None, 3, {"a": 1}, [3], [None]))
+    if kind == "pairs":
+        yield from (
+            ("'bb'", good | {"bb": value}) for value in (3, "0,0,4,4", [1, 2, 3], [[0, 0, 4]], [good["bb"][0]] * 3)
+        )
+    if kind == "regions":
+        (elem,) = good["elems"]
+        changes = [("bb", value) for value in (None, 3, [1, 2, 3], ["a", 0, 1, 1], [math.inf, 0, 1, 1])]
+        changes += [("caption", value) for value in (None, 3, [], [3])] + [("attributes", 3)]
+        yield from ((f"'{key}'", good | {"elems": [elem | {key: value}]}) for key, value in changes)
+
+
+def bad_contents(kind: str) -> Iterator[tuple[str, str]]:
+    """(what the message says, content of an annotation file): at record 1 of 3 where it has some."""
+    for told, record in bad_records(kind):
+        yield (
+            f"record 1: {told}" if isinstance(record, dict) else "record 1 is ",
+            json.dumps([GOOD[kind], record, GOOD[kind]]),
+        )
+    yield from (("not a JSON file", content) for content in ("", "{", "text", "[1,]", "\x00", json.dumps([1])[:-1]))
+    yield from (("expected a JSON list", json.dumps(content)) for content in ({"images": []}, 3, "text", None))
+    yield "no record in this file", "[]"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Opens an annotation file and a folder as calibration or evaluation does."""
+    tokenizer = WordPiece("data/vocab/mini_vocab.txt")
+    encode, vision = TextEncoder(tokenizer, 12), SimpleNamespace(image_size=16, patch_size=8)
+
+    def read(kind: str, files: Files) -> None:
+        if kind == "evaluation":
+            RetrievalEvalDataset(files.annotations, files.images, EvalTransform(16))
+        else:
+            config = PruneConfig("m.yaml", "random", **{"general" if kind == "pairs" else "region": [files]})
+            Calibration(config, encode, vision, tmp_path / "out", 2, seed=0)
+
+    return read
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_bad_annotation_files(tmp_path, capsys, read, kind):
+    (tmp_path / "images").mkdir()
+    files = Files(str(tmp_path / "a.json"), str(tmp_path / "images"))
+    for told, content in bad_contents(kind):
+        (tmp_path / "a.json").write_text(content)
+        line = refused(capsys, lambda: read(kind, files))
+        assert f"{tmp_path}/a.json: {told.partition(': ')[0]}" in line and told.partition(": ")[2] in line, (
+            content,
+            line,
+        )
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe[]")
+    assert "a.json: not a JSON file" in refused(capsys, lambda: read(kind, files))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.json", "images"}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_images_and_files_that_are_not_there(tmp_path, capsys, read, kind):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.json").write_text(json.dumps([GOOD[kind]] * 3))
+    for annotations, images, told in (
+        ("none.json", "images", "none.json: annotation file not found"),
+        ("images", "images", "images: annotation file not found"),
+        ("a.json", "nowhere", "nowhere: image folder not found"),
+        ("a.json", "a.json", "a.json: image folder not found"),
+        ("a.json", "images", "images: none of 3 images of"),
+    ):
+        files = Files(str(tmp_path / annotations), str(tmp_path / images))
+        assert f"{tmp_path}/{told}" in refused(capsys, lambda files=files: read(kind, files))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.json", "images"}
