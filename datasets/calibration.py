@@ -4,6 +4,7 @@ rank.
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -143,8 +144,9 @@ class LabelsCalibration(Lockstep):
         self, config: LabelsPruneConfig, sizes: Any, folder: Path, num_batches: int, seed: int, **options: int
     ):
         if config.bundled:
-            length = num_batches * config.batch_size
-            data = BundledClassification(load_glyphs(), "train", length, side=sizes.image_size, seed=seed)
+            glyphs = load_glyphs()
+            times = math.ceil(num_batches * config.batch_size / len(glyphs))  # whole rounds of the concepts, shuffled
+            data = BundledClassification(glyphs, "train", times * len(glyphs), side=sizes.image_size, seed=seed)
         else:
             data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
         check_classes(len(data.class_names), sizes.classes)

@@ -75,34 +75,37 @@ class CHITA(Pruner):
         self._check(sparsities, pattern, pool)
         if again is None and self.epochs > 1:
             raise ValueError("chita needs fresh batches in each of its epochs")
-        provenance = self._provenance(view, seed) | {"pool": self.pool, "lambda_": self.lambda_}
-        provenance |= {"epochs": self.epochs, "schedule": self.schedule, "row_dtype": self.row_dtype}
+        provenance = self._provenance(view, seed) | {"lambda_": self.lambda_, "epochs": self.epochs}
+        provenance |= {"schedule": self.schedule, "row_dtype": self.row_dtype}
         provenance |= {"rows": statistics.n, "batch_size": statistics.batch_size}
-        for sparsity in sparsities:
-            pruned = None
+        if pattern:
+            dense = [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
+            facts = {"pattern": str(pattern), "sparsity": str(pattern.sparsity), "dense_layers": dense}
+            yield pattern.sparsity, self._step(view, statistics, None, None, provenance | facts, pattern)
+        for sparsity in sparsities or ():
+            pruned, facts = None, {"pool": self.pool, "sparsity": str(sparsity)}
             for step in range(1, self.epochs + 1):
-                target = step_sparsity(sparsity, step, self.epochs, self.schedule)
+                count = view.numel - budget(step_sparsity(sparsity, step, self.epochs, self.schedule), view.numel)
                 with pruned.applied(view) if pruned else nullcontext():
                     rows = again(step - 1) if step > 1 else statistics
-                    pruned = self._step(view, rows, pruned, target, provenance | {"sparsity": str(sparsity)})
+                    pruned = self._step(view, rows, pruned, count, provenance | facts)
                 if step > 1:
                     rows.forget()
             yield sparsity, pruned
         statistics.forget()
 
-    def _step(self, view, rows, before, target, provenance):
+    def _step(self, view, rows, before, count, provenance, pattern=None):
         """The masks of one step, with the updated weights; the model is what the step before, if any, has left."""
         weights = {name: weight.matrix() for name, weight in view.weights.items()}
         alive = before and {name: _as_matrix(weight, before[name]) for name, weight in view.weights.items()}
         kept, updated = {}, {}
-        count = view.numel - budget(target, view.numel)
-        for name, chosen, solved in solve(rows, weights, count, ridge=self.lambda_, alive=alive):
+        for name, chosen, solved in solve(rows, weights, count, ridge=self.lambda_, pattern=pattern, alive=alive):
             kept[name], updated[name] = chosen, solved
         return as_masks(view, kept, provenance, updated)
 
     def _check(self, sparsities, pattern, pool):
-        if pattern:
-            raise ValueError(f"chita has no masks of pattern {pattern}: it decides by itself how many each block keeps")
+        if pattern and self.epochs > 1:
+            raise ValueError("chita prunes step by step to a sparsity: a pattern needs epochs = 1")
         if pool not in (None, self.pool):
             raise ValueError(f"chita decides by itself how many weights each block keeps: leave pool {pool!r} out")
         return super()._check(sparsities, pattern, pool)

@@ -1,21 +1,16 @@
 #!/usr/bin/env bash
 # Prunes the bundled models once with MULTIFLOW, fine-tunes them at each sparsity and dense for every task, and prints
 # what they can do, which is in output/finetune_mini/table.md too. Stopped, it goes on when it is started again.
-#   RUNS="xvlm_retrieval xvlm_vqa"  only these         SPARSITIES=63,75,90  in per cent        BATCHES=200  to prune with
-#   OUTPUT, CONFIGS, PYTHON         other folders, another interpreter       DEBUG=1  a few steps of each, to see it run
+#   RUNS="xvlm_retrieval xvlm_vqa"  only these       SPARSITIES=63,75,90  in per cent      BATCHES=200  to prune with
+#   JOBS=2  runs at a time, on one core each         DEBUG=1  a few steps of each          OUTPUT, CONFIGS, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python}
-output=${OUTPUT:-output/finetune_mini}
-configs=${CONFIGS:-configs}
+export python=${PYTHON:-python} output=${OUTPUT:-output/finetune_mini} configs=${CONFIGS:-configs}
+export debug=${DEBUG:+--debug} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 sparsities=${SPARSITIES:-63,75,90}
-batches=${BATCHES:-200}
+batches=${DEBUG:+2}
+batches=${batches:-${BATCHES:-200}}
 runs=${RUNS:-xvlm_retrieval xvlm_captioning xvlm_vqa blip_retrieval blip_captioning blip_vqa dino_image_classification}
-debug=()
-if [ -n "${DEBUG:-}" ]; then
-    debug=(--debug)
-    batches=2
-fi
 
 mask() { # MODEL SPARSITY
     echo "$output/masks/multiflow/$1_multiflow_$2_seed42_pruning_masks.safetensors"
@@ -24,30 +19,42 @@ mask() { # MODEL SPARSITY
 prune() { # MODEL
     for sparsity in ${sparsities//,/ }; do
         if [ ! -f "$(mask "$1" "$sparsity")" ]; then
-            echo "== $1: prune"
+            echo "$1: prune"
             "$python" prune.py -m "$1" -p multiflow -s "$sparsities" --config "$configs/$1/prune_mini.yaml" \
-                --num_batches "$batches" --output_dir "$output/masks"
+                --num_batches "$batches" --output_dir "$output/masks" >"$output/prune_$1.log"
             return
         fi
     done
 }
 
-tune() { # MODEL TASK LEVEL OPTION...: the options say what is trained; the model card is written last
-    local folder="$output/$1_$2/$3"
-    if [ -f "$folder/result/README.md" ]; then
+tune() { # RUN LEVEL: a run is <model>_<task>; a level is "dense" or a sparsity
+    local model=${1%%_*} task=${1#*_} folder="$output/$1/$2" log="$output/$1/$2.log" trained=(--dense)
+    if [ -f "$folder/result/README.md" ]; then # what a run writes last
         return
     fi
-    echo "== $1: $2, $3"
-    "$python" "$2.py" --model "$1" "${@:4}" --config "$configs/$1/$2_mini.yaml" --output_dir "$folder" \
-        ${debug[@]+"${debug[@]}"}
+    [ "$2" = dense ] || trained=(--mask "$(mask "$model" "$2")")
+    echo "$1, $2: begins, see $log"
+    mkdir -p "$folder"
+    # shellcheck disable=SC2086 # no option where it is empty
+    if ! "$python" "$task.py" --model "$model" "${trained[@]}" --config "$configs/$model/${task}_mini.yaml" \
+        --output_dir "$folder" $debug >>"$log" 2>&1; then
+        tr '\r' '\n' <"$log" | tail -n 3 >&2
+        exit 255 # xargs begins no other
+    fi
+    echo "$1, $2: done in $SECONDS s"
 }
 
+export -f mask tune
+mkdir -p "$output"
 for run in $runs; do
-    model=${run%%_*} task=${run#*_}
-    prune "$model"
-    tune "$model" "$task" dense --dense
-    for sparsity in ${sparsities//,/ }; do
-        tune "$model" "$task" "$sparsity" --mask "$(mask "$model" "$sparsity")"
-    done
+    prune "${run%%_*}"
 done
+for run in $runs; do
+    for level in dense ${sparsities//,/ }; do
+        echo "$run $level"
+    done
+done | xargs -P "${JOBS:-2}" -L 1 bash -c 'tune "$@"' bash || {
+    echo "scripts/finetune_mini.sh: stopped; the same command goes on from here" >&2
+    exit 1
+}
 "$python" finetuning_table.py "$output" --metrics 'txt_r1,img_r1,bleu_4*,cider*,accuracy,top1'

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparsity.pattern import NM
 from sparsity.rows import Rows
 from sparsity.selection import keep, keep_rows, thresholds
 
@@ -35,24 +36,30 @@ _GONE = -1.0  # score of weights that were pruned before: below that of all othe
 def solve(
     rows: Rows,
     weights: Mapping[str, Tensor],
-    count: int,
+    count: int | None,
     *,
     ridge: float,
+    pattern: NM | None = None,
     alive: Mapping[str, Tensor] | None = None,
     blocks: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, which weights are kept, bool, what they become), in the order and shapes of the weights; `count` are kept.
+    """(name, which weights are kept, bool, what they become), in the order and shapes of the weights.
 
-    weights: w0, name -> (out, in), in the order of the rows' columns. ridge: lambda. alive: name -> bool (out, in);
-    where it is False the weight was pruned before, and stays so. blocks: name -> where its blocks begin and the last
-    one ends; by default each weight is cut into even ones of at most BLOCK. A block whose line search finds nothing
-    better keeps the weights with which it began.
+    weights: w0, name -> (out, in), in the order of the rows' columns. count: how many are kept of all; or, where that
+    is None, a pattern says it for each group of M, and weights that it does not fit stay as they are. ridge: lambda.
+    alive: name -> bool (out, in); where it is False the weight was pruned before, and stays so; not with a pattern.
+    blocks: name -> where its blocks begin and the last one ends; by default each weight is cut into even ones of at
+    most BLOCK. A block whose line search finds nothing better keeps the weights with which it began.
     """
     problem = _Problem(rows, weights, ridge, alive)
-    step, kept = _choose(problem, count)
+    step, kept = _choose(problem, count) if pattern is None else (0.0, None)
     for name, weight in weights.items():
-        bounds = cut(weight.numel()) if blocks is None else blocks[name]
-        chosen, solved = _solve_weight(problem, name, step, kept.pop(name).view(-1), bounds)
+        if pattern and not pattern.fits(weight.shape[1]):
+            yield name, torch.ones_like(weight, dtype=torch.bool), weight.clone()
+            continue
+        bounds = blocks[name] if blocks else cut(weight.numel(), unit=pattern.m if pattern else 1)
+        chosen = pattern.keep(weight.abs()) if pattern else kept.pop(name)
+        chosen, solved = _solve_weight(problem, name, step, chosen.view(-1), bounds, pattern)
         yield name, chosen.view(weight.shape), solved.view(weight.shape).to(weight.dtype)
 
 
@@ -64,10 +71,14 @@ def objective(rows: Rows, before: Mapping[str, Tensor], after: Mapping[str, Tens
     return float(error.square().sum() / 2 + forward.sum() * problem.shift + problem.mu / 2 * squares)
 
 
-def cut(numel: int, size: int = BLOCK) -> list[int]:
-    """Where the blocks of a weight begin, and its end: as few as can be, of even sizes, none above `size`."""
-    count = -(-numel // size)
-    return [numel * i // count for i in range(count + 1)]
+def cut(numel: int, size: int = BLOCK, unit: int = 1) -> list[int]:
+    """Where the blocks of a weight begin, and its end: as few as can be, of even sizes, none above `size`.
+
+    unit: so many neighbours stay together; it divides `numel`.
+    """
+    units = numel // unit
+    count = -(-units // max(1, size // unit))
+    return [units * i // count * unit for i in range(count + 1)]
 
 
 class _Problem:
@@ -167,7 +178,7 @@ def _choose(problem: _Problem, count: int) -> tuple[float, dict[str, Tensor]]:
 
 
 def _solve_weight(
-    problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int]
+    problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int], pattern: NM | None = None
 ) -> tuple[Tensor, Tensor]:
     """The blocks of a weight, several at once: which of it is kept (numel,), and what it becomes (numel,)."""
     weight, alive, rows = problem.weight(name), problem.alive(name), problem.rows
@@ -179,7 +190,7 @@ def _solve_weight(
         A = _in_blocks(columns, count)
         living = None if alive is None else alive[here].view(shape)
         w, chosen = weight[here].view(shape), kept[here].view(shape)
-        chosen = _search(A, w, start[here].view(shape), chosen, living, problem.shift, problem.mu)
+        chosen = _search(A, w, start[here].view(shape), chosen, living, pattern, problem.shift, problem.mu)
         solved[here] = _refit(A, w, chosen, problem.shift, problem.mu).view(-1)
         kept[here] = chosen.view(-1)
     return kept, solved
@@ -197,7 +208,16 @@ def _batches(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]
         spans = spans[count:]
 
 
-def _search(A: Tensor, w: Tensor, start: Tensor, kept: Tensor, alive: Tensor | None, shift: float, mu: float) -> Tensor:
+def _search(
+    A: Tensor,
+    w: Tensor,
+    start: Tensor,
+    kept: Tensor,
+    alive: Tensor | None,
+    pattern: NM | None,
+    shift: float,
+    mu: float,
+) -> Tensor:
     """A projected-gradient step in each block, with line search: which weights it keeps, as many as before.
 
     A (blocks, n, size); w: those that entered; start: those that the step begins at, zero but for the kept ones; kept
@@ -215,7 +235,7 @@ def _search(A: Tensor, w: Tensor, start: Tensor, kept: Tensor, alive: Tensor | N
     which = _leaves(start, inside, outside, step).nonzero().squeeze(1)
     if not len(which):  # only the lengths of the weights change, and those are solved for anyway
         return kept
-    begin = _Begin(*_rows(which, A, w, start, slope, inside, outside, kept, alive), shift, mu)
+    begin = _Begin(*_rows(which, A, w, start, slope, inside, outside, kept, alive), pattern, shift, mu)
     found = begin.search(step[which] / 2, _value(error, delta, mu)[which])
     return found if len(which) == len(w) else kept.index_copy(0, which, found)
 
@@ -232,6 +252,7 @@ class _Begin:
     outside: Tensor  # (blocks,): the largest slope on the others
     kept: Tensor
     alive: Tensor | None
+    pattern: NM | None
     shift: float
     mu: float
 
@@ -260,7 +281,10 @@ class _Begin:
         scores = trial.abs()
         if alive is not None:
             scores.masked_fill_(~alive, _GONE)
-        chosen = keep_rows("of a block", scores, scores.shape[1] - counts)
+        if self.pattern:
+            chosen = self.pattern.keep(scores)
+        else:
+            chosen = keep_rows("of a block", scores, scores.shape[1] - counts)
         delta = w - trial.mul_(chosen.to(trial.dtype))
         return chosen, _value(_times(A, delta) - self.shift, delta, self.mu)
 

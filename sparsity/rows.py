@@ -231,11 +231,11 @@ def _backward(
     images = 0
     for weight in view.weights.values():
         weight.parameter.grad = None
-    # What a loss moves (momentum copies, queues) starts anew for each row: rows do not depend on those before.
-    with untouched(view.model, view.moved_by_loss), torch.enable_grad():
-        for number, batch in batches:
+    for number, batch in batches:
+        # What a loss moves (momentum copies, queues) starts anew for each batch: rows depend on their own alone.
+        with untouched(view.model, view.moved_by_loss), torch.enable_grad():
             view.loss(batch, generators(number)).backward()
-            images += batch_images(batch)
+        images += batch_images(batch)
     return images
 
 

@@ -1,6 +1,7 @@
 """image_classification.py end to end on a two-layer model, on every kind of data; CIFAR as torchvision reads it."""
 
 import hashlib
+import http.server
 import json
 import os
 import pickle
@@ -8,6 +9,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -295,15 +298,16 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_has_the_pixels_and_labels_of_its_files(tmp_path, publish, offline, name):
+    def plain(image, rng):
+        return to_tensor(image, ((0,) * 3, (1,) * 3))
+
     content = cifar_files(tmp_path, name, 3)
     publish(tmp_path, name)
     for train in (True, False):
         files = READERS[name].train_list if train else READERS[name].test_list
         pixels = np.concatenate([content[file][0] for file, _ in files]).reshape(-1, 3, 32, 32)
         labels = [label for file, _ in files for label in content[file][1]]
-        data = CifarDataset(
-            name, train, lambda image, rng: to_tensor(image, ((0,) * 3, (1,) * 3)), seed=0, root=tmp_path
-        )
+        data = CifarDataset(name, train, plain, seed=0, root=tmp_path)
         assert len(data) == len(labels) and data.class_names[9] == "c9"
         for i, label in enumerate(labels):
             assert data[i]["label"] == label and data[i]["label"].dtype == torch.int64
@@ -355,10 +359,13 @@ def test_cifar_is_downloaded_once(tmp_path, publish, monkeypatch):
     reader, archive = READERS["cifar10"], tmp_path / "server" / "c.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "server" / reader.base_folder, reader.base_folder)
-    monkeypatch.setattr(reader, "url", archive.as_uri())
     monkeypatch.setattr(reader, "tgz_md5", sum_of(archive))
-    first = CifarDataset("cifar10", False, EvalTransform(8), seed=0, root=tmp_path / "here")
-    archive.unlink()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(reader, "url", f"http://localhost:{server.server_port}/{archive.name}")
+        first = CifarDataset("cifar10", False, EvalTransform(8), seed=0, root=tmp_path / "here")
+        server.shutdown()
     again = CifarDataset("cifar10", True, EvalTransform(8), seed=0, root=tmp_path / "here")
     assert len(first) == 2 and len(again) == 10
 

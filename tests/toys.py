@@ -1,4 +1,6 @@
-"""Small models for tests, and views of them."""
+"""Small models for tests, views of them, and threads in place of ranks."""
+
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +50,20 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
+
+
+class Ranks:
+    """`reduce` for threads in place of ranks."""
+
+    def __init__(self, number: int):
+        self.barrier, self.lock, self.total = Barrier(number, timeout=30), Lock(), None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        with self.lock:
+            self.total = tensor.clone() if self.total is None else self.total + tensor
+        self.barrier.wait()
+        total = self.total.clone()
+        if self.barrier.wait() == 0:
+            self.total = None
+        self.barrier.wait()
+        return total

@@ -56,6 +56,12 @@ def test_batches(read, config):
         assert batch["image"].shape == (3, 3, 32, 32) and batch["label"].shape == (3,)
 
 
+def test_few_batches_show_concepts_from_everywhere(read):
+    labels = torch.cat([batch["fine_label"] for batch in read(BUNDLED, num_batches=8)])
+    assert len(set(labels.tolist())) == 24, "no concept comes twice before all came once"
+    assert labels.min() < 100 and labels.max() > 450
+
+
 def test_no_more_than_there_are(read, imagenet):
     data = read(imagenet, num_batches=10)
     assert len(data) == len(list(data)) == 3

@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from threading import Barrier, Lock, Thread
+from threading import Thread
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from sparsity.gradients import batch_generator
 from sparsity.learned_scores import choice, learn, start_from_magnitude
 from sparsity.masks import model_digest
 from sparsity.pattern import NM
-from tests.toys import Attention, Conv1D, layers, view_of
+from tests.toys import Attention, Conv1D, Ranks, layers, view_of
 
 SPARSITY = "0.57"
 
@@ -273,23 +273,6 @@ def test_dropout_is_on_and_a_function_of_the_generators():
     assert not same(first, trained(*toy(dropout=0.0)))
     assert same(first, trained(view, batches, generators=partial(batch_generator, 42)))
     assert not same(first, trained(view, batches, generators=partial(batch_generator, 43)))
-
-
-class Ranks:
-    """`reduce` for threads in place of ranks."""
-
-    def __init__(self, number):
-        self.barrier, self.lock, self.total = Barrier(number, timeout=30), Lock(), None
-
-    def __call__(self, tensor):
-        with self.lock:
-            self.total = tensor.clone() if self.total is None else self.total + tensor
-        self.barrier.wait()
-        total = self.total.clone()
-        if self.barrier.wait() == 0:
-            self.total = None
-        self.barrier.wait()
-        return total
 
 
 @pytest.mark.parametrize(

@@ -316,3 +316,18 @@ def test_model_digest_depends_on_prunable_weights_only():
     model["a"].weight.data[0, 0] += 1e-6
     assert model_digest(dense) != before
     assert model_digest(view_of(model.to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1.5, -0.0, float("inf"), float("nan")])
+def test_pruned_gradients_become_zero_whatever_they_are(view, masks, dtype, value):
+    model = view.model.to(dtype)
+    hold = masks.hold(view, torch.optim.SGD(model.parameters(), lr=0.1))
+    for number, (name, mask) in enumerate(masks.items()):
+        gradient = torch.where(mask, 2.5, value).to(dtype)
+        turned = gradient.t().contiguous().t() if number % 2 else gradient  # strides of its own
+        view.weights[name].parameter.grad = turned
+    hold.before_step()
+    for name, mask in masks.items():
+        gradient = view.weights[name].parameter.grad
+        assert torch.equal(gradient, mask.to(dtype) * 2.5) and not gradient.signbit().any()
