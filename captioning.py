@@ -78,9 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
     scorer, result = CaptionScorer(), args.output_dir / "result"
     if not args.skip_eval:
         scorer.tell()
+    val = captions(sets.pop("val"), score=scorer.quick)
     files = {name: result / f"captions_{name}.json" for name in sets}
     tests = {name: captions(images, score=scorer, path=files[name]) for name, images in sets.items()}
-    if tuning.fit(validate=captions(sets["val"], score=scorer.quick), select=scorer.best):
+    if tuning.fit(validate=val, select=scorer.best):
         tuning.finish(tests, unscored=[test.describe for test in tests.values()])
 
 

@@ -93,6 +93,15 @@ def with_ours(path: Path, side: int) -> None:
     resize(load_image(path), side)
 
 
+def augmenting(paths: Sequence[Path], side: int) -> float:
+    """Milliseconds of RandAugment alone, for an image."""
+    small = [load_image(path).resize((side, side)) for path in paths]
+    augment, begin = RandAugment(), time.process_time()
+    for i, image in enumerate(small):
+        augment(image, np.random.default_rng(i))
+    return 1000 * (time.process_time() - begin) / len(paths)
+
+
 class Rate(NamedTuple):
     """Images per second of the clock, and per second that processors were busy with them."""
 
@@ -168,11 +177,17 @@ def main() -> None:
         floor = partial(alone, with_pillow, paths, args.side)
         own = Measured(floor)
         measured = {label: Measured(floor) for label in loaders(args, root)}
+        augment = []
         for _ in range(args.repeats):
+            augment.append(augmenting(paths, args.side))
             own.add(partial(alone, with_ours, paths, args.side))
             for label, batches in loaders(args, root).items():
                 measured[label].add(partial(rate, batches))
     print(own.line("decode + resize of this project, alone"))
+    floor_time = 1000 / statistics.median(floor.busy for _, floor in own.pairs)
+    print(
+        f"RandAugment alone: {statistics.median(augment):.2f} ms, decode + resize {floor_time:.2f} ms of processor time"
+    )
     for (source, name, workers), both in measured.items():
         print(both.line(f"{source}, {name} transform, {workers} workers", max(1, workers)))
 

@@ -170,7 +170,8 @@ def decode_image(file: Path | BinaryIO, name: str) -> Image.Image | Skipped:
     """The image in a file as RGB, or why it cannot be read; `name` is what it is listed under."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         reason = f"{type(error).__name__}: {error}".replace(repr(file), name)  # not an object's address
         return Skipped(name, " ".join(reason.split()))

@@ -140,43 +140,46 @@ class TaskConfig:
         return {name: value for name, value in asdict(self).items() if name not in self.FREE}
 
 
-@dataclass(frozen=True)
-class BundledRetrieval:
-    """The bundled scenes: `train_scenes` in an epoch, drawn anew in each; validation and test on scenes with captions
-    of their own. test: splits of `datasets.sources.Evaluation`, `test_scenes` images of each.
+@dataclass(frozen=True, kw_only=True)
+class BundledSplits:
+    """Bundled scenes, the same in every run: `val_scenes` choose the best weights, `test_scenes` of each split in
+    `test` (see `datasets.sources.Evaluation`) say what they are worth.
     """
 
-    train_scenes: int
     val_scenes: int
     test_scenes: int
     test: list[str] = field(default_factory=lambda: ["scenes", "unseen_scenes"])
 
     def __post_init__(self):
-        at_least(self, 1, "train_scenes", "val_scenes", "test_scenes")
+        at_least(self, 1, "val_scenes", "test_scenes")
         for split in self.test:
             if split not in BUNDLED_SPLITS:
                 raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalConfig(TaskConfig):
-    """Image-text retrieval, on files in the COCO layout or on the bundled scenes.
+class CaptionedScenes(BundledSplits):
+    """`train_scenes` in an epoch, drawn anew in each, with their captions."""
 
-    k_test: candidates of each query that the ITM head re-ranks. negative_all_rank: hard negatives come from the batches
-    of all devices.
-    """
+    train_scenes: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "train_scenes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedConfig(TaskConfig):
+    """A task on images with captions: files in the COCO layout (Karpathy's split), or the bundled scenes."""
 
     train_file: list[str] = field(default_factory=list)
     val_file: str | None = None
     test_file: str | None = None
     image_root: str | None = None
-    bundled: BundledRetrieval | None = None
-    k_test: int = 256
-    negative_all_rank: bool = True
+    bundled: CaptionedScenes | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 0, "k_test")
         if self.bundled and (self.train_file or self.val_file or self.test_file or self.image_root):
             raise ValueError("set bundled, or train_file, val_file, test_file and image_root, not both")
 
@@ -188,6 +191,22 @@ class RetrievalConfig(TaskConfig):
                 raise ValueError(f"{where}: no data: set {name}, or bundled")
         for annotations in (*self.train_file, self.val_file, self.test_file):
             Files(annotations, self.image_root).check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(CaptionedConfig):
+    """Image-text retrieval.
+
+    k_test: candidates of each query that the ITM head re-ranks. negative_all_rank: hard negatives come from the batches
+    of all devices.
+    """
+
+    k_test: int = 256
+    negative_all_rank: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "k_test")
 
     def evaluations(self, debug: bool = False) -> dict[str, Evaluation]:
         """By name: "val", by which the best weights are chosen, then what they are tested on."""
@@ -201,23 +220,15 @@ class RetrievalConfig(TaskConfig):
         return {"val": val} | {split: Evaluation(bundled_split=split, **scenes) for split in self.bundled.test}
 
 
-@dataclass(frozen=True)
-class BundledVQA:
-    """Questions about the bundled scenes: `train_questions` in an epoch, each about a scene drawn anew; validation and
-    test on all that can be asked about fixed scenes. test: splits of `datasets.sources.Evaluation`, `test_scenes`
-    scenes of each.
-    """
+@dataclass(frozen=True, kw_only=True)
+class BundledVQA(BundledSplits):
+    """`train_questions` in an epoch, each about a scene drawn anew; of the fixed scenes, all that can be asked."""
 
     train_questions: int
-    val_scenes: int
-    test_scenes: int
-    test: list[str] = field(default_factory=lambda: ["scenes", "unseen_scenes"])
 
     def __post_init__(self):
-        at_least(self, 1, "train_questions", "val_scenes", "test_scenes")
-        for split in self.test:
-            if split not in BUNDLED_SPLITS:
-                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
+        super().__post_init__()
+        at_least(self, 1, "train_questions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,40 +268,17 @@ class VQAConfig(TaskConfig):
             raise FileNotFoundError(f"{self.vg_root}: image folder not found; {HOW_TO_GET}")
 
 
-@dataclass(frozen=True)
-class BundledCaptioning:
-    """The bundled scenes: `train_scenes` in an epoch, drawn anew in each; validation and test on fixed scenes with
-    captions of their own. test: splits of `datasets.sources.Evaluation`, `test_scenes` images of each.
-    """
-
-    train_scenes: int
-    val_scenes: int
-    test_scenes: int
-    test: list[str] = field(default_factory=lambda: ["scenes", "unseen_scenes"])
-
-    def __post_init__(self):
-        at_least(self, 1, "train_scenes", "val_scenes", "test_scenes")
-        for split in self.test:
-            if split not in BUNDLED_SPLITS:
-                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class CaptioningConfig(TaskConfig):
-    """Captioning, on files in the layout of COCO (Karpathy's split) or on the bundled scenes.
+class CaptioningConfig(CaptionedConfig):
+    """Captioning.
 
     val_gt_file, test_gt_file: the captions to compare with, in COCO's format; default those of val_file and test_file.
     prompt: what every caption begins with, learned by none. max_length, min_length: of a generated caption, in tokens,
     with the prompt. batch_size_test: images that are described together.
     """
 
-    train_file: list[str] = field(default_factory=list)
-    val_file: str | None = None
-    test_file: str | None = None
     val_gt_file: str | None = None
     test_gt_file: str | None = None
-    image_root: str | None = None
-    bundled: BundledCaptioning | None = None
     prompt: str = "a picture of "
     label_smoothing: float = 0.1
     num_beams: int = 3
@@ -304,18 +292,12 @@ class CaptioningConfig(TaskConfig):
         at_least(self, self.min_length, "max_length")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
-        if self.bundled and (self.train_file or self.val_file or self.test_file or self.image_root):
-            raise ValueError("set bundled, or train_file, val_file, test_file and image_root, not both")
 
     def check_data(self, where: str) -> None:
-        if self.bundled:
-            return
-        for name in ("train_file", "val_file", "test_file", "image_root"):
-            if not getattr(self, name):
-                raise ValueError(f"{where}: no data: set {name}, or bundled")
-        references = [name for name in (self.val_gt_file, self.test_gt_file) if name]
-        for annotations in (*self.train_file, self.val_file, self.test_file, *references):
-            Files(annotations, self.image_root).check()
+        super().check_data(where)
+        for annotations in (self.val_gt_file, self.test_gt_file) if not self.bundled else ():
+            if annotations:
+                Files(annotations, self.image_root).check()
 
     @property
     def generation(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 KEPT_DENSE = ("classifier",)
 POSITIONS = ("vit.embeddings.position_embeddings",)  # interpolated when a checkpoint has another image size
+OPTIONAL = ("classifier.*",)  # a checkpoint without it gets a random one
 HARMLESS = ("vit.pooler.*", "vit.embeddings.mask_token")  # superfluous in checkpoints made for other ends
 REBUILT = ()  # state that a checkpoint need not have, since it is made anew
 
@@ -172,7 +173,7 @@ def build(config: Config, weights: str | Path | None = None) -> ViTForImageClass
         find_weights(weights),
         positions=POSITIONS,
         ignored=HARMLESS,
-        optional=("classifier.*",),
+        optional=OPTIONAL,
         rename=published_name,
     )
     if lacking:

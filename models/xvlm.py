@@ -3,7 +3,7 @@
 Shapes: B images, R regions, L = 1 + patches, T text tokens, V vision width, D text width, E embedding width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -240,15 +240,20 @@ def calibrate(model: XVLM, batch: dict) -> None:
     model.fuse(states, batch["text_atts"], image, image_atts)
 
 
-def prunable_view(model: XVLM) -> PrunableView:
-    """The prunable weights of XVLM in three groups; projections and heads are kept dense."""
-    fusion = model.config.text.fusion_layer
-    text_only = tuple(f"text_encoder.bert.encoder.layer.{i}." for i in range(fusion))
+def modality(config: Config, layers: str) -> Callable[[str], str]:
+    """State-dict key -> group of the weight; `layers` is where the layers of BERT lie."""
+    text_only = tuple(f"{layers}.{i}." for i in range(config.text.fusion_layer))
 
     def group_of(name: str) -> str:
         if name.startswith("vision_encoder."):
             return "vision"
         return "text" if name.startswith(text_only) else "fusion"
+
+    return group_of
+
+
+def prunable_view(model: XVLM) -> PrunableView:
+    """The prunable weights of XVLM in three groups; projections and heads are kept dense."""
 
     def valid_tokens(name: str, batch: dict) -> Tensor | None:
         sees_image = name.startswith("vision_encoder.") or name.endswith(IMAGE_FED)
@@ -259,7 +264,7 @@ def prunable_view(model: XVLM) -> PrunableView:
 
     return PrunableView(
         model,
-        group_of=group_of,
+        group_of=modality(model.config, "text_encoder.bert.encoder.layer"),
         keep_dense=KEPT_DENSE,
         forward=lambda batch: calibrate(model, batch),
         loss=loss,

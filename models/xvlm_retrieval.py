@@ -100,12 +100,5 @@ def build(config: xvlm.Config, weights: str | Path | None = None, **options: boo
 
 def prunable_view(model: XVLMRetrieval) -> PrunableView:
     """The weights that are prunable in XVLM, in its groups."""
-    fusion = model.config.text.fusion_layer
-    text_only = tuple(f"text_encoder.encoder.layer.{i}." for i in range(fusion))
-
-    def group_of(name: str) -> str:
-        if name.startswith("vision_encoder."):
-            return "vision"
-        return "text" if name.startswith(text_only) else "fusion"
-
+    group_of = xvlm.modality(model.config, "text_encoder.encoder.layer")
     return PrunableView(model, group_of=group_of, keep_dense=xvlm.KEPT_DENSE)

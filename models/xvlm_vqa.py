@@ -89,14 +89,6 @@ def build(config: xvlm.Config, weights: str | Path | None = None, inherit_mask: 
 
 def prunable_view(model: XVLMVQA) -> PrunableView:
     """The weights that are prunable in XVLM, in its groups, and those of the decoder where it inherits their masks."""
-    fusion = model.config.text.fusion_layer
-    text_only = tuple(f"text_encoder.encoder.layer.{i}." for i in range(fusion))
-
-    def group_of(name: str) -> str:
-        if name.startswith("vision_encoder."):
-            return "vision"
-        return "text" if name.startswith(text_only) else "fusion"
-
-    return PrunableView(
-        model, group_of=group_of, keep_dense=("text_decoder.cls.*",) if model.inherit_mask else ("text_decoder.*",)
-    )
+    group_of = xvlm.modality(model.config, "text_encoder.encoder.layer")
+    keep_dense = ("text_decoder.cls.*",) if model.inherit_mask else ("text_decoder.*",)
+    return PrunableView(model, group_of=group_of, keep_dense=keep_dense)

@@ -6,6 +6,7 @@ from pruners.base import Pruner, as_masks
 from sparsity.allocation import budget, check_schedule, step_sparsity
 from sparsity.chita import solve
 from sparsity.rows import DTYPES, fit, gradient_rows, human
+from sparsity.trail import Trail
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +83,22 @@ class CHITA(Pruner):
             dense = [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
             facts = {"pattern": str(pattern), "sparsity": str(pattern.sparsity), "dense_layers": dense}
             yield pattern.sparsity, self._step(view, statistics, None, None, provenance | facts, pattern)
+        trails = []
         for sparsity in sparsities or ():
-            pruned, facts = None, {"pool": self.pool, "sparsity": str(sparsity)}
-            for step in range(1, self.epochs + 1):
+            facts = provenance | {"pool": self.pool, "sparsity": str(sparsity)}
+            trails.append(Trail(statistics.origin if self.epochs > 1 else None, facts))
+            done, pruned = trails[-1].load(view)
+            for step in range(done + 1, self.epochs + 1):
                 count = view.numel - budget(step_sparsity(sparsity, step, self.epochs, self.schedule), view.numel)
                 with pruned.applied(view) if pruned else nullcontext():
                     rows = again(step - 1) if step > 1 else statistics
-                    pruned = self._step(view, rows, pruned, count, provenance | facts)
+                    pruned = self._step(view, rows, pruned, count, facts)
+                trails[-1].save(step, pruned)
                 if step > 1:
                     rows.forget()
             yield sparsity, pruned
-        statistics.forget()
+        for done in (statistics, *trails):
+            done.forget()
 
     def _step(self, view, rows, before, count, provenance, pattern=None):
         """The masks of one step, with the updated weights; the model is what the step before, if any, has left."""

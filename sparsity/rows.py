@@ -51,6 +51,7 @@ class Rows:
     own: rows of this rank, (rows, p), in memory or mapped. numbers: which of the n rows they are. images: in the
     batches of all rows of all ranks. device: where results are wanted. reduce: sums a tensor over ranks, which all call
     the same methods in the same order. forget: removes the file, whose rows stay readable as long as this lives.
+    origin: identity of data, model and arithmetic, and a path beside which what is computed may be kept.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Rows:
         device: torch.device | str = "cpu",
         reduce: Callable[[Tensor], Tensor] | None = None,
         forget: Callable[[], None] = lambda: None,
+        origin: Scratch | None = None,
     ):
-        self.n, self.width, self.images, self.forget = n, own.shape[1], images, forget
+        self.n, self.width, self.images, self.forget, self.origin = n, own.shape[1], images, forget, origin
         self.device, self._reduce, self._own = torch.device(device), reduce or (lambda tensor: tensor), own
         self._numbers = torch.tensor(numbers, dtype=torch.long, device=self.device)
         self._whole = reduce is None and list(numbers) == list(range(n))
@@ -133,10 +135,11 @@ def gradient_rows(
     generators = generators or (lambda number: batch_generator(42, number))
     kind, own = DTYPES[dtype], [number for number, count in enumerate(rounds) if count]
     device = next(iter(view.weights.values())).parameter.device
+    origin = scratch and Scratch(scratch.path, _identity(view, rounds, kind, scratch.identity))
     if fit(view.numel, rounds, dtype, budget, scratch and scratch.path.parent):
         store = _Memory(len(own), view.numel, kind)
     else:
-        store = _File(scratch.path, _identity(view, rounds, kind, scratch.identity), view.numel, kind)
+        store = _File(origin, view.numel, kind)
     counts = torch.tensor(rounds, dtype=torch.float64, device=device)
     counts = (reduce(counts) if reduce else counts).tolist()
     if len(store.images) < len(own):
@@ -148,7 +151,8 @@ def gradient_rows(
         raise ValueError("there are no calibration batches")
     read = own[: len(store.images)]
     n = len(rounds) if reduce else len(read)
-    return Rows(store.rows(), read, n, images, device=device, reduce=reduce, forget=store.remove)
+    place = {"device": device, "reduce": reduce, "forget": store.remove, "origin": origin}
+    return Rows(store.rows(), read, n, images, **place)
 
 
 def fit(width: int, rounds: Sequence[int], dtype: str, budget: int, folder: Path | None, held: int = 1) -> bool:
@@ -290,9 +294,9 @@ class _File:
 
     SUFFIX = ".rows"
 
-    def __init__(self, path: Path, identity: str, width: int, dtype: torch.dtype):
-        self.path, self.account = path.with_suffix(self.SUFFIX), path.with_suffix(".json")
-        self._identity, self._width, self._dtype = identity, width, dtype
+    def __init__(self, origin: Scratch, width: int, dtype: torch.dtype):
+        self.path, self.account = origin.path.with_suffix(self.SUFFIX), origin.path.with_suffix(".json")
+        self._identity, self._width, self._dtype = origin.identity, width, dtype
         self.images: list[int] = self._found()
         if self.images:
             logger.info("%s: going on after %d gradient rows", self.path, len(self.images))

@@ -1,6 +1,9 @@
 """prune.py, compare.py and pretrain.py on a two-layer vision transformer."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,29 @@ def test_what_a_user_may_do_wrong(tmp_path, capsys):
 
 def pretrain_options(folder, config=CONFIGS / "dino_pretrain.yaml"):
     return [*SMALL, "--config", str(config), "--output_dir", str(folder)]
+
+
+def script(*command):
+    """A script in a process of its own, which must succeed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def table(folder):
+    """The rows of the report without the seconds."""
+    text = (folder / "report.md").read_text()
+    return [line.split("|")[:-2] for line in text.split("\n") if line.startswith(("| dense", "| 50"))]
+
+
+def test_two_processes_give_the_masks_and_the_accuracy_of_one(tmp_path):
+    options = ["-s", "50", "--evaluate"]
+    one = pruned(tmp_path / "one", "snip", *options)
+    files = ["--num_batches", "3", "--config", str(CONFIGS / "dino_prune.yaml"), "--output_dir", str(tmp_path / "two")]
+    script("prune.py", "-p", "snip", *SMALL, *files, *options, "--devices", "2")
+    name = "dino_snip_50_seed42_pruning_masks.safetensors"
+    assert (tmp_path / "two" / "snip" / name).read_bytes() == (one / name).read_bytes()
+    assert table(tmp_path / "two" / "snip") == table(one) and len(table(one)) == 2
 
 
 @pytest.fixture(scope="module")

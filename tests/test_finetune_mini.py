@@ -113,7 +113,7 @@ def test_it_runs(tmp_path):
     environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path / "out"), "CONFIGS": str(tmp_path / "configs")}
     environment |= {"RUNS": "dino_image_classification", "SPARSITIES": "50", "DEBUG": "1"}
     command = [ROOT / "scripts/finetune_mini.sh"]
-    done = subprocess.run(command, env={**PLAIN, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**PLAIN, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| dino_image_classification")]
     assert [re.split(r" *\| *", row)[2:4] for row in rows] == [["seen", "top1"], ["unseen", "top1"]]

@@ -27,7 +27,7 @@ from models import xvlm, xvlm_retrieval
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, PLAIN, early, only_bars, refused, script, without_torch  # noqa: F401
 
-KILLS = int(os.environ.get("KILLS", "3"))  # of a run, at random moments
+KILLS = int(os.environ.get("KILLS", "2"))  # of a run, at random moments
 CONFIG = CONFIGS / "retrieval.yaml"
 
 
@@ -204,8 +204,8 @@ def test_a_snapshot_of_ones_own(tmp_path, trunk, whole):
 
 
 def longer(folder):
-    """A run of about ten seconds, with a snapshot after every second step."""
-    return changed(folder, scheduler={"epochs": 15}, save_every=2, log_every=1)
+    """A run that is long enough, with a snapshot after every second step."""
+    return changed(folder, scheduler={"epochs": 4 * KILLS}, save_every=2, log_every=1)
 
 
 def killed(arguments, folder, rng):

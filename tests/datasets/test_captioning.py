@@ -16,7 +16,7 @@ from datasets.captioning_pretraining import training_set as pretraining_set
 from datasets.collate import Skipped, collate
 from datasets.pretraining import ImageTextDataset
 from datasets.sources import Files
-from datasets.tasks import BundledCaptioning, BundledPairs, CaptioningConfig, CaptioningPretrainConfig
+from datasets.tasks import BundledPairs, CaptionedScenes, CaptioningConfig, CaptioningPretrainConfig
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
 
@@ -133,7 +133,7 @@ def test_an_image_that_cannot_be_read(coco):
 
 
 def bundled(**sizes):
-    config = BundledCaptioning(**{"train_scenes": 6, "val_scenes": 3, "test_scenes": 4} | sizes)
+    config = CaptionedScenes(**{"train_scenes": 6, "val_scenes": 3, "test_scenes": 4} | sizes)
     return CaptioningConfig(**COMMON, bundled=config)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.export import save_weights
 from models import dino
-from models.checkpoint import find_weights
+from models.checkpoint import find_weights, load_weights
 from models.pretraining import FineLabels
 from sparsity.masks import Masks
 
@@ -66,6 +66,26 @@ def test_full_size_prunable_weights_order_and_groups(full_size):
         assert (weight.group, list(weight.shape)) == (expected["group"], expected["shape"])
     assert view.numel == PRUNABLE["total"] == 84_934_656
     assert view.dense == ("classifier.weight",)
+
+
+@pytest.mark.parametrize("prefix", ["vit.", ""])
+def test_a_full_size_file_fits_the_full_size_model(full_size, tmp_path, prefix):
+    """On the meta device, where copying costs nothing; a sparse file of zeros takes no room on the disk. Without the
+    prefix, as in `facebook/dino-vitb16`, there is no classifier.
+    """
+    header, offset = {}, 0
+    names = [name for name in KEYS if prefix or name.startswith("vit.")]
+    for name in names:
+        end = offset + 4 * torch.Size(KEYS[name]).numel()
+        place = {"dtype": "F32", "shape": KEYS[name], "data_offsets": [offset, end]}
+        header[name if prefix else name.removeprefix("vit.")], offset = place, end
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    options = {"positions": dino.POSITIONS, "ignored": dino.HARMLESS, "optional": dino.OPTIONAL}
+    lacking = load_weights(full_size, find_weights(tmp_path), rename=dino.published_name, **options)
+    assert lacking == ([] if prefix else ["classifier.weight", "classifier.bias"])
 
 
 def test_public_mask_files_load(small, tmp_path):

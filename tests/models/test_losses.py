@@ -5,7 +5,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 
-from models.losses import box_losses, contrastive_loss, gather_features
+from models.losses import box_losses, contrastive_loss, draw_negatives, gather_features, own_rows
 
 TEMP = torch.tensor(0.1)
 SIZES = ([3, 3], [2, 5], [4, 1])
@@ -82,3 +82,37 @@ def test_boxes_of_whole_images_do_not_count():
     assert giou.item() == pytest.approx(0.5)  # half of the predicted box, nothing outside it
     assert box_losses(predicted, target, torch.tensor([1, 1]))[0] == 0
     assert torch.stack(box_losses(target, target, torch.tensor([0, 0]))).abs().max() < 1e-6
+
+
+def longer_text(rank, address, results):
+    """Texts (B, T, 2) of unequal number and length, and where the own ones stand."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    states = torch.full((2 + rank, 3 - rank, 2), float(rank + 1), requires_grad=True)
+    every = gather_features(states)
+    own = own_rows(len(states))
+    (every[own] * (rank + 1)).sum().backward()
+    torch.save([every.detach(), own, states.grad], f"{results}/{rank}")
+    distributed.destroy_process_group()
+
+
+def test_texts_of_unequal_length_are_padded(tmp_path):
+    multiprocessing.spawn(longer_text, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
+    expected = torch.zeros(5, 3, 2)
+    expected[:2], expected[2:, :2] = 1.0, 2.0
+    for rank, own in enumerate(([0, 1], [2, 3, 4])):
+        every, found, gradient = torch.load(tmp_path / str(rank))
+        assert torch.equal(every, expected) and found.tolist() == own
+        assert (gradient == rank + 1).all()
+
+
+def test_negatives_are_drawn_from_a_pool():
+    similarity = torch.zeros(2, 5)
+    similarity[0, 3] = similarity[1, 4] = 30.0  # by far the most alike, but the same sample in row 0
+    ids, pool = torch.tensor([7, 8]), torch.tensor([7, 8, 9, 7, 6])
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        images, texts = draw_negatives(similarity, similarity, ids, pool, floor=1e-5, generator=generator)
+        assert images[1] == texts[1] == 4
+        assert images[0] in (1, 2, 4) and texts[0] in (1, 2, 4)
+    assert draw_negatives(similarity, similarity, torch.tensor([7, 7]), torch.full((5,), 7), floor=1e-5) is None
