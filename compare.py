@@ -95,7 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
         pruner.preflight(view, args.sparsities, rounds=rounds, folder=args.output_dir)
     compare(view, chosen, args.sparsities, args.seeds, ledger, measure=measure, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
-    facts = {"weights": config.weights, "num_batches": args.num_batches, "k_test": args.k_test}
+    evaluated = dataclasses.asdict(config.evaluation)
+    facts = {"weights": config.weights, "num_batches": args.num_batches}
+    facts |= {name: value for name, value in evaluated.items() if name == "k_test"}  # of retrieval alone
     print(write_tables(args.output_dir, args.model, facts | {"seeds": ", ".join(map(str, args.seeds))}, rows))
 
 

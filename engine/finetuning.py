@@ -24,6 +24,7 @@ from engine.fit import Run, fit
 from engine.loggers import Logger, TensorBoardLog, WandbLog
 from engine.model_card import model_card
 from engine.optimizer import finetuning_optimizer
+from engine.ranks import on_leader
 from engine.schedule import warmup_cosine, warmup_linear
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
@@ -105,7 +106,7 @@ class Finetuning:
             min(run.steps, (start // self.epoch_steps + 1) * self.epoch_steps) if self.args.incremental else run.steps
         )
         if start < stop:
-            run.loggers = self._begin(start)
+            run.loggers = on_leader(self.fabric, partial(self._begin, start)) or ()
             fit(run, self._batches(start, stop), start, stop)
         if stop < run.steps:
             self._close({})
@@ -128,8 +129,8 @@ class Finetuning:
             self.evaluate(produce)
         metrics = {} if self.args.skip_eval else {name: self.evaluate(test) for name, test in tests.items()}
         self._close(metrics)
-        if self.fabric.is_global_zero:
-            folder = self._write(metrics)
+        folder = on_leader(self.fabric, partial(self._write, metrics))
+        if folder is not None:
             lines = [
                 f"{test}: {', '.join(f'{k} {v:.1f}' for k, v in found.items())}" for test, found in metrics.items()
             ]
@@ -156,10 +157,8 @@ class Finetuning:
         return {"arguments": arguments, "config": dataclasses.asdict(self.config)}
 
     def _begin(self, start: int) -> list[Logger]:
-        """Configuration and loggers of a run from step `start` on; none on other ranks than 0."""
+        """Write the configuration; the loggers of a run from step `start` on."""
         args, wandb, loggers = self.args, self.config.wandb_data, []
-        if not self.fabric.is_global_zero:
-            return loggers
         save_config(self._settings(), args.output_dir / "config.yaml")
         if args.wandb:
             named = {"project": wandb.project, "name": args.experiment_name or wandb.name, "tags": wandb.tags}

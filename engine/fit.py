@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from engine.checkpoint import differences, load_checkpoint, save_checkpoint
 from engine.files import remove_leftovers
 from engine.loggers import CsvLog, Logger
+from engine.ranks import on_leader
 from sparsity.masks import Hold
 
 
@@ -91,7 +93,7 @@ class Run:
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "best": self.best,
         }
-        self._write(self.checkpoint_path, state)
+        on_leader(self.fabric, partial(self._write, self.checkpoint_path, state))
 
     def offer(self, step: int, metrics: dict[str, float]) -> None:
         """Keep the weights of now as the best ones if they are, by the metric `select`."""
@@ -99,7 +101,8 @@ class Run:
         if self.best is None or value > self.best["value"]:
             self._verify()
             self.best = {"step": step, "value": value}
-            self._write(self.best_path, {"step": step, "metrics": metrics, "model": self.model.state_dict()})
+            state = {"step": step, "metrics": metrics, "model": self.model.state_dict()}
+            on_leader(self.fabric, partial(self._write, self.best_path, state))
 
     def load_best(self) -> None:
         """Bring the best weights back, where a metric selected them."""
@@ -111,11 +114,10 @@ class Run:
         if self.hold is not None:
             self.hold.verify()
 
-    def _write(self, path: Path, state: dict[str, Any]) -> None:
-        if self.fabric.is_global_zero:
-            remove_leftovers(path)
-            save_checkpoint(path, state)
-        self.fabric.barrier()
+    @staticmethod
+    def _write(path: Path, state: dict[str, Any]) -> None:
+        remove_leftovers(path)
+        save_checkpoint(path, state)
 
 
 def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | None = None) -> None:
@@ -169,9 +171,9 @@ def _step(run: Run, batches: Iterator[dict[str, Any]], step: int, log: "_Log") -
         assert batch is not None, f"the batches ended at step {step} of {run.steps}"
         number = step * run.accumulate + part
         torch.manual_seed((run.seed * 1_000_003 + number) * fabric.world_size + fabric.global_rank)
-        partial = part + 1 < run.accumulate
+        unfinished = part + 1 < run.accumulate
         # Over the backward, too: checkpointed blocks compute their attention again there.
-        with fabric.no_backward_sync(run.model, enabled=partial), attention(fabric.device):
+        with fabric.no_backward_sync(run.model, enabled=unfinished), attention(fabric.device):
             losses = run.model(**fabric.to_device(batch))
             fabric.backward(losses["loss"] / run.accumulate)
         log.add(losses)

@@ -92,7 +92,7 @@ class WandbLog:
                 config=dict(config),
             )
         except Exception as error:  # of the network, or without a login
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(f"--wandb: {reason}; or give --wdb_offline") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -16,7 +16,6 @@ in closed form. Sums over n are kept in float64.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -126,13 +125,14 @@ class _Problem:
         """Whether the largest magnitude after a gradient step is among the kept weights."""
         inside = outside = _GONE
         for name, score in self.scores(step):
-            inside = max(inside, float(score.where(kept[name], _GONE).amax()))
-            outside = max(outside, float(score.masked_fill_(kept[name], _GONE).amax()))
+            chosen = score * kept[name].to(score.dtype)
+            inside = max(inside, float(chosen.amax()))
+            outside = max(outside, float(score.sub_(chosen).amax()))
         return inside >= outside - _SLACK
 
     def best_step(self, kept: Mapping[str, Tensor]) -> float:
         """The length of the step along the gradient on the kept weights that minimises Q over all lengths."""
-        along, squares = self.along((name, self.slope(name).mul_(mask.view(-1))) for name, mask in kept.items())
+        along, squares = self.along((name, self.slope(name).mul_(mask.view(-1).float())) for name, mask in kept.items())
         return float(_ratio(squares, along.square().sum() + self.mu * squares))
 
     def value(self, step: float, kept: Mapping[str, Tensor]) -> float:
@@ -224,7 +224,7 @@ def _search(
     and alive: bool; all (blocks, size).
     """
     delta = w - start
-    error = _times(A, delta) - shift  # (blocks, n)
+    error = _times(A, delta).sub_(shift)  # (blocks, n)
     slope = torch.bmm(error.unsqueeze(1), A).squeeze(1).add_(delta, alpha=mu).neg_()
     if alive is not None:
         slope *= alive.to(slope.dtype)
@@ -232,72 +232,43 @@ def _search(
     outside = (slope - inside).abs_().amax(dim=1)  # (blocks,)
     squares = inside.square().sum(dim=1)
     step = _ratio(squares, _times(A, inside).square_().sum(dim=1) + mu * squares)
-    which = _leaves(start, inside, outside, step).nonzero().squeeze(1)
-    if not len(which):  # only the lengths of the weights change, and those are solved for anyway
+
+    def leaves(step: Tensor) -> Tensor:
+        """Blocks in which the largest magnitude after a step is not among the kept weights."""
+        highest = torch.addcmul(start, inside, step[:, None], value=-1).abs_().amax(dim=1)
+        return highest < step * outside - _SLACK
+
+    searched = leaves(step)
+    if not searched.any():  # only the lengths of the weights change, and those are solved for anyway
         return kept
-    begin = _Begin(*_rows(which, A, w, start, slope, inside, outside, kept, alive), pattern, shift, mu)
-    found = begin.search(step[which] / 2, _value(error, delta, mu)[which])
-    return found if len(which) == len(w) else kept.index_copy(0, which, found)
+    step = step / 2
+    for _ in range(_HALVINGS):
+        far = leaves(step)
+        if not far.any():
+            break
+        step = torch.where(far, step / 2, step)
+    lowest = _value(error, delta, mu)
+    best, counts = kept, kept.sum(dim=1)
+    for _ in range(_TRIALS):
+        trial = torch.addcmul(start, slope, step[:, None], value=-1)
+        chosen = _project(trial, counts, alive, pattern)
+        delta = torch.addcmul(w, trial, chosen.to(w.dtype), value=-1)
+        value = _value(_times(A, delta).sub_(shift), delta, mu)
+        searched = searched & (value < lowest)
+        if not searched.any():
+            break
+        best = torch.where(searched[:, None], chosen, best)
+        lowest = torch.where(searched, value, lowest)
+        step = step * 2
+    return best
 
 
-@dataclass
-class _Begin:
-    """Blocks in which the best step would exchange weights, as the line search finds them."""
-
-    A: Tensor  # (blocks, n, size)
-    w: Tensor  # (blocks, size), as all that follow but for `outside`
-    start: Tensor
-    slope: Tensor
-    inside: Tensor  # the slope on the kept weights
-    outside: Tensor  # (blocks,): the largest slope on the others
-    kept: Tensor
-    alive: Tensor | None
-    pattern: NM | None
-    shift: float
-    mu: float
-
-    def search(self, step: Tensor, lowest: Tensor) -> Tensor:
-        """Which weights the best iterate keeps, (blocks, size); `lowest` (blocks,) is the value of the first."""
-        for _ in range(_HALVINGS):
-            far = _leaves(self.start, self.inside, self.outside, step)
-            if not far.any():
-                break
-            step = torch.where(far, step / 2, step)
-        best, counts = self.kept.clone(), self.kept.sum(dim=1)
-        which = torch.arange(len(best), device=best.device)
-        for _ in range(_TRIALS):
-            chosen, value = self._trial(which, step, counts)
-            better = value < lowest[which]
-            which, step, chosen, value = (tensor[better] for tensor in (which, step * 2, chosen, value))
-            if not len(which):
-                break
-            best[which], lowest[which] = chosen, value
-        return best
-
-    def _trial(self, which: Tensor, step: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """After a step in some of the blocks: which weights are the largest, and the value with them."""
-        A, w, start, slope, counts, alive = _rows(which, self.A, self.w, self.start, self.slope, counts, self.alive)
-        trial = start - step[:, None] * slope
-        scores = trial.abs()
-        if alive is not None:
-            scores.masked_fill_(~alive, _GONE)
-        if self.pattern:
-            chosen = self.pattern.keep(scores)
-        else:
-            chosen = keep_rows("of a block", scores, scores.shape[1] - counts)
-        delta = w - trial.mul_(chosen.to(trial.dtype))
-        return chosen, _value(_times(A, delta) - self.shift, delta, self.mu)
-
-
-def _rows(which: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Some of the blocks of each tensor; the tensors as they are where it is all of them."""
-    return [t if t is None or len(which) == len(t) else t[which] for t in tensors]
-
-
-def _leaves(start: Tensor, inside: Tensor, outside: Tensor, step: Tensor) -> Tensor:
-    """Blocks in which the largest magnitude after a step is not among the kept weights: bool (blocks,)."""
-    highest = torch.addcmul(start, inside, step[:, None], value=-1).abs_().amax(dim=1)
-    return highest < step * outside - _SLACK
+def _project(values: Tensor, counts: Tensor, alive: Tensor | None, pattern: NM | None) -> Tensor:
+    """Where the largest magnitudes of each block are: as many as `counts` (blocks,), or as the pattern says."""
+    scores = values.abs()
+    if alive is not None:
+        scores.masked_fill_(~alive, _GONE)
+    return pattern.keep(scores) if pattern else keep_rows("of a block", scores, scores.shape[1] - counts)
 
 
 def _refit(A: Tensor, w: Tensor, kept: Tensor, shift: float, mu: float) -> Tensor:

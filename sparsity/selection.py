@@ -125,12 +125,13 @@ def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     else:
         values = score.kthvalue(count, dim=1, keepdim=True).values  # (out, 1)
-    kept, tied = score > values, score == values
+    kept = score > values
     extra = score.shape[1] - count - kept.sum(dim=1)  # ties that stay, (out,)
     rows = extra.nonzero().squeeze(1)
     if len(rows):
-        from_the_right = tied[rows].flip(1).cumsum(1).flip(1)
-        kept[rows] |= tied[rows] & (from_the_right <= extra[rows, None])
+        tied = score[rows] == values[rows]
+        from_the_right = tied.flip(1).cumsum(1).flip(1)
+        kept[rows] |= tied & (from_the_right <= extra[rows, None])
     return kept
 
 
@@ -205,7 +206,7 @@ def ascending(values: Tensor) -> Tensor:
 
 
 def check_finite(name: str, score: Tensor) -> None:
-    if not score.isfinite().all():
+    if score.numel() and not torch.stack(score.aminmax()).isfinite().all():  # NaN is the least and the greatest
         raise _not_finite(name)
 
 

@@ -1,0 +1,23 @@
+"""What one process does for all of them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def on_leader(fabric: Any, call: Callable[[], T]) -> T | None:
+    """What `call` gives on rank 0; None on the others, which wait for it.
+
+    An error that the user can mend, as a full disk, is raised on all ranks: none waits for one that is gone.
+    """
+    result, failed = None, None
+    if fabric.is_global_zero:
+        try:
+            result = call()
+        except (ValueError, OSError) as error:
+            failed = error
+    failed = fabric.broadcast(failed)
+    if failed is not None:
+        raise failed
+    return result
