@@ -65,8 +65,9 @@ def list_data(args: argparse.Namespace) -> bool:
     """Print what the configuration reads; whether all of it is there."""
     from datasets.check import check_data, table
 
-    path, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    findings = check_data(config)
+    kind = models.kind(args.model)
+    path, config = configure(args, "prune", PRUNE_CONFIGS[kind])
+    findings = check_data(config, regions=kind != "pairs" or models.find(args.model).REGIONS)
     print(path or args.model, table(findings), sep="\n")
     return all(finding.ok for finding in findings)
 

@@ -58,9 +58,10 @@ class Finding:
         return next((way for start, way in WAYS.items() if Path(self.path).is_relative_to(start)), HOW_TO_GET)
 
 
-def check_data(config: PrunedModel) -> list[Finding]:
+def check_data(config: PrunedModel, regions: bool = True) -> list[Finding]:
     """Look at everything that a configuration names: weights, calibration data and evaluation data.
 
+    regions: the second source of image-text models has regions of images; else it has image-text pairs, too.
     Annotation files are read whole, some images of each source are opened, and of each shard the beginning and the end.
     """
     if isinstance(config, ExternalPruneConfig):
@@ -71,7 +72,7 @@ def check_data(config: PrunedModel) -> list[Finding]:
         findings.append(Finding("loader", config.general_loader, True, detail))
     if isinstance(config, LabelsPruneConfig):
         return findings + _labels(config)
-    return findings + _pairs(config)
+    return findings + _pairs(config, regions)
 
 
 def _external(config: ExternalPruneConfig) -> list[Finding]:
@@ -96,12 +97,12 @@ def _labels(config: LabelsPruneConfig) -> list[Finding]:
     return findings + [_labelled(source, images, config.max_skipped) for source, images in sources.items() if images]
 
 
-def _pairs(config: PruneConfig) -> list[Finding]:
+def _pairs(config: PruneConfig, regions: bool) -> list[Finding]:
     bundled = {"calibration": config.bundled, "evaluation": config.evaluation.bundled_scenes}
     findings = [_bundled(source, "scenes") for source, used in bundled.items() if used]
     for source, files, parse, expected in (
         ("general", config.general, parse_pair, PAIRS),
-        ("region", config.region, parse_regions, REGIONS),
+        ("region", config.region, *((parse_regions, REGIONS) if regions else (parse_pair, PAIRS))),
         ("evaluation", [config.evaluation.files] if config.evaluation.files else [], parse_captioned, RETRIEVAL),
     ):
         for each in files:

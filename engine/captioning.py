@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets.calibration import skipped_path
 from datasets.captioning import Described
 from datasets.collate import SkippedImages, collate
 from engine.files import write_atomic
+from engine.ranks import on_leader
 
 Score = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], dict[str, float]]
 
@@ -54,20 +56,19 @@ class Captions:
 
     def __call__(self) -> dict[str, float]:
         captions = self.describe()
-        metrics = None
-        if self.fabric.is_global_zero:
-            references = dict(zip(self.images.ids, self.images.references, strict=True))
-            metrics = self.score(captions, references)
-        return self.fabric.broadcast(metrics)
+        return self.fabric.broadcast(on_leader(self.fabric, partial(self._metrics, captions)))
 
     def describe(self) -> dict[int, str]:
         """Caption of each image id, the same on all ranks; written where there is a path."""
         ids = self.generate().tolist()
         captions = {image: self.decode(row) for image, row in zip(self.images.ids, ids, strict=True) if any(row)}
-        if self.path and self.fabric.is_global_zero:
+        if self.path:
             content = [{"image_id": image, "caption": caption} for image, caption in captions.items()]
-            write_atomic(self.path, json.dumps(content).encode())
+            on_leader(self.fabric, partial(write_atomic, self.path, json.dumps(content).encode()))
         return captions
+
+    def _metrics(self, captions: Mapping[int, str]) -> dict[str, float]:
+        return self.score(captions, dict(zip(self.images.ids, self.images.references, strict=True)))
 
     @torch.no_grad()
     def generate(self) -> Tensor:

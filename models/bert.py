@@ -138,7 +138,8 @@ class Layer(nn.Module):
         """x: (B, T, D). image: (B, L, V), or (B / n, L, V), where n texts one after the other share a row."""
         x = self.attention(x, mask)
         if image is not None:
-            queries = x.reshape(len(image), -1, x.shape[-1])  # texts that share a row are queries of one sequence
+            # Texts that share a row are queries of one sequence; without any text there are no rows either.
+            queries = x.reshape(len(image), len(x) // max(1, len(image)) * x.shape[1], x.shape[2])
             x = self.crossattention(queries, image_mask, image).reshape(x.shape)
         return self.output(self.intermediate(x), x)
 

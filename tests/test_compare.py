@@ -17,6 +17,7 @@ import yaml
 import compare
 import pruners
 from engine.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
+from engine.config import load_config
 from models import xvlm
 from pruners import base
 from sparsity.allocation import budget
@@ -90,7 +91,7 @@ def test_iterative_pruners_measure_again(tmp_path, calls):
 
 def test_the_masks_are_those_of_prune(tmp_path):
     """Group sparsities and recalls are what prune.py says of the same run."""
-    state = xvlm.build(compare.load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
+    state = xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
     torch.save({"model": state}, tmp_path / "w.pth")
     content = yaml.safe_load((CONFIGS / "prune.yaml").read_text())
     content |= {"weights": str(tmp_path / "w.pth"), "evaluation": {"bundled_scenes": 20, "k_test": 4}}
@@ -153,7 +154,7 @@ def test_a_killed_run_is_readable_and_goes_on(whole, tmp_path):
 
 
 def test_rows_of_another_model_are_not_mixed_in(tmp_path, calls):
-    state = xvlm.build(compare.load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
+    state = xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
     given = options(tmp_path / "out", "-p", "omp", "-s", "50", "--weights", str(tmp_path / "w.pth"))
     for changed in ("vision_encoder.encoder.layers.0.mlp.fc1.weight", "vision_proj.weight"):  # prunable, and not
         state[changed] *= 2
@@ -226,19 +227,18 @@ def test_what_draws_nothing_gives_the_same_masks_under_all_seeds(name):
     pruner = pruners.build(name)
     if pruner.statistic:
         return
-    view = xvlm.prunable_view(xvlm.build(compare.load_config(CONFIGS / "model.yaml", xvlm.Config)))
+    view = xvlm.prunable_view(xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)))
     digests = {next(iter(pruner.masks(view, {}, ["0.5"], seed=seed)))[1].digest() for seed in (1, 2)}
     assert len(digests) == (2 if pruner.draws else 1)
 
 
 def test_rows_that_another_version_wrote_are_left_alone(tmp_path):
     path = tmp_path / "results.csv"
-    ledger = Ledger(path, "m", ["v"], {"omp": "one"})
-    ledger.add(
-        "omp", "50", "-", {"v": 0.5, "all": 0.5}, {f"{w}_r{k}": 1.0 for w in ("txt", "img") for k in (1, 5, 10)}, 0
-    )
-    assert Ledger(path, "m", ["v"], {"omp": "one"}).find("omp", "50", "-") is not None
-    assert Ledger(path, "m", ["v"], {"omp": "two"}).find("omp", "50", "-") is None
+    columns = {"top-1": "top1"}
+    ledger = Ledger(path, "m", ["v"], columns, {"omp": "one"})
+    ledger.add("omp", "50", "-", {"v": 0.5, "all": 0.5}, {"top1": 1.0}, 0)
+    assert Ledger(path, "m", ["v"], columns, {"omp": "one"}).find("omp", "50", "-") is not None
+    assert Ledger(path, "m", ["v"], columns, {"omp": "two"}).find("omp", "50", "-") is None
 
 
 # Bad input
