@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from datasets.bundled import BundledRetrieval, load_glyphs
 from datasets.calibration import skipped_path
-from datasets.collate import Skipped, SkippedImages
+from datasets.collate import Skipped, SkippedImages, trim_text
 from datasets.retrieval import RetrievalEvalDataset, recall
 from datasets.sources import Evaluation
 from datasets.text import TextEncoder
@@ -44,23 +44,25 @@ class ZeroShot:
     ):
         self.model, self.k_test, self.fabric = model, evaluation.k_test, fabric
         self.items, captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size)
-        self.texts = encode.plain(captions)
+        self.texts = trim_text(encode.plain(captions))
         gather = partial(_stack, side=vision.image_size)
         self.images = DataLoader(self.items, READ, num_workers=workers, collate_fn=gather)
         self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), len(self.items), max_skipped)
 
     def __call__(self) -> dict[str, float]:
         shared = self.fabric.world_size > 1
-        scores = retrieval_scores(
-            self.model,
-            self._read(),
-            self.texts,
-            k_test=self.k_test,
-            device=self.fabric.device,
-            share=(self.fabric.global_rank, self.fabric.world_size),
-            reduce=partial(self.fabric.all_reduce, reduce_op="sum") if shared else None,
-            progress=partial(self._progress, desc="re-ranking"),
-        )
+        # The scores of bf16 have few digits: many would be equal, which counts against the match.
+        with torch.autocast(self.fabric.device.type, enabled=False):
+            scores = retrieval_scores(
+                self.model,
+                self._read(),
+                self.texts,
+                k_test=self.k_test,
+                device=self.fabric.device,
+                share=(self.fabric.global_rank, self.fabric.world_size),
+                reduce=partial(self.fabric.all_reduce, reduce_op="sum") if shared else None,
+                progress=partial(self._progress, desc="re-ranking"),
+            )
         return recall(*scores, self.txt2img, self.img2txt)
 
     def _read(self) -> Iterator[Tensor]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from models import blip
 from models.bert import BertForMaskedLM
 from models.captioning import Captioner
-from models.checkpoint import load_weights
+from models.checkpoint import load_weights, read_weights
 from sparsity.view import PrunableView
 
 TEXT = {"add_sep": True}  # [DEC] a picture of x [SEP]; the model puts [DEC] in the place of [CLS]
 NEW = ()
-# Of the pretrained model. What its text encoder shares with the decoder stands in its checkpoints under both names.
+# Of the pretrained model; what its text encoder shares with the decoder may stand in a checkpoint under either name.
 DROPPED = ("*_m.*", "*_queue", "*_ptr", "text_encoder.*", "vision_proj.*", "text_proj.*", "itm_head.*", "temp")
 HARMLESS = ("*.position_ids", "*.cls.predictions.bias", "*.weight_pruning_mask", "*.bias_pruning_mask")
 _ENCODER, _OWN = "text_encoder.", ".attention."  # self-attention is what encoder and decoder do not share
@@ -59,7 +59,13 @@ def build(config: blip.Config, weights: str | Path | None = None, **options: Any
         trunk = blip.build(config).state_dict()
         model.load_state_dict({name: tensor for name, tensor in trunk.items() if name.startswith(_KEPT)})
         return model
-    load_weights(model, weights, positions=blip.POSITIONS, ignored=(*HARMLESS, *DROPPED))
+    given = set(read_weights(weights))
+
+    def rename(name: str) -> str:
+        own = next(iter(task_names(name)), name)
+        return name if own in given else own
+
+    load_weights(model, weights, positions=blip.POSITIONS, ignored=(*HARMLESS, *DROPPED), rename=rename)
     return model
 
 

@@ -15,7 +15,11 @@ whole problem chooses how many weights each block keeps, a step in each block wh
 in closed form. Sums over n are kept in float64.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -58,8 +62,8 @@ def solve(
             continue
         bounds = blocks[name] if blocks else cut(weight.numel(), unit=pattern.m if pattern else 1)
         chosen = pattern.keep(weight.abs()) if pattern else kept.pop(name)
-        chosen, solved = _solve_weight(problem, name, step, chosen.view(-1), bounds, pattern)
-        yield name, chosen.view(weight.shape), solved.view(weight.shape).to(weight.dtype)
+        mask, solved = _solve_weight(problem, name, step, chosen.view(-1), bounds, pattern)
+        yield name, mask.view(weight.shape).bool(), solved.view(weight.shape).to(weight.dtype)
 
 
 def objective(rows: Rows, before: Mapping[str, Tensor], after: Mapping[str, Tensor], ridge: float) -> float:
@@ -178,22 +182,41 @@ def _choose(problem: _Problem, count: int) -> tuple[float, dict[str, Tensor]]:
 
 
 def _solve_weight(
-    problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int], pattern: NM | None = None
+    problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int], pattern: NM | None
 ) -> tuple[Tensor, Tensor]:
-    """The blocks of a weight, several at once: which of it is kept (numel,), and what it becomes (numel,)."""
+    """The blocks of a weight, several at once: 1 where it is kept, else 0 (numel,), and what it becomes (numel,)."""
     weight, alive, rows = problem.weight(name), problem.alive(name), problem.rows
-    start = problem.moved(name, step).mul_(kept)
-    solved = torch.empty_like(weight)
-    for begin, end, count in _batches(bounds, rows.piece()):
-        shape, here = (count, -1), slice(begin, end)
-        columns = rows.read(problem.first[name] + begin, problem.first[name] + end)  # (n, blocks * size)
-        A = _in_blocks(columns, count)
-        living = None if alive is None else alive[here].view(shape)
-        w, chosen = weight[here].view(shape), kept[here].view(shape)
-        chosen = _search(A, w, start[here].view(shape), chosen, living, pattern, problem.shift, problem.mu)
-        solved[here] = _refit(A, w, chosen, problem.shift, problem.mu).view(-1)
-        kept[here] = chosen.view(-1)
-    return kept, solved
+    mask, solved = kept.to(weight.dtype), torch.empty_like(weight)
+    start = problem.moved(name, step).mul_(mask)
+
+    def solve_batch(batch: tuple[int, int, int]) -> None:
+        begin, end, count = batch
+        columns = rows.read(problem.first[name] + begin, problem.first[name] + end)
+        A = columns.unflatten(1, (count, -1)).transpose(0, 1)  # (blocks, n, size)
+        part = (v if v is None else v[begin:end].view(count, 1, -1) for v in (weight, start, mask, alive))
+        blocks = _Blocks(A, *part, pattern, problem.shift, problem.mu)
+        if blocks.search():
+            mask[begin:end] = blocks.mask.view(-1)
+        solved[begin:end] = blocks.refit().view(-1)
+
+    with _workers(rows) as run:
+        run(solve_batch, _batches(bounds, rows.piece()))
+    return mask, solved
+
+
+@contextmanager
+def _workers(rows: Rows) -> Iterator[Callable[[Callable, Iterable], None]]:
+    """Calls a function with each item, in as many threads as torch has. Blocks are too small to share one of them."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not rows.independent:
+        yield lambda function, items: deque(map(function, items), maxlen=0)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield lambda function, items: deque(pool.map(function, items), maxlen=0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _batches(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
@@ -208,103 +231,104 @@ def _batches(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]
         spans = spans[count:]
 
 
-def _search(
-    A: Tensor,
-    w: Tensor,
-    start: Tensor,
-    kept: Tensor,
-    alive: Tensor | None,
-    pattern: NM | None,
-    shift: float,
-    mu: float,
-) -> Tensor:
-    """A projected-gradient step in each block, with line search: which weights it keeps, as many as before.
+@dataclass
+class _Blocks:
+    """Blocks of one size that are solved together. There are thousands of them: few, fused operations count."""
 
-    A (blocks, n, size); w: those that entered; start: those that the step begins at, zero but for the kept ones; kept
-    and alive: bool; all (blocks, size).
-    """
-    delta = w - start
-    error = _times(A, delta).sub_(shift)  # (blocks, n)
-    slope = torch.bmm(error.unsqueeze(1), A).squeeze(1).add_(delta, alpha=mu).neg_()
-    if alive is not None:
-        slope *= alive.to(slope.dtype)
-    inside = slope * kept.to(slope.dtype)
-    outside = (slope - inside).abs_().amax(dim=1)  # (blocks,)
-    squares = inside.square().sum(dim=1)
-    step = _ratio(squares, _times(A, inside).square_().sum(dim=1) + mu * squares)
+    A: Tensor  # (blocks, n, size)
+    w: Tensor  # the weights that entered, (blocks, 1, size), as all that follow
+    start: Tensor  # where the step in the block begins: zero but for the kept weights
+    mask: Tensor  # 1 where a weight is kept, else 0
+    alive: Tensor | None
+    pattern: NM | None
+    shift: float
+    mu: float
 
-    def leaves(step: Tensor) -> Tensor:
-        """Blocks in which the largest magnitude after a step is not among the kept weights."""
-        highest = torch.addcmul(start, inside, step[:, None], value=-1).abs_().amax(dim=1)
-        return highest < step * outside - _SLACK
+    def search(self) -> bool:
+        """A projected-gradient step with line search: afterwards `mask` has the weights of its best iterate, as many
+        as before. Whether they are others.
+        """
+        start, delta = self.start, self.w - self.start
+        error = self.error(delta)
+        slope = torch.baddbmm(delta, error, self.A, beta=-self.mu, alpha=-1)
+        if self.alive is not None:
+            slope *= self.alive.to(slope.dtype)
+        inside = slope * self.mask
+        outside = _largest(slope - inside)  # (blocks, 1, 1), as all that is one number for each block
+        squares = _squares(inside)
+        step = _ratio(squares, _squares(torch.bmm(inside, self.A.mT)).add_(squares, alpha=self.mu))
 
-    searched = leaves(step)
-    if not searched.any():  # only the lengths of the weights change, and those are solved for anyway
-        return kept
-    step = step / 2
-    for _ in range(_HALVINGS):
-        far = leaves(step)
-        if not far.any():
-            break
-        step = torch.where(far, step / 2, step)
-    lowest = _value(error, delta, mu)
-    best, counts = kept, kept.sum(dim=1)
-    for _ in range(_TRIALS):
-        trial = torch.addcmul(start, slope, step[:, None], value=-1)
-        chosen = _project(trial, counts, alive, pattern)
-        delta = torch.addcmul(w, trial, chosen.to(w.dtype), value=-1)
-        value = _value(_times(A, delta).sub_(shift), delta, mu)
-        searched = searched & (value < lowest)
-        if not searched.any():
-            break
-        best = torch.where(searched[:, None], chosen, best)
-        lowest = torch.where(searched, value, lowest)
-        step = step * 2
-    return best
+        def leaves(step: Tensor) -> Tensor:
+            """Blocks in which the largest magnitude after a step is not among the kept weights."""
+            highest = _largest(torch.addcmul(start, inside, step, value=-1))
+            return (step * outside).sub_(highest) > _SLACK
 
+        searched = leaves(step)
+        if not searched.any():  # only the lengths of the weights change, and those are solved for anyway
+            return False
+        step = step / 2
+        for _ in range(_HALVINGS):
+            far = leaves(step)
+            if not far.any():
+                break
+            step = torch.where(far, step / 2, step)
+        lowest, counts, changed = self.value(error, delta), self.mask.sum(dim=(1, 2)).long(), False
+        for _ in range(_TRIALS):
+            trial = torch.addcmul(start, slope, step, value=-1)
+            mask = self.project(trial, counts)
+            delta = torch.addcmul(self.w, trial, mask, value=-1)
+            value = self.value(self.error(delta), delta)
+            searched &= value < lowest
+            if not searched.any():
+                break
+            self.mask, changed = torch.where(searched, mask, self.mask), True
+            lowest, step = torch.where(searched, value, lowest), step * 2
+        return changed
 
-def _project(values: Tensor, counts: Tensor, alive: Tensor | None, pattern: NM | None) -> Tensor:
-    """Where the largest magnitudes of each block are: as many as `counts` (blocks,), or as the pattern says."""
-    scores = values.abs()
-    if alive is not None:
-        scores.masked_fill_(~alive, _GONE)
-    return pattern.keep(scores) if pattern else keep_rows("of a block", scores, scores.shape[1] - counts)
+    def project(self, values: Tensor, counts: Tensor) -> Tensor:
+        """1 where the largest magnitudes of each block are: as many as `counts` (blocks,), or as the pattern says."""
+        scores = values.abs()
+        if self.alive is not None:
+            scores.masked_fill_(~self.alive, _GONE)
+        if self.pattern:
+            return self.pattern.keep(scores).to(values.dtype)
+        return keep_rows("of a block", scores[:, 0], scores.shape[2] - counts)[:, None].to(values.dtype)
 
+    def refit(self) -> Tensor:
+        """The kept weights in closed form, zero elsewhere.
 
-def _refit(A: Tensor, w: Tensor, kept: Tensor, shift: float, mu: float) -> Tensor:
-    """The kept weights in closed form, zero elsewhere: (blocks, size). A: (blocks, n, size).
+        With e = A_rest w_rest - c, the kept weights change by A_S^T (A_S A_S^T + mu I)^-1 e, which is the Woodbury
+        identity, or by (A_S^T A_S + mu I)^-1 A_S^T e where a block keeps no more weights than there are rows.
+        """
+        n, solved = self.A.shape[1], self.w * self.mask
+        error = self.error(self.w - solved).double()
+        eye = torch.eye(n, dtype=solved.dtype, device=solved.device)
+        gram = torch.baddbmm(eye, self.A * self.mask, self.A.mT, beta=self.mu).double()
+        small = torch.linalg.solve_ex(gram, error.mT).result.mT.to(solved.dtype)  # (blocks, 1, n)
+        solved.addcmul_(torch.bmm(small, self.A), self.mask)
+        for i in (self.mask.sum(dim=(1, 2)) <= n).nonzero().squeeze(1).tolist():
+            kept = self.mask[i, 0].bool()
+            part = self.A[i][:, kept].double()
+            gram = part.T @ part
+            gram.diagonal().add_(self.mu)
+            solved[i, 0, kept] = self.w[i, 0, kept] + torch.linalg.solve(gram, part.T @ error[i, 0]).to(solved.dtype)
+        return solved
 
-    With e = A_rest w_rest - c, the kept weights change by A_S^T (A_S A_S^T + mu I)^-1 e, which is the Woodbury
-    identity, or by (A_S^T A_S + mu I)^-1 A_S^T e where a block keeps no more weights than there are rows.
-    """
-    n, mask = A.shape[1], kept.to(w.dtype)
-    solved = w * mask
-    error = (_times(A, w - solved) - shift).double()  # (blocks, n)
-    gram = torch.bmm(A * mask.unsqueeze(1), A.mT).double()
-    gram.diagonal(dim1=1, dim2=2).add_(mu)
-    small = torch.linalg.solve(gram, error)
-    solved += torch.bmm(small.to(A.dtype).unsqueeze(1), A).squeeze(1).mul_(mask)
-    for i in (kept.sum(dim=1) <= n).nonzero().squeeze(1).tolist():
-        inside = A[i][:, kept[i]].double()
-        gram = inside.T @ inside
-        gram.diagonal().add_(mu)
-        solved[i, kept[i]] = w[i, kept[i]] + torch.linalg.solve(gram, inside.T @ error[i]).to(w.dtype)
-    return solved
+    def error(self, delta: Tensor) -> Tensor:
+        """A delta - c, (blocks, 1, n)."""
+        return torch.bmm(delta, self.A.mT).sub_(self.shift)
 
-
-def _in_blocks(columns: Tensor, blocks: int) -> Tensor:
-    """(n, blocks * size) as (blocks, n, size), on the same memory."""
-    return columns.unflatten(1, (blocks, -1)).transpose(0, 1)
-
-
-def _times(A: Tensor, vectors: Tensor) -> Tensor:
-    """(blocks, n, size) times (blocks, size): (blocks, n)."""
-    return torch.bmm(A, vectors.unsqueeze(2)).squeeze(2)
+    def value(self, error: Tensor, delta: Tensor) -> Tensor:
+        """Q of each block, but for a constant and a factor."""
+        return _squares(error).double().add_(_squares(delta), alpha=self.mu)
 
 
-def _value(error: Tensor, delta: Tensor, mu: float) -> Tensor:
-    """Q of each block, but for a constant."""
-    return error.double().square().sum(dim=1) / 2 + mu / 2 * delta.square().sum(dim=1).double()
+def _squares(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=2, keepdim=True).square_()
+
+
+def _largest(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, float("inf"), dim=2, keepdim=True)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

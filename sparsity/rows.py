@@ -70,6 +70,7 @@ class Rows:
         self.device, self._reduce, self._own = torch.device(device), reduce or (lambda tensor: tensor), own
         self._numbers = torch.tensor(numbers, dtype=torch.long, device=self.device)
         self._whole = reduce is None and list(numbers) == list(range(n))
+        self.independent = self._whole and self.device.type == "cpu"  # columns can be read in any order, by threads
         self._sum: Tensor | None = None
 
     @property

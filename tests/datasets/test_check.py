@@ -52,6 +52,13 @@ def test_all_there(public):
     assert len(lines) == 9 and lines[-1] == "all 8 there" and all(line.startswith("ok ") for line in lines[:-1])
 
 
+def test_a_second_source_of_pairs_is_read_as_pairs(public):
+    """As BLIP has it; as regions the same records are refused."""
+    pairs = dataclasses.replace(public, region=public.general[:1])
+    assert all(finding.ok for finding in check_data(pairs, regions=False))
+    assert [finding.source for finding in check_data(pairs) if not finding.ok] == ["region"]
+
+
 def test_bundled_data():
     bundled = PruneConfig("m.yaml", "random", bundled=True, evaluation=Evaluation(bundled_scenes=3))
     findings = check_data(bundled)

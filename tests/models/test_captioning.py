@@ -281,6 +281,31 @@ def test_the_pretrained_weights_are_where_they_belong(name):
         assert torch.equal(tensor, trunk[source])
 
 
+@pytest.mark.parametrize("left_out", ["text_decoder.", "text_encoder."])
+def test_what_encoder_and_decoder_of_blip_share_may_have_either_name(tmp_path, left_out):
+    state = load_file(CHECKPOINTS["blip"])
+    kept = {
+        key: t for key, t in state.items() if not key.startswith(left_out) or ".attention." in key or ".cls." in key
+    }
+    assert len(kept) < len(state)
+    save_file(kept, tmp_path / "w.safetensors")
+    expected = build("blip", CHECKPOINTS["blip"], side=48).state_dict()
+    torch.testing.assert_close(
+        build("blip", tmp_path / "w.safetensors", side=48).state_dict(), expected, rtol=0, atol=0
+    )
+
+
+def test_the_decoders_own_weights_go_before_the_encoders(tmp_path):
+    """In a checkpoint of a task in which they are no longer the same."""
+    state = load_file(CHECKPOINTS["blip"])
+    encoder = {key: t + 1 for key, t in state.items() if key.startswith("text_encoder.") and t.is_floating_point()}
+    save_file(state | encoder, tmp_path / "w.safetensors")
+    expected = build("blip", CHECKPOINTS["blip"], side=48).state_dict()
+    torch.testing.assert_close(
+        build("blip", tmp_path / "w.safetensors", side=48).state_dict(), expected, rtol=0, atol=0
+    )
+
+
 def test_random_weights_are_those_of_the_pretrained_model(name):
     states = []
     for make in (lambda: build(name, side=48), lambda: TRUNKS[name].build(SIZES[name])):
