@@ -156,9 +156,19 @@ def test_lamp_breaks_ties_by_index():
     torch.testing.assert_close(score, torch.tensor([[1 / 4, 1 / 3, 1 / 2, 1.0]], dtype=torch.float64))
 
 
+OWN_POOL = {"chita"}  # its solver says how many weights each block keeps
+
+
+@pytest.mark.parametrize("name", sorted(OWN_POOL))
+def test_a_pool_that_is_not_the_pruners_own_is_refused(view, batches, name):
+    with pytest.raises(ValueError, match="leave pool 'layer' out"):
+        next(iter(pruners.build(name).prune(view, batches, SPARSITIES, pool="layer")))
+
+
 @pytest.mark.parametrize("name", pruners.available())
 def test_totals_are_exact(view, batches, name):
-    for pool in ("global", "layer", "group", "row", None):
+    pools = ("global", None) if name in OWN_POOL else ("global", "layer", "group", "row", None)
+    for pool in pools:
         for sparsity, masks in pruners.build(name).prune(view, batches, SPARSITIES, pool=pool):
             count = sum(pruned(masks).values())
             if pool == "global":

@@ -207,7 +207,7 @@ def test_no_block_is_lost_and_none_gets_worse(scale, seed):
     blocks, mu = blocks_of(weights, 40), 4 * 1e-2
     whole = chita._Problem(rows, weights, 1e-2, None)
     step, given = chita._choose(whole, 80)
-    begun = torch.cat([whole.moved(name, step) * given[name].flatten() for name in weights]).double().numpy()
+    begun = torch.cat([whole.moved(piece, step) * piece.of(given) for piece in whole.pieces()]).double().numpy()
     given = flat(given)
     kept, new = solved(rows, weights, 80, blocks=blocks)
     A, w0 = rows.read(0, rows.width).double().numpy(), flat(weights)
@@ -225,10 +225,21 @@ def test_how_many_blocks_are_solved_together_changes_nothing(monkeypatch):
     found = []
     for piece in (1, 500, 10**6):
         monkeypatch.setattr("sparsity.rows._PIECE", {"cpu": piece})
+        monkeypatch.setattr("sparsity.chita._PIECE", {"cpu": piece})
         found.append(solved(rows, weights, 100, blocks=blocks))
     for kept, new in found[1:]:
         assert (kept == found[0][0]).all()
         np.testing.assert_allclose(new, found[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_change_nothing():
+    rows, weights = problem(shapes=((40, 50), (9, 14)))
+    blocks = blocks_of(weights, 20)
+    alone = solved(rows, weights, 300, blocks=blocks)
+    torch.set_num_threads(3)
+    together = solved(rows, weights, 300, blocks=blocks)
+    assert torch.get_num_threads() == 3
+    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 5)])
