@@ -22,6 +22,7 @@ import pruners
 from datasets.bundled import export_public, load_glyphs
 from engine.config import load_config
 from engine.launch import run
+from engine.pruning import RECORDED
 from models import xvlm
 from sparsity.allocation import budget, members, pools
 from sparsity.masks import Masks, model_digest
@@ -189,9 +190,7 @@ def test_run_times_and_configuration(whole_run):
     assert saved["arguments"]["num_batches"] == 3 and saved["arguments"]["sparsities"] == ["0.5", "0.75"]
     assert saved["config"]["model_config"] == str(CONFIGS / "model.yaml")
     provenance = Masks.load(folder / "xvlm_multiflow_50_seed42_pruning_masks.safetensors").provenance
-    assert provenance["config"] == saved["config"] | {
-        name: saved["arguments"][name] for name in ("num_batches", "epochs", "schedule", "lambda_", "precision")
-    }
+    assert provenance["config"] == saved["config"] | {name: saved["arguments"][name] for name in RECORDED}
 
 
 def test_no_place_of_this_machine_is_written(whole_run):
