@@ -27,12 +27,15 @@ from torch import Tensor
 
 from sparsity.pattern import NM
 from sparsity.rows import Rows
-from sparsity.selection import keep, keep_rows, thresholds
+from sparsity.selection import keep, keep_rows, lowest_of_rows, thresholds
 
 BLOCK = 10_000  # weights of a block, at most
-_TRIALS = 10  # doublings of the step in a line search
+_TRIALS = 10  # lengths of the step in a line search, each twice the one before
+_TOGETHER = 4  # of them are tried together in a block
 _HALVINGS = 100
 _SLACK = 1e-10
+_PIECE = {"cpu": 1 << 16}  # columns looked at together, where no rows are
+_LARGE_PIECE = 1 << 24
 _GONE = -1.0  # score of weights that were pruned before: below that of all others
 
 
@@ -62,15 +65,16 @@ def solve(
             continue
         bounds = blocks[name] if blocks else cut(weight.numel(), unit=pattern.m if pattern else 1)
         chosen = pattern.keep(weight.abs()) if pattern else kept.pop(name)
-        mask, solved = _solve_weight(problem, name, step, chosen.view(-1), bounds, pattern)
-        yield name, mask.view(weight.shape).bool(), solved.view(weight.shape).to(weight.dtype)
+        chosen, solved = _solve_weight(problem, name, step, chosen.view(-1), bounds, pattern)
+        yield name, chosen.view(weight.shape), solved.view(weight.shape)
 
 
 def objective(rows: Rows, before: Mapping[str, Tensor], after: Mapping[str, Tensor], ridge: float) -> float:
     """Q(w) of the weights `after` a step that `before` entered: name -> (out, in), in the order of the columns."""
     problem = _Problem(rows, before, ridge, None)
-    error, squares = problem.along((n, problem.weight(n) - after[n].reshape(-1).float()) for n in before)
-    forward, _ = problem.along((name, after[name].reshape(-1).float()) for name in before)
+    flat = {name: weight.reshape(-1) for name, weight in after.items()}
+    error, squares = problem.along((p, problem.weight(p) - p.of(flat).float()) for p in problem.pieces())
+    forward, _ = problem.along((p, p.of(flat).float()) for p in problem.pieces())
     return float(error.square().sum() / 2 + forward.sum() * problem.shift + problem.mu / 2 * squares)
 
 
@@ -84,77 +88,98 @@ def cut(numel: int, size: int = BLOCK, unit: int = 1) -> list[int]:
     return [units * i // count * unit for i in range(count + 1)]
 
 
+@dataclass(frozen=True, repr=False)
+class _Piece:
+    """Columns that are looked at together: `begin` to `end` of a weight, the first of which is column `first`."""
+
+    name: str
+    begin: int
+    end: int
+    first: int
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def of(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        return vectors[self.name][self.begin : self.end]
+
+
 class _Problem:
-    """The whole problem, weight after weight; the vectors are flat, (numel,), and float32."""
+    """The whole problem, in pieces that stay in the processor's cache. Vectors are flat."""
 
     def __init__(self, rows: Rows, weights: Mapping[str, Tensor], ridge: float, alive: Mapping[str, Tensor] | None):
         self.rows, self.mu, self.shift = rows, rows.n * ridge, 1 / rows.batch_size
-        self._weights, self._alive = weights, alive
+        self.weights = {name: weight.reshape(-1) for name, weight in weights.items()}
+        self.alive = alive and {name: mask.reshape(-1) for name, mask in alive.items()}
         self.first, self.numel = {}, 0  # column where each weight begins, and how many there are
         for name, weight in weights.items():
             self.first[name] = self.numel
             self.numel += weight.numel()
 
-    def weight(self, name: str) -> Tensor:
-        return self._weights[name].reshape(-1).float()
+    def pieces(self) -> Iterator[_Piece]:
+        size = _PIECE.get(self.rows.device.type, _LARGE_PIECE)
+        for name, weight in self.weights.items():
+            for begin in range(0, len(weight), size):
+                yield _Piece(name, begin, min(begin + size, len(weight)), self.first[name] + begin)
 
-    def alive(self, name: str) -> Tensor | None:
-        return None if self._alive is None else self._alive[name].reshape(-1)
+    def weight(self, piece: _Piece) -> Tensor:
+        return piece.of(self.weights).float()
 
-    def moved(self, name: str, step: float) -> Tensor:
-        """The weight after a gradient step."""
-        weight = self.weight(name)
-        return weight.sub(self.slope(name), alpha=step) if step else weight.clone()
+    def slope(self, piece: _Piece) -> Tensor:
+        """The gradient of Q at w0, which is the first-order term, also where weights were pruned before."""
+        return self.rows.sum()[piece.first : piece.first + piece.end - piece.begin] * self.shift
 
-    def slope(self, name: str) -> Tensor:
-        """The gradient of Q at w0, which is the first-order term."""
-        start = self.first[name]
-        slope = self.rows.sum()[start : start + self._weights[name].numel()] * self.shift
-        return slope if self._alive is None else slope.masked_fill_(~self.alive(name), 0)
+    def moved(self, piece: _Piece, step: float) -> Tensor:
+        """The weights after a gradient step, also where they were pruned before."""
+        slope = self.rows.sum()[piece.first : piece.first + piece.end - piece.begin]
+        return torch.sub(self.weight(piece), slope, alpha=step * self.shift)
 
-    def scores(self, step: float) -> Iterator[tuple[str, Tensor]]:
-        """The magnitudes after a gradient step; in the shape of the weights."""
-        for name, weight in self._weights.items():
-            score = self.moved(name, step).abs_()
-            if self._alive is not None:
-                score.masked_fill_(~self.alive(name), _GONE)
-            yield name, score.view(weight.shape)
+    def scores(self, step: float) -> Iterator[tuple[_Piece, Tensor]]:
+        """The magnitudes after a gradient step."""
+        for piece in self.pieces():
+            score = self.moved(piece, step).abs_() if step else self.weight(piece).abs()
+            if self.alive:
+                score.masked_fill_(~piece.of(self.alive), _GONE)
+            yield piece, score
 
     def largest(self, step: float, count: int) -> dict[str, Tensor]:
         """Where the `count` largest magnitudes after a gradient step are."""
+        masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         scores = partial(self.scores, step)
-        return dict(keep(scores, *thresholds(scores, [self.numel - count])))
+        for piece, kept in keep(scores, *thresholds(scores, [self.numel - count])):
+            piece.of(masks).copy_(kept)
+        return masks
 
     def stays(self, step: float, kept: Mapping[str, Tensor]) -> bool:
         """Whether the largest magnitude after a gradient step is among the kept weights."""
-        inside = outside = _GONE
-        for name, score in self.scores(step):
-            chosen = score * kept[name].to(score.dtype)
-            inside = max(inside, float(chosen.amax()))
-            outside = max(outside, float(score.sub_(chosen).amax()))
-        return inside >= outside - _SLACK
+        inside = outside = torch.zeros((), device=self.rows.device)
+        for piece, score in self.scores(step):
+            chosen = score * piece.of(kept).to(score.dtype)
+            inside = torch.maximum(inside, chosen.amax())
+            outside = torch.maximum(outside, score.sub_(chosen).amax())
+        return bool(inside >= outside - _SLACK)
 
     def best_step(self, kept: Mapping[str, Tensor]) -> float:
         """The length of the step along the gradient on the kept weights that minimises Q over all lengths."""
-        along, squares = self.along((name, self.slope(name).mul_(mask.view(-1).float())) for name, mask in kept.items())
+        along, squares = self.along((piece, self.slope(piece).mul_(piece.of(kept).float())) for piece in self.pieces())
         return float(_ratio(squares, along.square().sum() + self.mu * squares))
 
     def value(self, step: float, kept: Mapping[str, Tensor]) -> float:
         """Q, but for a constant, after a gradient step that is cut to the kept weights."""
         error, squares = self.along(
-            (name, torch.where(mask.view(-1), self.slope(name).mul_(step), self.weight(name)))
-            for name, mask in kept.items()
+            (piece, torch.where(piece.of(kept), self.slope(piece).mul_(step), self.weight(piece)))
+            for piece in self.pieces()
         )
         return float((error - self.shift).square().sum() / 2 + self.mu / 2 * squares)
 
-    def along(self, vector: Iterable[tuple[str, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The rows times a vector, (n,), and the sum of its squares; it comes as (name, piece), one after the other."""
+    def along(self, vector: Iterable[tuple[_Piece, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The rows times a vector, (n,), and the sum of its squares; it comes as (piece, values)."""
         squares = torch.zeros((), dtype=torch.float64, device=self.rows.device)
 
         def pieces() -> Iterator[tuple[int, Tensor]]:
-            for name, piece in vector:
-                squares.add_(torch.linalg.vector_norm(piece, dtype=torch.float64).square())
-                yield self.first[name], piece
+            for piece, values in vector:
+                squares.add_(torch.linalg.vector_norm(values).double().square())
+                yield piece.first, values
 
         return self.rows.product(pieces()), squares
 
@@ -184,24 +209,25 @@ def _choose(problem: _Problem, count: int) -> tuple[float, dict[str, Tensor]]:
 def _solve_weight(
     problem: _Problem, name: str, step: float, kept: Tensor, bounds: Sequence[int], pattern: NM | None
 ) -> tuple[Tensor, Tensor]:
-    """The blocks of a weight, several at once: 1 where it is kept, else 0 (numel,), and what it becomes (numel,)."""
-    weight, alive, rows = problem.weight(name), problem.alive(name), problem.rows
-    mask, solved = kept.to(weight.dtype), torch.empty_like(weight)
-    start = problem.moved(name, step).mul_(mask)
+    """The blocks of a weight, several at once: which of it is kept (numel,), and what it becomes (numel,)."""
+    rows, solved = problem.rows, torch.empty_like(problem.weights[name])
 
     def solve_batch(batch: tuple[int, int, int]) -> None:
         begin, end, count = batch
-        columns = rows.read(problem.first[name] + begin, problem.first[name] + end)
-        A = columns.unflatten(1, (count, -1)).transpose(0, 1)  # (blocks, n, size)
-        part = (v if v is None else v[begin:end].view(count, 1, -1) for v in (weight, start, mask, alive))
-        blocks = _Blocks(A, *part, pattern, problem.shift, problem.mu)
+        piece = _Piece(name, begin, end, problem.first[name] + begin)
+        A = rows.read(piece.first, piece.first + end - begin).unflatten(1, (count, -1)).transpose(0, 1)
+        mask = kept[begin:end].float()
+        vectors = [problem.weight(piece), problem.moved(piece, step).mul_(mask), mask]
+        vectors.append(piece.of(problem.alive) if problem.alive else None)
+        shaped = (vector if vector is None else vector.view(count, 1, -1) for vector in vectors)
+        blocks = _Blocks(A, *shaped, pattern, problem.shift, problem.mu)
         if blocks.search():
-            mask[begin:end] = blocks.mask.view(-1)
+            kept[begin:end] = blocks.mask.view(-1)
         solved[begin:end] = blocks.refit().view(-1)
 
     with _workers(rows) as run:
         run(solve_batch, _batches(bounds, rows.piece()))
-    return mask, solved
+    return kept, solved
 
 
 @contextmanager
@@ -272,27 +298,30 @@ class _Blocks:
             if not far.any():
                 break
             step = torch.where(far, step / 2, step)
-        lowest, counts, changed = self.value(error, delta), self.mask.sum(dim=(1, 2)).long(), False
-        for _ in range(_TRIALS):
-            trial = torch.addcmul(start, slope, step, value=-1)
-            mask = self.project(trial, counts)
-            delta = torch.addcmul(self.w, trial, mask, value=-1)
-            value = self.value(self.error(delta), delta)
-            searched &= value < lowest
-            if not searched.any():
+        lowest, counts, changed = self.value(error, delta), self.mask.sum(dim=2).long(), False  # (blocks, 1)
+        for tried in range(0, _TRIALS, _TOGETHER):
+            steps = step * 2.0 ** torch.arange(tried, min(tried + _TOGETHER, _TRIALS), device=step.device)
+            mask, value = self.trials(start - steps.mT * slope, counts)
+            better = value < torch.cat([lowest, value[:, :-1]], dim=1)  # each than the one before
+            run = better.logical_and_(searched[:, 0]).cumprod(dim=1).sum(dim=1)  # (blocks,): how many until it ends
+            if not run.any():
                 break
-            self.mask, changed = torch.where(searched, mask, self.mask), True
-            lowest, step = torch.where(searched, value, lowest), step * 2
+            moved = run.nonzero().squeeze(1)
+            self.mask = self.mask.index_copy(0, moved, mask[moved, run[moved] - 1][:, None])
+            lowest, changed = value[:, -1:], True
+            searched = (run == value.shape[1])[:, None, None]
         return changed
 
-    def project(self, values: Tensor, counts: Tensor) -> Tensor:
-        """1 where the largest magnitudes of each block are: as many as `counts` (blocks,), or as the pattern says."""
-        scores = values.abs()
+    def trials(self, trials: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (blocks, trials, size) cut to their largest magnitudes, as many as `counts` (blocks, 1), or as the
+        pattern says: 1 where these are, else 0, and the values (blocks, trials).
+        """
+        scores = trials.abs()
         if self.alive is not None:
             scores.masked_fill_(~self.alive, _GONE)
-        if self.pattern:
-            return self.pattern.keep(scores).to(values.dtype)
-        return keep_rows("of a block", scores[:, 0], scores.shape[2] - counts)[:, None].to(values.dtype)
+        mask = self.pattern.keep(scores).to(scores.dtype) if self.pattern else _largest_of(scores, counts)
+        delta = torch.addcmul(self.w, trials, mask, value=-1)
+        return mask, self.value(self.error(delta), delta)
 
     def refit(self) -> Tensor:
         """The kept weights in closed form, zero elsewhere.
@@ -306,7 +335,8 @@ class _Blocks:
         gram = torch.baddbmm(eye, self.A * self.mask, self.A.mT, beta=self.mu).double()
         small = torch.linalg.solve_ex(gram, error.mT).result.mT.to(solved.dtype)  # (blocks, 1, n)
         solved.addcmul_(torch.bmm(small, self.A), self.mask)
-        for i in (self.mask.sum(dim=(1, 2)) <= n).nonzero().squeeze(1).tolist():
+        counts = self.mask.sum(dim=(1, 2))
+        for i in (counts <= n).nonzero().squeeze(1).tolist() if counts.amin() <= n else ():
             kept = self.mask[i, 0].bool()
             part = self.A[i][:, kept].double()
             gram = part.T @ part
@@ -315,12 +345,22 @@ class _Blocks:
         return solved
 
     def error(self, delta: Tensor) -> Tensor:
-        """A delta - c, (blocks, 1, n)."""
+        """A delta - c, (blocks, trials, n), from (blocks, trials, size)."""
         return torch.bmm(delta, self.A.mT).sub_(self.shift)
 
     def value(self, error: Tensor, delta: Tensor) -> Tensor:
-        """Q of each block, but for a constant and a factor."""
-        return _squares(error).double().add_(_squares(delta), alpha=self.mu)
+        """Q of each block, but for a constant and a factor, (blocks, trials)."""
+        return _squares(error).double().add_(_squares(delta), alpha=self.mu).squeeze(2)
+
+
+def _largest_of(scores: Tensor, counts: Tensor) -> Tensor:
+    """1 where the `counts` (blocks, 1) largest of each of (blocks, trials, size) are, else 0."""
+    rows, size = scores.flatten(0, 1), scores.shape[2]
+    counts = counts.expand(scores.shape[:2]).flatten()
+    mask = (rows - lowest_of_rows(rows, size - counts)).sign_().clamp_(0)  # comparing is slower
+    if (mask.sum(dim=1) != counts).any():  # ties
+        mask = keep_rows("of a block", rows, size - counts).to(rows.dtype)
+    return mask.view(scores.shape)
 
 
 def _squares(vectors: Tensor) -> Tensor:
@@ -328,7 +368,7 @@ def _squares(vectors: Tensor) -> Tensor:
 
 
 def _largest(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, float("inf"), dim=2, keepdim=True)
+    return vectors.abs().amax(dim=2, keepdim=True)  # several times as fast as the norm
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

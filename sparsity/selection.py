@@ -120,7 +120,7 @@ def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:
     """bool (out, in): in each row the `count` lowest scores are False. count: of every row, or of each, (out,)."""
     check_finite(name, score)
     if isinstance(count, Tensor):
-        values = _lowest_of_rows(score, count.clamp(min=1))
+        values = lowest_of_rows(score, count)
     elif count == 0:
         return torch.ones_like(score, dtype=torch.bool)
     else:
@@ -135,12 +135,14 @@ def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:
     return kept
 
 
-def _lowest_of_rows(score: Tensor, ranks: Tensor) -> Tensor:
-    """(out, 1): in each row the score of this rank, from 1; float32 or float64."""
-    if not score.is_cpu:
-        return score.sort(dim=1).values.gather(1, ranks[:, None] - 1)
-    rows = zip(score.numpy(), ranks.tolist(), strict=True)  # numpy: several times as fast as kthvalue
-    return torch.tensor([np.partition(row, rank - 1)[rank - 1] for row, rank in rows], dtype=score.dtype)[:, None]
+def lowest_of_rows(score: Tensor, ranks: Tensor) -> Tensor:
+    """(out, 1): in each row the score of this rank, from 1; -inf for rank 0. score: float32 or float64."""
+    if score.is_cpu:
+        rows = zip(score.numpy(), ranks.tolist(), strict=True)  # numpy: several times as fast as kthvalue
+        lowest = [np.partition(row, rank - 1)[rank - 1] if rank else -np.inf for row, rank in rows]
+        return torch.tensor(lowest, dtype=score.dtype)[:, None]
+    lowest = score.sort(dim=1).values.gather(1, ranks[:, None].clamp(min=1) - 1)
+    return lowest.masked_fill_(ranks[:, None] == 0, float("-inf"))
 
 
 def select(
