@@ -68,8 +68,7 @@ class TaskConfig:
     each device, as often as needed.
 
     image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
-    steps between two snapshots, besides the one at the end of each epoch. max_skipped: share of unreadable images that
-    is tolerated.
+    steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.
     """
 
     # What does not change the result of a run: a snapshot may be resumed with other values.
