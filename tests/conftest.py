@@ -84,8 +84,9 @@ def log_levels():
         logger.setLevel(level)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
+    """For fixtures of every scope: sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
