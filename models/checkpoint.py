@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -51,10 +52,11 @@ def _download(repository: str) -> Path:
     raise FileNotFoundError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """State dict of a safetensors file or a pickle (no code is unpickled), under canonical names.
 
-    Raises FileNotFoundError, or ValueError where the file holds no weights.
+    wrappers: keys under which the weights may stand, the first that is there counts. Raises FileNotFoundError, or
+    ValueError where the file holds no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,19 +67,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = load_file(path) if is_safetensors else _read_pickle(path)
     except Exception as error:  # a damaged file makes both readers raise almost anything
         raise ValueError(f"{path}: not a readable weights file: {_reason(error)}") from error
-    for key in WRAPPERS:
+    for key in wrappers:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, WRAPPERS))}")
+        raise ValueError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, wrappers))}")
     return {canonical(name): tensor for name, tensor in content.items()}
 
 
 def _read_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format before torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([Namespace]):  # training scripts leave their arguments in checkpoints
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:
@@ -96,15 +99,17 @@ def load_weights(
     ignored: Sequence[str] = (),
     optional: Sequence[str] = (),
     rename: Callable[[str], str] = str,
+    wrappers: Sequence[str] = WRAPPERS,
 ) -> list[str]:
     """Copy the weights of a file into `model`, whose every tensor must be there, and nothing else.
 
     positions: names of position tables (1 + grid^2, width), interpolated where the image size differs. ignored: globs
     of names that may be missing or superfluous on either side. optional: globs of names that the file may lack; those
-    that it lacks are returned. rename: name in the file -> name in the model. A tied tensor may stand under any of its
-    names. Raises ValueError naming the first tensors that don't fit; the model is not changed then.
+    that it lacks are returned. rename: name in the file -> name in the model. wrappers: of `read_weights`. A tied
+    tensor may stand under any of its names. Raises ValueError naming the first tensors that don't fit; the model is not
+    changed then.
     """
-    weights = {rename(name): t for name, t in read_weights(path).items()}
+    weights = {rename(name): t for name, t in read_weights(path, wrappers).items()}
     weights = {name: t for name, t in weights.items() if not _matches(name, ignored)}
     state = {canonical(name): t for name, t in model.state_dict(keep_vars=True).items()}
     for name in positions:

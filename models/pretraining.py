@@ -1,5 +1,8 @@
 """Pretraining: what is trained around a model, and thrown away afterwards."""
 
+import copy
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,7 +15,7 @@ class Sources(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model = self.result = model
 
     def forward(self, sources: dict[str, dict], **options) -> dict[str, Tensor]:
         """`{source: batch}` -> "loss" and every part as "source/part"; options go to the model."""

@@ -91,3 +91,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_again(one_thread):
+    """After a test that has set another number."""
+    yield
+    torch.set_num_threads(1)
