@@ -126,11 +126,10 @@ def plain(rows: np.ndarray, weights: np.ndarray, bounds: list[int], count: int, 
     n, mu = len(rows), len(rows) * RIDGE
     a = rows.sum(0) / batch_size
     start = plain_step(rows, weights, weights, a, count, mu)
-    threshold = np.abs(start[np.argsort(-np.abs(start))[count]])
     result = np.zeros_like(weights)
     for begin, end in zip(bounds, bounds[1:], strict=False):
         A, w, part = rows[:, begin:end], weights[begin:end], start[begin:end]
-        keep = int((np.abs(part) > threshold).sum())
+        keep = np.count_nonzero(part)
         if not keep:
             continue
         part = plain_step(A, w, part, a[begin:end], keep, mu)

@@ -31,10 +31,9 @@ from sparsity.selection import keep, keep_rows, lowest_of_rows, thresholds
 
 BLOCK = 10_000  # weights of a block, at most
 _TRIALS = 10  # lengths of the step in a line search, each twice the one before
-_TOGETHER = 4  # of them are tried together in a block
 _HALVINGS = 100
 _SLACK = 1e-10
-_PIECE = {"cpu": 1 << 16}  # columns looked at together, where no rows are
+_PIECE = {"cpu": 1 << 14}  # columns looked at together: on the processor they stay in its cache
 _LARGE_PIECE = 1 << 24
 _GONE = -1.0  # score of weights that were pruned before: below that of all others
 
@@ -100,6 +99,11 @@ class _Piece:
     def __repr__(self) -> str:
         return repr(self.name)
 
+    @property
+    def last(self) -> int:
+        """The column after those."""
+        return self.first + self.end - self.begin
+
     def of(self, vectors: Mapping[str, Tensor]) -> Tensor:
         return vectors[self.name][self.begin : self.end]
 
@@ -127,12 +131,11 @@ class _Problem:
 
     def slope(self, piece: _Piece) -> Tensor:
         """The gradient of Q at w0, which is the first-order term, also where weights were pruned before."""
-        return self.rows.sum()[piece.first : piece.first + piece.end - piece.begin] * self.shift
+        return self.rows.sum(piece.first, piece.last) * self.shift
 
     def moved(self, piece: _Piece, step: float) -> Tensor:
         """The weights after a gradient step, also where they were pruned before."""
-        slope = self.rows.sum()[piece.first : piece.first + piece.end - piece.begin]
-        return torch.sub(self.weight(piece), slope, alpha=step * self.shift)
+        return torch.sub(self.weight(piece), self.rows.sum(piece.first, piece.last), alpha=step * self.shift)
 
     def scores(self, step: float) -> Iterator[tuple[_Piece, Tensor]]:
         """The magnitudes after a gradient step."""
@@ -215,7 +218,8 @@ def _solve_weight(
     def solve_batch(batch: tuple[int, int, int]) -> None:
         begin, end, count = batch
         piece = _Piece(name, begin, end, problem.first[name] + begin)
-        A = rows.read(piece.first, piece.first + end - begin).unflatten(1, (count, -1)).transpose(0, 1)
+        # Copied: rows of a file lie so far apart that the same few lines of the cache would serve all of them.
+        A = rows.read(piece.first, piece.last).unflatten(1, (count, -1)).transpose(0, 1).contiguous()
         mask = kept[begin:end].float()
         vectors = [problem.weight(piece), problem.moved(piece, step).mul_(mask), mask]
         vectors.append(piece.of(problem.alive) if problem.alive else None)
@@ -298,30 +302,27 @@ class _Blocks:
             if not far.any():
                 break
             step = torch.where(far, step / 2, step)
-        lowest, counts, changed = self.value(error, delta), self.mask.sum(dim=2).long(), False  # (blocks, 1)
-        for tried in range(0, _TRIALS, _TOGETHER):
-            steps = step * 2.0 ** torch.arange(tried, min(tried + _TOGETHER, _TRIALS), device=step.device)
-            mask, value = self.trials(start - steps.mT * slope, counts)
-            better = value < torch.cat([lowest, value[:, :-1]], dim=1)  # each than the one before
-            run = better.logical_and_(searched[:, 0]).cumprod(dim=1).sum(dim=1)  # (blocks,): how many until it ends
-            if not run.any():
+        lowest, changed = self.value(error, delta), False
+        for _ in range(_TRIALS):
+            trial = torch.addcmul(start, slope, step, value=-1)
+            mask = self.project(trial)
+            delta = torch.addcmul(self.w, trial, mask, value=-1)
+            value = self.value(self.error(delta), delta)
+            searched = searched.logical_and(value < lowest)
+            if not searched.any():
                 break
-            moved = run.nonzero().squeeze(1)
-            self.mask = self.mask.index_copy(0, moved, mask[moved, run[moved] - 1][:, None])
-            lowest, changed = value[:, -1:], True
-            searched = (run == value.shape[1])[:, None, None]
+            self.mask, lowest = torch.where(searched, mask, self.mask), torch.where(searched, value, lowest)
+            changed, step = True, step * 2
         return changed
 
-    def trials(self, trials: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (blocks, trials, size) cut to their largest magnitudes, as many as `counts` (blocks, 1), or as the
-        pattern says: 1 where these are, else 0, and the values (blocks, trials).
-        """
-        scores = trials.abs()
+    def project(self, vectors: Tensor) -> Tensor:
+        """1 where the largest magnitudes of each block are, as many as it keeps, or as the pattern says; else 0."""
+        scores = vectors.abs()
         if self.alive is not None:
             scores.masked_fill_(~self.alive, _GONE)
-        mask = self.pattern.keep(scores).to(scores.dtype) if self.pattern else _largest_of(scores, counts)
-        delta = torch.addcmul(self.w, trials, mask, value=-1)
-        return mask, self.value(self.error(delta), delta)
+        if self.pattern:
+            return self.pattern.keep(scores).to(scores.dtype)
+        return _largest_of(scores[:, 0], scores.shape[2] - self.mask.sum(dim=2)[:, 0].long())[:, None]
 
     def refit(self) -> Tensor:
         """The kept weights in closed form, zero elsewhere.
@@ -345,22 +346,20 @@ class _Blocks:
         return solved
 
     def error(self, delta: Tensor) -> Tensor:
-        """A delta - c, (blocks, trials, n), from (blocks, trials, size)."""
+        """A delta - c, (blocks, 1, n)."""
         return torch.bmm(delta, self.A.mT).sub_(self.shift)
 
     def value(self, error: Tensor, delta: Tensor) -> Tensor:
-        """Q of each block, but for a constant and a factor, (blocks, trials)."""
-        return _squares(error).double().add_(_squares(delta), alpha=self.mu).squeeze(2)
+        """Q of each block, but for a constant and a factor, (blocks, 1, 1)."""
+        return _squares(error).double().add_(_squares(delta), alpha=self.mu)
 
 
-def _largest_of(scores: Tensor, counts: Tensor) -> Tensor:
-    """1 where the `counts` (blocks, 1) largest of each of (blocks, trials, size) are, else 0."""
-    rows, size = scores.flatten(0, 1), scores.shape[2]
-    counts = counts.expand(scores.shape[:2]).flatten()
-    mask = (rows - lowest_of_rows(rows, size - counts)).sign_().clamp_(0)  # comparing is slower
-    if (mask.sum(dim=1) != counts).any():  # ties
-        mask = keep_rows("of a block", rows, size - counts).to(rows.dtype)
-    return mask.view(scores.shape)
+def _largest_of(scores: Tensor, pruned: Tensor) -> Tensor:
+    """1 where the scores (blocks, size) are but for the `pruned` (blocks,) lowest of each block, else 0."""
+    mask = (scores - lowest_of_rows(scores, pruned)).sign_().clamp_(0)  # comparing is slower
+    if (mask.sum(dim=1) != scores.shape[1] - pruned).any():  # ties
+        mask = keep_rows("of a block", scores, pruned).to(scores.dtype)
+    return mask
 
 
 def _squares(vectors: Tensor) -> Tensor:

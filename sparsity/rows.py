@@ -29,8 +29,9 @@ from sparsity.view import PrunableView
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PIECE = {"cpu": 1 << 18}  # elements looked at together: on the processor they stay in its cache
+_PIECE = {"cpu": 1 << 19}  # elements looked at together: on the processor they stay in its cache
 _LARGE_PIECE = 1 << 26
+_REDUCED = 1 << 22  # columns that ranks add up together
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Rows:
         self._numbers = torch.tensor(numbers, dtype=torch.long, device=self.device)
         self._whole = reduce is None and list(numbers) == list(range(n))
         self.independent = self._whole and self.device.type == "cpu"  # columns can be read in any order, by threads
-        self._sum: Tensor | None = None
+        self._sum, self._summed = torch.empty(self.width, device=self.device), 0  # so many columns of it are there
 
     @property
     def batch_size(self) -> float:
@@ -82,15 +83,18 @@ class Rows:
         """How many columns are best looked at together."""
         return max(1, _PIECE.get(self.device.type, _LARGE_PIECE) // self.n)
 
-    def sum(self) -> Tensor:
-        """(p,): the sum of all rows."""
-        if self._sum is None:
-            total = torch.empty(self.width, device=self.device)
-            for start in range(0, self.width, self.piece()):
-                part = self._part(start, min(start + self.piece(), self.width))
-                total[start : start + part.shape[1]] = part.sum(dim=0)
-            self._sum = self._reduce(total)
-        return self._sum
+    def sum(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """(stop - start,): the sum of all rows, in some columns.
+
+        It is computed once, from left to right as far as it is asked for: what then looks at the same columns finds
+        them in the processor's cache.
+        """
+        stop = self.width if stop is None else stop
+        while self._summed < stop:
+            end = min(self._summed + (self.piece() if self._whole else _REDUCED), self.width)
+            self._sum[self._summed : end] = self._reduce(self._part(self._summed, end).sum(dim=0))
+            self._summed = end
+        return self._sum[start:stop]
 
     def product(self, pieces: Iterable[tuple[int, Tensor]]) -> Tensor:
         """(n,) in float64: the rows times a vector that comes as (first column, piece)."""
