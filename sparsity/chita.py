@@ -135,12 +135,14 @@ class _Problem:
 
     def moved(self, piece: _Piece, step: float) -> Tensor:
         """The weights after a gradient step, also where they were pruned before."""
+        if not step:
+            return self.weight(piece).clone()
         return torch.sub(self.weight(piece), self.rows.sum(piece.first, piece.last), alpha=step * self.shift)
 
     def scores(self, step: float) -> Iterator[tuple[_Piece, Tensor]]:
         """The magnitudes after a gradient step."""
         for piece in self.pieces():
-            score = self.moved(piece, step).abs_() if step else self.weight(piece).abs()
+            score = self.moved(piece, step).abs_()
             if self.alive:
                 score.masked_fill_(~piece.of(self.alive), _GONE)
             yield piece, score
