@@ -200,11 +200,14 @@ def human(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+# Fields with an entry for each image; "pixel_values" of models that flatten images of any size has one for each patch.
+_IMAGES = ("image", "image_grid_thw", "pixel_values")
+
+
 def batch_images(batch: Any) -> int:
-    """How many images a batch has: the length of its field "image" or "pixel_values", else of what comes first."""
+    """How many images a batch has: the length of the first of its fields _IMAGES, else of what comes first."""
     if isinstance(batch, Mapping):
-        first = next(iter(batch.values()))
-        return len(batch.get("image", batch.get("pixel_values", first)))
+        return len(next((batch[field] for field in _IMAGES if field in batch), next(iter(batch.values()))))
     return len(batch) if isinstance(batch, Tensor) else batch_images(next(iter(batch)))
 
 

@@ -115,6 +115,7 @@ def test_results_do_not_depend_on_how_many_columns_are_looked_at_together(toy, m
         (torch.zeros(3, 2), 3),
         ({"text": torch.zeros(8), "image": torch.zeros(3)}, 3),  # more texts than images, as with regions
         ({"pixel_values": torch.zeros(4)}, 4),
+        ({"pixel_values": torch.zeros(40, 12), "image_grid_thw": torch.zeros(2, 3)}, 2),  # patches of two images
         ({"anything": torch.zeros(5)}, 5),
         ((torch.zeros(2), torch.zeros(7)), 2),
     ],
