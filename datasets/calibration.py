@@ -1,5 +1,5 @@
-"""Calibration batches for pruning: image-text pairs and regions in lockstep, or labelled images; whole batches to each
-rank.
+"""Calibration batches for pruning: image-text pairs and regions in lockstep, labelled images, or samples with noise;
+whole batches to each rank.
 """
 
 import copy
@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.bundled import BundledRegions, BundledScenes, load_glyphs
 from datasets.bundled_classification import BundledClassification
+from datasets.bundled_generation import Noised
 from datasets.classification import check_classes, labelled
 from datasets.collate import SkippedImages, collate, collate_regions
 from datasets.loaders import loader
 from datasets.pretraining import ImageTextDataset
 from datasets.regions import RegionDataset
 from datasets.shards import ShardDataset, shard_loader
-from datasets.sources import Files, LabelsPruneConfig, PruneConfig, PrunedModel
+from datasets.sources import Files, LabelsPruneConfig, NoisePruneConfig, PruneConfig, PrunedModel
 from datasets.text import TextEncoder
 from datasets.transforms import IMAGENET, TrainTransform
 
@@ -151,6 +152,30 @@ class LabelsCalibration(Lockstep):
             data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
         check_classes(len(data.class_names), sizes.classes)
         super().__init__([[(data, collate)]], config, folder, num_batches, seed, **options)
+
+
+class NoiseCalibration(Lockstep):
+    """Samples with noise, and their classes; see `Lockstep`.
+
+    Args:
+        data: items {"image", "label"}, read again with other noise where there are fewer than are asked for.
+        sizes: of the model; has `null_class` and `class_dropout`.
+        options: `rank` and `world_size`.
+    """
+
+    def __init__(
+        self,
+        config: NoisePruneConfig,
+        data: Dataset,
+        sizes: Any,
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        **options: int,
+    ):
+        dropped = {"null_class": sizes.null_class, "dropout": sizes.class_dropout}
+        noised = Noised(data, length=num_batches * config.batch_size, seed=seed, **dropped)
+        super().__init__([[(noised, collate)]], config, folder, num_batches, seed, **options)
 
 
 def proportional(total: int, sizes: list[int]) -> list[int]:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
+
+from datasets.transforms import Pixels
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,10 @@ def collate(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     none), which `SkippedImages.watch` takes out again; it is the only field where every sample was skipped.
     """
     read, skipped = _split(items)
-    return (trim_text(default_collate(read)) if read else {}) | skipped  # in a worker: stacked in shared memory
+    if not read:
+        return skipped
+    fields = [{name: value for name, value in item.items() if name != "image"} for item in read]
+    return {"image": _stacked(read)} | trim_text(default_collate(fields)) | skipped  # in a worker: in shared memory
 
 
 def collate_regions(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def collate_regions(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]
     regions = [region for item in read for region in item["regions"]]
     owner = [i for i, item in enumerate(read) for _ in item["regions"]]
     batch = {name: torch.stack([torch.as_tensor(region[name]) for region in regions]) for name in regions[0]}
-    batch |= {"image": default_collate([item["image"] for item in read]), "idx_to_group_img": torch.tensor(owner)}
+    batch |= {"image": _stacked(read), "idx_to_group_img": torch.tensor(owner)}
     return trim_text(batch) | skipped
 
 
@@ -51,6 +57,14 @@ def trim_text(batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     longest = int(batch["text_atts"].sum(1).max())
     return batch | {k: batch[k][:, :longest] for k in ("text_ids", "text_atts", "text_ids_masked") if k in batch}
+
+
+def _stacked(items: Sequence[dict[str, Any]]) -> Tensor | Pixels:
+    """Images of samples, (B, 3, H, W)."""
+    images = [item["image"] for item in items]
+    if isinstance(images[0], Pixels):
+        return Pixels(default_collate([image.grey for image in images]), images[0].statistics)
+    return default_collate(images)
 
 
 def _split(items: Sequence[dict[str, Any] | Skipped]) -> tuple[list[dict[str, Any]], dict[str, list[Skipped]]]:

@@ -234,9 +234,9 @@ class BundledVQA(BundledSplits):
 class VQAConfig(TaskConfig):
     """Visual question answering, on files in the layouts of VQA2 and Visual Genome or on the bundled scenes.
 
-    val_file: whose questions are answered after each epoch, to choose the best weights; the last ones are the result
-    without one. answer_list: the answers that there are to choose from, but for the bundled scenes. k_test: those that
-    are scored for each question. batch_size_test: images whose questions are answered together.
+    val_file: whose questions, with known answers, are answered after each epoch, to choose the best weights; the last
+    ones are the result without one. answer_list: the answers that there are to choose from, but for the bundled scenes.
+    k_test: those that are scored for each question. batch_size_test: images whose questions are answered together.
     """
 
     train_file: list[str] = field(default_factory=list)

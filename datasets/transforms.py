@@ -1,14 +1,19 @@
-"""Images to normalised tensors. Whatever is random is drawn from the generator that is handed in."""
+"""Images to normalised tensors, in a worker of a DataLoader to `Pixels`. Whatever is random is drawn from the generator
+that is handed in.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,14 +25,41 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _GREY = (128, 128, 128)  # what a shear, shift or rotation uncovers
 
 
-def to_tensor(image: Image.Image, statistics: Statistics = CLIP) -> torch.Tensor:
-    """RGB image to a normalised float tensor (3, H, W)."""
-    return normalise(torch.from_numpy(np.stack(image.split())), statistics)
+@dataclass(frozen=True)
+class Pixels:
+    """Images on their way out of a worker, in a quarter of the bytes: what they cost there is the shared memory.
+
+    grey: uint8 (..., 3, H, W). Moved to a device, the CPU too, they are the tensor that is normalised there.
+    """
+
+    grey: torch.Tensor
+    statistics: Statistics
+
+    def __len__(self) -> int:
+        return len(self.grey)
+
+    def pin_memory(self, *device: Any) -> Pixels:
+        return Pixels(self.grey.pin_memory(*device), self.statistics)
+
+    def to(self, device: Any, **options: Any) -> torch.Tensor:
+        return normalise(self.grey.to(device, **options), self.statistics)
+
+
+def to_tensor(image: Image.Image, statistics: Statistics = CLIP) -> torch.Tensor | Pixels:
+    """RGB image to a normalised float tensor (3, H, W); see `finish`."""
+    return finish(torch.from_numpy(np.stack(image.split())), statistics)
+
+
+def finish(pixels: torch.Tensor, statistics: Statistics) -> torch.Tensor | Pixels:
+    """uint8 (3, H, W) normalised, in a worker of a DataLoader only said how."""
+    return normalise(pixels, statistics) if get_worker_info() is None else Pixels(pixels, statistics)
 
 
 def normalise(pixels: torch.Tensor, statistics: Statistics) -> torch.Tensor:
-    """uint8 (3, H, W) to float32, from [0, 1] to the statistics; torchvision's normalize to the bit, without copies."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    """uint8 (..., 3, H, W) to float32, from [0, 1] to the statistics; torchvision's normalize to the bit, without
+    copies.
+    """
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in statistics)
     return pixels.float().mul_(1 / 255).sub_(mean).div_(std)
 
 
@@ -46,8 +78,8 @@ class EvalTransform:
     def __init__(self, image_res: int, statistics: Statistics = CLIP):
         self.image_res, self.statistics = _positive(image_res), statistics
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
-        return normalise(resize(image, self.image_res), self.statistics)
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor | Pixels:
+        return finish(resize(image, self.image_res), self.statistics)
 
 
 class TrainTransform:
@@ -75,7 +107,7 @@ class TrainTransform:
         self.augment = RandAugment() if augment is None else augment
         self.statistics = statistics
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor | Pixels:
         pixels = resize(image.crop(random_crop(image.size, self.scale, rng)), self.image_res)
         if self.flip and rng.random() < 0.5:
             pixels = pixels.flip(-1)
@@ -183,7 +215,7 @@ class RegionTransform:
 
     def __call__(
         self, image: Image.Image, boxes: np.ndarray, rng: np.random.Generator, flip: bool
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    ) -> tuple[torch.Tensor | Pixels, np.ndarray, np.ndarray]:
         """Transform an RGB image and its boxes.
 
         Args:
@@ -205,7 +237,7 @@ class RegionTransform:
         if flip and rng.random() < 0.5:
             pixels = pixels.flip(-1)
             centres[:, 0] = 1 - centres[:, 0]
-        return normalise(pixels, CLIP), np.concatenate((centres, sides / size), axis=1), kept
+        return finish(pixels, CLIP), np.concatenate((centres, sides / size), axis=1), kept
 
     def _crop(self, size: tuple[int, int], boxes: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
         if len(boxes) == 0:

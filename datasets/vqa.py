@@ -25,6 +25,7 @@ from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
 
 EXPECTED = '{"image": path, "question": text, "answer": text or [text], "dataset": "vqa" or "vg"}'
 EXPECTED_TEST = '{"image": path, "question": text, "question_id": number, "dataset": "vqa" or "vg"}'
+EXPECTED_VAL = EXPECTED_TEST.replace('"dataset"', '"answer": [text], "dataset"')
 EXPECTED_ANSWERS = "texts, the answers that there are to choose from"
 SOURCES = {"vqa": "vqa_root", "vg": "vg_root"}  # the "dataset" of a record -> the setting with its image folder
 VG_WEIGHT = 0.5  # of an answer in Visual Genome
@@ -230,14 +231,20 @@ class Questions(Dataset):
 
 
 def file_questions(
-    files: Sequence[str | Path], images: Images, side: int, words: Words, limit: int | None = None
+    files: Sequence[str | Path],
+    images: Images,
+    side: int,
+    words: Words,
+    limit: int | None = None,
+    answered: bool = False,
 ) -> Questions:
     """The questions of annotation files such as `vqa_test.json`, about images of `side` pixels; of the first `limit`
-    images. Errors as `VQATrainDataset`.
+    images. answered: their answers must be known. Errors as `VQATrainDataset`.
     """
+    parse = partial(parse_question, answered=answered, identified=True)
     records: list[Record] = []
     for file in files:
-        found = read_records(file, partial(parse_question, answered=False, identified=True), EXPECTED_TEST)
+        found = read_records(file, parse, EXPECTED_VAL if answered else EXPECTED_TEST)
         images.check(file, found)
         records += found
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -293,7 +300,12 @@ def evaluation_sets(config: VQAConfig, words: Words, side: int, debug: bool = Fa
     if config.bundled is None:
         files = {"val": config.val_file, "test": config.test_file}
         images = _images(config)
-        return {name: file_questions(of, images, side, words, limit) for name, of in files.items() if of}
+        # The accuracy on "val" chooses the best weights.
+        return {
+            name: file_questions(of, images, side, words, limit, answered=name == "val")
+            for name, of in files.items()
+            if of
+        }
     scenes = min(config.bundled.test_scenes, limit or config.bundled.test_scenes)
     tests = {split: bundled_questions(split, scenes, side, words, seed=0) for split in config.bundled.test}
     scenes = min(config.bundled.val_scenes, limit or config.bundled.val_scenes)

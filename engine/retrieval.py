@@ -92,7 +92,7 @@ def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[i
 def _stack(items: Sequence[Mapping[str, Any] | Skipped], side: int) -> dict[str, Any]:
     """Images (B, 3, side, side), NaN where one cannot be read, and which those are."""
     unread = torch.full((3, side, side), torch.nan)
-    images = [unread if isinstance(item, Skipped) else item["image"] for item in items]
+    images = [unread if isinstance(item, Skipped) else item["image"].to("cpu") for item in items]
     return {"image": torch.stack(images), "skipped": [item for item in items if isinstance(item, Skipped)]}
 
 
@@ -129,17 +129,17 @@ def retrieval_scores(
         similarity = image_feat @ text_feat.t()  # (I, N)
         if not k_test:
             return similarity.cpu(), similarity.t().cpu()
+        lengths = atts.sum(1)
 
         def matched(image: Tensor, text: Tensor) -> Tensor:
-            logits = model.match(states[text], atts[text], tokens[image])
+            longest = lengths[text].max()  # padding costs time and changes nothing
+            logits = model.match(states[text, :longest], atts[text, :longest], tokens[image])
             return model.pair_scores(logits, similarity[image, text])
 
-        def ranked(similarity: Tensor, matched: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            scores = _rerank(similarity, k_test, matched, batch_size, share, progress)
-            scores = reduce(scores) if reduce else scores
-            return scores.masked_fill_(similarity.isnan(), torch.nan).cpu()
-
-        return ranked(similarity, matched), ranked(similarity.t(), lambda text, image: matched(image, text))
+        scores = _rerank(similarity, k_test, matched, lengths, batch_size, share, progress)
+        i2t, t2i = (reduce(way) if reduce else way for way in scores)
+        unread = similarity.isnan()
+        return i2t.masked_fill(unread, torch.nan).cpu(), t2i.masked_fill(unread, torch.nan).t().cpu()
     finally:
         model.train(was_training)
 
@@ -148,18 +148,29 @@ def _rerank(
     similarity: Tensor,
     k_test: int,
     matched: Callable[[Tensor, Tensor], Tensor],
+    lengths: Tensor,
     batch_size: int,
     share: tuple[int, int],
     progress: Callable[[Sequence], Iterable],
-) -> Tensor:
-    """`matched(rows, columns)` for the best `k_test` of each row, -100 for the others; rows of other ranks are 0."""
+) -> tuple[Tensor, Tensor]:
+    """`matched(images, texts)` for the best `k_test` texts of each image, and for the best images of each text, -100
+    for the others, each (I, N); 0 for what other ranks do. A pair that is among both is matched once, and texts of the
+    same length stand together.
+    """
     rank, ranks = share
-    own = torch.arange(len(similarity), device=similarity.device)[rank::ranks]
+    known = similarity.nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
+    chosen = _best(known, k_test), _best(known.t(), k_test).t()
+    images, texts = (chosen[0] | chosen[1]).nonzero(as_tuple=True)
+    order = lengths[texts].argsort(stable=True)[rank::ranks]
+    pairs = zip(images[order].split(batch_size), texts[order].split(batch_size), strict=True)
     scores = torch.zeros_like(similarity)
-    scores[own] = NOT_RANKED
-    known = similarity[own].nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
-    best = known.topk(min(k_test, similarity.shape[1]), dim=1).indices
-    rows, columns = own.repeat_interleave(best.shape[1]), best.flatten()
-    for r, c in progress(list(zip(rows.split(batch_size), columns.split(batch_size), strict=True))):
-        scores[r, c] = matched(r, c).to(scores.dtype)
-    return scores
+    for image, text in progress(list(pairs)):
+        scores[image, text] = matched(image, text).to(scores.dtype)
+    others = 0.0 if rank else NOT_RANKED
+    return scores.masked_fill(~chosen[0], others), scores.masked_fill(~chosen[1], others)
+
+
+def _best(similarity: Tensor, k_test: int) -> Tensor:
+    """Which columns are the best `k_test` of each row."""
+    best = similarity.topk(min(k_test, similarity.shape[1]), dim=1).indices
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)

@@ -41,6 +41,8 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     check_loggers(vars(args))
     check_writable(args.output_dir, "--output_dir")
     args.snapshot = args.snapshot or Path(args.output_dir, "last.pt")
+    if args.snapshot.is_dir():
+        raise ValueError(f"--snapshot {args.snapshot}: this is a folder; give the name of a file")
     check_writable(args.snapshot.parent, "--snapshot")
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config

@@ -27,12 +27,19 @@ from datasets.calibration import Calibration
 from datasets.general_loader import ONE_VALUE, GeneralLoader
 from datasets.retrieval import RetrievalEvalDataset
 from datasets.sources import PRETRAIN_CONFIGS, PRUNE_CONFIGS, Files, PruneConfig
+from datasets.tasks import (
+    CaptioningConfig,
+    CaptioningPretrainConfig,
+    ClassificationConfig,
+    RetrievalConfig,
+    VQAConfig,
+)
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
 from engine import options
 from engine.launch import run
 from engine.options import Parser
-from models import blip, dino, xvlm
+from models import blip, dino, dit, xvlm
 from models.tokenizer import WordPiece
 
 CONFIGS = Path("tests/data/configs")
@@ -40,8 +47,24 @@ MODEL = str(CONFIGS / "model.yaml")
 HEAVY = ("torch", "torchvision", "lightning", "transformers", "timm", "matplotlib")
 OUT = "TMP/out"  # TMP: a folder of the case's own
 
+TUNING = {  # script that fine-tunes -> a model, and a configuration that would do
+    "retrieval": ("xvlm", "retrieval.yaml"),
+    "captioning": ("xvlm", "captioning.yaml"),
+    "captioning_pretrain": ("xvlm", "captioning_pretrain.yaml"),
+    "vqa": ("xvlm", "vqa.yaml"),
+    "image_classification": ("dino", "dino_image_classification.yaml"),
+}
+
+
+def tuning(script: str) -> list[str]:
+    model, config = TUNING[script]
+    mask = ["--mask", "README.md"]  # which is opened after torch is there
+    return ["--model", model, "--config", str(CONFIGS / config), "--output_dir", OUT, *mask]
+
+
 # Arguments with which a script would run; bad ones follow, and the last counts.
 RUNS = {
+    **{script: tuning(script) for script in TUNING},
     "prune": ["-m", "xvlm", "-p", "omp", "--config", str(CONFIGS / "prune.yaml"), "--output_dir", OUT],
     "compare": ["-m", "xvlm", "-p", "omp", "--config", str(CONFIGS / "prune.yaml"), "--output_dir", OUT],
     "pretrain": ["--config", str(CONFIGS / "pretrain.yaml"), "--output_dir", OUT],
@@ -70,7 +93,14 @@ BAD_VALUES = {
         **{"63,,75": "got '' in '63,,75'", "63,": "got '' in '63,'", "50,0": "got '0'", "63;75": "got '63;75'"},
     },
     "pattern": {text: "pattern must be N:M" for text in ("4:2", "0:4", "2:2", "2-4", "2:4:8", "", "a:b", "-1:4")},
-    "weights": {"absent.pth": "absent.pth: weights file not found; give --weights PATH"},
+    "weights": {"absent.pth": "absent.pth: weights file not found; give --"},
+    "mask": {
+        "absent.safetensors": "--mask absent.safetensors: mask file not found",
+        "data": "--mask data",
+        "": "--mask ",
+    },
+    "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
+    "experiment_name": {},  # whatever one likes
     "config": {
         "absent.yaml": "absent.yaml: configuration file not found",
         "README.md": "README.md: not valid YAML",
@@ -160,6 +190,28 @@ ONE_VALUE_REFUSED = {
 }
 
 
+TUNED = {
+    "model_config": MODEL,
+    "weights": "random",
+    "optimizer": {"lr": 1e-3, "betas": [0.9, 0.98]},
+    "scheduler": {"epochs": 1},
+    "batch_size_train": 2,
+    "batch_size_target": 4,
+    "wandb_data": {"project": "a", "tags": ["b"]},
+}
+TUNED_REFUSED = [
+    ({"optimizer": {"lr": 1e-3, "opt": "adam"}}, "optimizer: opt must be one of adamW, sgd, got 'adam'"),
+    ({"optimizer": {"lr": 1e-3, "betas": [0.9]}}, "optimizer: betas must be two numbers"),
+    ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, "optimizer: min_lr must be at most lr"),
+    ({"scheduler": {"epochs": 1, "sched": "step"}}, "scheduler: sched must be one of linear, cosine, got 'step'"),
+    ({"scheduler": {"epochs": 1, "num_warmup_steps": 1000}}, "scheduler: num_warmup_steps is a share"),
+    ({"max_skipped": 1.5}, "max_skipped must be a fraction between 0 and 1, got 1.5"),
+    ({"batch_size_target": 3}, "batch_size_target 3 is no multiple of batch_size_train 2 x 1 device"),
+]
+SCENES = {"val_scenes": 1, "test_scenes": 1, "test": ["scenes"]}
+SMOOTHING = ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, got 1.0")
+
+
 class Schema(NamedTuple):
     """How a dataclass is read: by which script with which options; a valid content with all that is nested; and changes
     of it that it must refuse beside those that its types tell, with what is said of them.
@@ -209,6 +261,15 @@ SCHEMAS = {
             ({"bundled": True}, "set bundled: true, or give images, not both"),
         ],
     ),
+    PRUNE_CONFIGS["noise"]: Schema(
+        "prune",
+        ["-m", "dit"],
+        PRUNED | {"evaluation": {"steps": 2}},
+        [
+            ({"bundled": True, "latents": "a.safetensors"}, "set bundled: true, or give latents, not both"),
+            ({"evaluation": {"steps": 1}}, "evaluation: steps must be at least 2, got 1"),
+        ],
+    ),
     PRUNE_CONFIGS["external"]: Schema(
         "prune",
         ["-m", "timm:resnet18"],
@@ -233,6 +294,67 @@ SCHEMAS = {
         [
             ({"stages": []}, "stages must have at least one stage"),
             ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1"),
+        ],
+    ),
+    PRETRAIN_CONFIGS["noise"]: Schema(
+        "pretrain",
+        ["-m", "dit"],
+        TRAINED | {"steps": 1},
+        [
+            ({"decay": 1.0}, "decay must be from 0 to below 1, got 1.0"),
+            ({"sampling_steps": 1}, "sampling_steps must be at least 2, got 1"),
+        ],
+    ),
+    RetrievalConfig: Schema(
+        "retrieval",
+        [],
+        TUNED | {"bundled": SCENES | {"train_scenes": 4}},
+        [
+            *TUNED_REFUSED,
+            ({"train_file": ["a.json"]}, "set bundled, or train_file, val_file, test_file and image_root, not both"),
+            ({"bundled": None}, "no data: set train_file, or bundled"),
+            ({"bundled": SCENES | {"train_scenes": 4, "test": ["all"]}}, "bundled: bundled.test must be of scenes"),
+        ],
+    ),
+    CaptioningConfig: Schema(
+        "captioning",
+        [],
+        TUNED | {"bundled": SCENES | {"train_scenes": 4}},
+        [
+            SMOOTHING,
+            ({"max_length": 4}, "max_length must be at least 5"),
+            ({"bundled": None}, "no data: set train_file"),
+        ],
+    ),
+    CaptioningPretrainConfig: Schema(
+        "captioning_pretrain",
+        [],
+        TUNED | {"bundled": {"train_scenes": 4}},
+        [
+            SMOOTHING,
+            ({"train": [FILES]}, "set bundled or train, not both"),
+            ({"bundled": None}, "no data: set train, or bundled"),
+            ({"bundled": None, "train": [{}]}, "train[0]: images must name a folder"),
+        ],
+    ),
+    VQAConfig: Schema(
+        "vqa",
+        [],
+        TUNED | {"bundled": SCENES | {"train_questions": 4}},
+        [
+            ({"answer_list": "a.json"}, "set bundled, or train_file, val_file, test_file and answer_list, not both"),
+            ({"bundled": None}, "no data: set train_file, or bundled"),
+        ],
+    ),
+    ClassificationConfig: Schema(
+        "image_classification",
+        [],
+        TUNED | {"bundled": {"train_images": 2}},
+        [
+            SMOOTHING,
+            ({"dataset": "cifar"}, "dataset must be one of bundled, cifar10"),
+            ({"max_tokens": 3}, "max_tokens is for models of texts"),
+            ({"bundled": {"test": ["all"]}}, "bundled: bundled.test must be of seen, unseen, got 'all'"),
         ],
     ),
     GeneralLoader: Schema(
@@ -307,6 +429,30 @@ def bad_configurations(schema: type) -> Iterator[Case]:
 
 ARGUMENTS = [case for script in RUNS for case in bad_arguments(script)]
 CONFIGURATIONS = [case for schema in SCHEMAS for case in bad_configurations(schema)]
+TOGETHER = [  # arguments that are good by themselves
+    *(Case(script, tuning(script)[:-2], ["give --mask FILE to train a pruned model, or --dense"]) for script in TUNING),
+    *(
+        Case(
+            script,
+            [*tuning(script), "-d", "3"],
+            ["batch_size_target 8 is no multiple of batch_size_train 4 x 3 devices"],
+        )
+        for script in TUNING
+    ),
+    Case("retrieval", [*tuning("retrieval"), "--model", "dino"], ["there is no retrieval with the model 'dino'"]),
+    Case("vqa", [*tuning("vqa"), "--model", "dino"], ["there is no vqa with the model 'dino'"]),
+    Case("captioning_pretrain", [*tuning("captioning_pretrain"), "--model", "blip"], ["there is with: xvlm"]),
+    Case("captioning", [*tuning("captioning"), "--load_capt_pretrain"], ["needs --pretraining_weights: last.pt"]),
+    Case("captioning", [*tuning("captioning"), "--load_capt_pretrain", "--model", "blip"], ["there is with: xvlm"]),
+    Case(
+        "image_classification",
+        [*tuning("image_classification"), "--batch_size", "5", "-d", "2"],
+        ["--batch_size 5 is no multiple of 2 devices"],
+    ),
+    Case(
+        "image_classification", [*tuning("image_classification"), "--dataset", "flowers102"], ["metadata.csv: file not"]
+    ),
+]
 BAD_YAML = [  # whole files
     Case(script, [*RUNS[script], "--config", "TMP/c.yaml"], ["TMP/c.yaml: ", told], {"c.yaml": text})
     for script in RUNS
@@ -355,7 +501,7 @@ def outcomes(tmp_path_factory):
     blocked, folder = tmp_path_factory.mktemp("blocked"), tmp_path_factory.mktemp("cases")
     for name in HEAVY:
         (blocked / f"{name}.py").write_text("raise ImportError('too early')")
-    cases = [*ARGUMENTS, *CONFIGURATIONS, *BAD_YAML]
+    cases = [*ARGUMENTS, *CONFIGURATIONS, *TOGETHER, *BAD_YAML]
     files = [{n: c if isinstance(c, str) else yaml.safe_dump(c) for n, c in case.files.items()} for case in cases]
     given = json.dumps([[case.script, case.arguments, file] for case, file in zip(cases, files, strict=True)])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(blocked)))}
@@ -392,6 +538,10 @@ def test_bad_configurations(outcomes, schema):
     check(outcomes, cases)
 
 
+def test_arguments_that_do_not_go_together(outcomes):
+    check(outcomes, TOGETHER)
+
+
 def test_files_that_are_no_configuration(outcomes):
     check(outcomes, BAD_YAML)
 
@@ -418,6 +568,7 @@ SIZES = {  # model -> its dataclass, a configuration, and changes that it must r
     "xvlm": (xvlm.Config, CONFIGS / "model.yaml", {"text": {"dropout": 1.0, "heads": 0}, "vision": {"patch_size": 0}}),
     "blip": (blip.Config, Path("configs/blip/model_mini.yaml"), {"vision": {"drop_path": 1.5, "heads": 0}}),
     "dino": (dino.Config, Path("configs/dino/model_mini.yaml"), {"patch_size": 0, "heads": 0, "classes": 1}),
+    "dit": (dit.Config, Path("configs/dit/model_mini.yaml"), {"width": 3, "schedule": "none", "prediction": "none"}),
 }
 
 

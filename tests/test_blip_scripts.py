@@ -1,9 +1,12 @@
 """The scripts on a two-layer BLIP: every pruner, comparison, pretraining that resumes, retrieval with a mask."""
 
 import csv
+import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import compare
@@ -11,6 +14,7 @@ import pretrain
 import prune
 import pruners
 import retrieval
+from datasets.bundled import export_public, load_glyphs
 from engine.config import load_config
 from models import blip
 from sparsity.allocation import budget
@@ -100,3 +104,19 @@ def test_retrieval_with_a_mask(tmp_path, view):
     for name in view.weights:
         if name in state:
             assert (state[name][~masks[name]] == 0).all() and (state[name][masks[name]] != 0).any()
+
+
+def test_retrieval_with_the_configuration_of_the_full_size(tmp_path):
+    """Only sizes, and where things are, are others."""
+    export_public(tmp_path, 12, load_glyphs(), side=64)
+    config = yaml.safe_load(Path("configs/blip/retrieval.yaml").read_text())
+    for name in ("val_file", "test_file", "image_root"):
+        config[name] = str(tmp_path / config[name])
+    config["train_file"] = [str(tmp_path / file) for file in config["train_file"]]
+    config |= {"model_config": str(CONFIGS / "blip_model.yaml"), "weights": "random", "image_res": 48, "workers": 1}
+    config |= {"max_tokens": 16, "batch_size_train": 2, "batch_size_target": 4}
+    config["scheduler"]["epochs"] = 1
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    options = ["--model", "blip", "--dense", "--config", str(tmp_path / "c.yaml"), "--debug", *CPU]
+    retrieval.main([*options, "--output_dir", str(tmp_path / "out")])
+    assert list(json.loads((tmp_path / "out/result/metrics.json").read_text())) == ["test"]

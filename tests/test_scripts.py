@@ -82,6 +82,11 @@ def check_budget(masks, view, pool, sparsity):
         for name, weight in view.weights.items():
             assert gone[name] == weight.shape[0] * budget(sparsity, weight.shape[1])
         return
+    if pool == "block":
+        for name in groups:
+            blocks = masks[name].split(128, dim=1)
+            assert [int((~block).sum()) for block in blocks] == [budget(sparsity, b.numel()) for b in blocks]
+        return
     for names in members(groups).values() if pool == "magnitude" else pools(groups, pool):
         assert sum(gone[name] for name in names) == budget(sparsity, sum(view.weights[name].numel for name in names))
 
@@ -121,7 +126,7 @@ def test_iterations(tmp_path, view):
 
 
 def test_a_pool_of_choice(tmp_path, view):
-    for pool in ("global", "layer", "group", "row", "magnitude"):
+    for pool in ("global", "layer", "group", "row", "block", "magnitude"):
         folder = pruned(tmp_path / pool, "omp", "-s", "63", "--pool", pool)
         masks = Masks.load(folder / "xvlm_omp_63_seed42_pruning_masks.safetensors")
         check_budget(masks, view, pool, Fraction(63, 100))

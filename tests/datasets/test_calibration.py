@@ -40,7 +40,7 @@ def read(text, tmp_path):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key].to("cpu"), b[key].to("cpu")) for key in a)
 
 
 @pytest.fixture(params=["bundled", "public"])

@@ -45,7 +45,7 @@ def config(request):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(torch.equal(a[key].to("cpu"), b[key].to("cpu")) for key in a)
 
 
 def test_batches(read, config):

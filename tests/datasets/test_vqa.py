@@ -211,6 +211,10 @@ def test_a_configuration_of_files(tmp_path, write_json, roots, words):
     assert list(evaluation_sets(settings, words, 16)) == ["test"]
     both = config(tmp_path, roots, val_file=[str(tmp_path / "t.json")])
     assert list(evaluation_sets(both, words, 16)) == ["val", "test"]
+    write_json(tmp_path / "t.json", [{key: value for key, value in ASKED.items() if key != "answer"}])
+    with pytest.raises(ValueError, match="t.json: record 0: no key 'answer'"):  # by which weights are to be chosen
+        evaluation_sets(both, words, 16)
+    assert list(evaluation_sets(settings, words, 16)) == ["test"]
 
 
 @pytest.mark.parametrize("missing", ["train_file", "test_file", "answer_list", "vqa_root"])

@@ -76,6 +76,17 @@ def test_more_candidates_than_there_are_ranks_them_all(model, pairs):
     torch.testing.assert_close(i2t, t2i.t(), rtol=1e-4, atol=1e-5)
 
 
+def test_pairs_are_matched_once_and_without_the_padding_of_longer_texts(model, pairs, monkeypatch):
+    match, shapes = model.match, []
+    monkeypatch.setattr(model, "match", lambda ids, *rest: shapes.append(ids.shape[:2]) or match(ids, *rest))
+    images, texts = pairs
+    i2t, t2i = retrieval_scores(model, [images], texts, k_test=3, batch_size=4)
+    candidates = (i2t != NOT_RANKED) | (t2i.t() != NOT_RANKED)
+    assert sum(rows for rows, _ in shapes) == int(candidates.sum()) < (7 + 11) * 3
+    lengths = texts["text_atts"].sum(1).expand_as(candidates)[candidates].sort().values
+    assert [longest for _, longest in shapes] == [int(part[-1]) for part in lengths.split(4)]
+
+
 def test_without_candidates_the_similarity_counts(model, pairs):
     i2t, t2i = retrieval_scores(model, [pairs[0]], pairs[1], k_test=0)
     assert i2t.shape == (7, 11) and torch.equal(i2t, t2i.t()) and i2t.abs().max() <= 1 + 1e-5
