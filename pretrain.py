@@ -1,5 +1,5 @@
 """Train a model from scratch on the bundled artwork: a vision-language model on scenes, with its pretraining losses, a
-vision transformer on single glyphs, with their labels.
+vision transformer on single glyphs, with their labels, a diffusion transformer to draw glyphs.
 
     python pretrain.py -m xvlm --precision bf16-mixed
     python pretrain.py -m dino --config configs/dino/pretrain_mini.yaml --output_dir output/dino_mini
@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     fabric = launch(args, unused_parameters=course.unused_parameters)
     model = module.build(course.sizes)
     around = AROUND[kind](model, **course.options)
+    result = around.result
     trained, optimizer = fabric.setup(around, build_optimizer(around, config, args.precision))
     steps = len(course.data)
 
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         clip_norm=config.clip_norm,
         save_every=config.save_every,
         validate_every=config.validate_every,
-        validate=course.validation(model, fabric, args.output_dir),
+        validate=course.validation(result, fabric, args.output_dir),
     )
     start = training.resume()
     if fabric.is_global_zero:
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     fit(training, course.data.steps(start, fabric.global_rank, fabric.world_size), start)
     if fabric.is_global_zero:
         file = args.output_dir / f"{args.model}.safetensors"
-        path = save_weights(model, file, torch.float16, without=module.REBUILT, tied_once=True)
+        path = save_weights(result, file, torch.float16, without=module.REBUILT, tied_once=True)
         print(f"weights: {path}\nlog: {args.output_dir / 'log.csv'}")
     fabric.barrier()
 

@@ -20,7 +20,15 @@ from datasets.retrieval import EXPECTED as RETRIEVAL
 from datasets.retrieval import parse_captioned
 from datasets.shard_names import HOW_TO_GET as SHARDS
 from datasets.shard_names import is_pattern, shard_names
-from datasets.sources import ExternalPruneConfig, Files, LabelledImages, LabelsPruneConfig, PruneConfig, PrunedModel
+from datasets.sources import (
+    ExternalPruneConfig,
+    Files,
+    LabelledImages,
+    LabelsPruneConfig,
+    NoisePruneConfig,
+    PruneConfig,
+    PrunedModel,
+)
 from datasets.tars import open_shard
 from datasets.transforms import EvalTransform
 
@@ -67,6 +75,8 @@ def check_data(config: PrunedModel, regions: bool = True) -> list[Finding]:
     if isinstance(config, ExternalPruneConfig):
         return _external(config)
     findings = [_weights(config)] if config.checkpoint else []
+    if isinstance(config, NoisePruneConfig):
+        return findings + _noise(config)
     if config.general_loader:
         detail = f"says what is read, {config.batch_size} in a batch"
         findings.append(Finding("loader", config.general_loader, True, detail))
@@ -88,6 +98,17 @@ def _external(config: ExternalPruneConfig) -> list[Finding]:
     what = f"{len(data):,} images" + " with captions" * data.captioned
     what += f" of {len(data.classes)} classes" if data.classes else ""
     return [*weights, replace(found, detail=f"{what}; {found.detail}")]
+
+
+def _noise(config: NoisePruneConfig) -> list[Finding]:
+    bundled = {"calibration": config.bundled, "evaluation": config.bundled and config.evaluation.samples}
+    findings = [_bundled(source, "images") for source, used in bundled.items() if used]
+    if config.bundled:
+        return findings
+    if not config.latents:
+        return [*findings, Finding("calibration", "none", True, "what the dense model draws")]
+    there = Path(config.latents).is_file()
+    return [*findings, Finding("calibration", config.latents, there, "latents" if there else "file not found")]
 
 
 def _labels(config: LabelsPruneConfig) -> list[Finding]:

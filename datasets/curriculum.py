@@ -1,7 +1,9 @@
-"""Pretraining batches of the bundled artwork: of scenes, stage after stage, or of single glyphs with labels."""
+"""Pretraining batches of the bundled artwork: scenes, stage after stage, and single glyphs, with labels or noise."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from torch.utils.data import Dataset
 
 from datasets.bundled import BundledRegions, BundledScenes, Glyphs
 from datasets.bundled_classification import BundledClassification
@@ -82,6 +84,26 @@ class LabelledCurriculum:
             yield from loader(
                 self._sources[number], stage.batch_size, collate, rank=rank, world_size=world_size, **order
             )
+
+
+class NoisedCurriculum:
+    """The steps of a training on samples with noise, from any step on.
+
+    Args:
+        config: has `steps`, `batch_size` and `workers`.
+        data: endless, as `datasets.bundled_generation.Noised`.
+    """
+
+    def __init__(self, config: Any, data: Dataset, *, seed: int):
+        self.config, self.data, self.seed = config, data, seed
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+        """Steps `start` to the last of one rank: {"image", "label", "noise", "time"}."""
+        order = {"seed": self.seed, "start": start, "stop": self.config.steps, "workers": self.config.workers}
+        yield from loader(self.data, self.config.batch_size, collate, rank=rank, world_size=world_size, **order)
 
 
 def unfinished(stages: Sequence[Any], start: int) -> Iterator[tuple[int, Any, int]]:

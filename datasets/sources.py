@@ -347,6 +347,56 @@ class ExternalPruneConfig(PrunedModel):
 
 
 @dataclass(frozen=True)
+class NoiseEvaluation:
+    """Frechet distance of `samples` samples, drawn by DDIM in `steps` steps with classifier-free `guidance`, from the
+    bundled glyphs, by the features of a vision transformer; 0 samples: there is none.
+    """
+
+    samples: int = 0
+    steps: int = 20
+    guidance: float = 1.0
+    judge_config: str = "configs/dino/model_mini.yaml"
+    judge_weights: str = "data/vit_mini.safetensors"
+
+    def __post_init__(self):
+        at_least(self, 0, "samples", "guidance")
+        at_least(self, 2, "steps")
+
+
+@dataclass(frozen=True)
+class NoisePruneConfig(PrunedModel):
+    """Pruning of a model that predicts noise: calibrated on samples with noise, at all times of the schedule. They are
+    the bundled glyphs, a file of `latents` (see sample.py), or else what the dense model itself draws.
+    """
+
+    CALIBRATION: ClassVar = ("bundled", "latents", "batch_size")  # what decides the calibration batches
+
+    latents: str = ""
+    evaluation: NoiseEvaluation = field(default_factory=NoiseEvaluation)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bundled and self.latents:
+            raise ValueError("set bundled: true, or give latents, not both")
+
+    def check_calibration(self, where: str) -> None:
+        """Raises FileNotFoundError where the file of latents is not there."""
+        if self.latents and not Path(self.latents).is_file():
+            raise FileNotFoundError(f"{self.latents}: there is no such file of latents; sample.py writes one")
+
+    def check_evaluation(self, where: str) -> None:
+        """Raises ValueError where there is nothing to compare samples with."""
+        if not (self.bundled and self.evaluation.samples):
+            raise ValueError(f"{where}: no evaluation data: set bundled: true and evaluation.samples")
+
+    def reranking(self, k_test: int) -> NoisePruneConfig:
+        """Raises ValueError where candidates are to be re-ranked, which is of retrieval."""
+        if k_test:
+            raise ValueError("--k_test re-ranks the candidates of retrieval, and this model draws: leave it out")
+        return self
+
+
+@dataclass(frozen=True)
 class Stage:
     """Part of a curriculum: `steps` batches of scenes with up to `max_objects` glyphs.
 
@@ -454,5 +504,33 @@ class LabelsPretrainConfig(TrainingConfig):
             raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
 
 
-PRUNE_CONFIGS = {"pairs": PruneConfig, "labels": LabelsPruneConfig, "external": ExternalPruneConfig}  # by kind of data
-PRETRAIN_CONFIGS = {"pairs": PretrainConfig, "labels": LabelsPretrainConfig}
+@dataclass(frozen=True, kw_only=True)
+class NoisePretrainConfig(TrainingConfig):
+    """Training on glyphs with noise, `steps` batches of `batch_size`.
+
+    decay: of the moving average of the weights, which is the result. Validation on `validation_images` glyphs, and in
+    pictures of `pictures` samples that are drawn in `sampling_steps` steps.
+    """
+
+    steps: int
+    batch_size: int = 64
+    decay: float = 0.999
+    validation_images: int = 512
+    pictures: int = 64
+    sampling_steps: int = 25
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "steps", "batch_size", "validation_images", "pictures")
+        at_least(self, 2, "sampling_steps")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be from 0 to below 1, got {self.decay!r}")
+
+
+PRUNE_CONFIGS = {  # by kind of data
+    "pairs": PruneConfig,
+    "labels": LabelsPruneConfig,
+    "noise": NoisePruneConfig,
+    "external": ExternalPruneConfig,
+}
+PRETRAIN_CONFIGS = {"pairs": PretrainConfig, "labels": LabelsPretrainConfig, "noise": NoisePretrainConfig}

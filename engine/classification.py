@@ -42,10 +42,11 @@ class Accuracy:
         *,
         workers: int = 0,
         max_skipped: float = 0.01,
+        batch_size: int = READ,
     ):
         self.model, self.fabric, self.total = model, fabric, len(data)
         own = Subset(data, range(fabric.global_rank, len(data), fabric.world_size))
-        self.batches = DataLoader(own, READ, num_workers=workers, collate_fn=collate)
+        self.batches = DataLoader(own, batch_size, num_workers=workers, collate_fn=collate)
         self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), max(1, len(own)), max_skipped)
 
     @torch.no_grad()
@@ -73,3 +74,15 @@ class Accuracy:
 
     def _progress(self, batches: DataLoader) -> Any:
         return tqdm(batches, desc="images", unit="batch", leave=False, disable=not self.fabric.is_global_zero)
+
+
+class Classifier(nn.Module):
+    """A model whose forward gives logits, as `Accuracy` calls it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def classify(self, image: Tensor) -> Tensor:
+        return self.model(image)

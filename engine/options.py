@@ -13,6 +13,7 @@ from sparsity.allocation import SCHEDULES
 USER_ERROR = 2
 EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.rows, which needs torch
+CALIBRATION_MODES = ("dense", "sequential")
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +74,7 @@ def byte_count(text: str) -> int:
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     """The options of single pruners: `--epochs`, `--schedule`, `--lambda_`, `--memory_budget`, `--row_dtype`,
-    `--mask_lr`, `--mask_decay`.
+    `--mask_lr`, `--mask_decay`, `--enable_update`, `--calibration_mode`.
     """
     add = parser.add_argument
     add("-e", "--epochs", type=positive_int, default=1, help="rounds of iterative pruners (default: %(default)s)")
@@ -84,6 +85,11 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
     add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
+    update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
+    add("--enable_update", "--enable-update", action="store_true", help=update)
+    mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
+    add("--calibration_mode", "--calibration-mode", choices=CALIBRATION_MODES, help=given)
 
 
 def globs(text: str) -> list[str]:

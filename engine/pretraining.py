@@ -5,16 +5,21 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset, Subset
 
 from datasets.bundled import load_glyphs
 from datasets.bundled_classification import BundledClassification
+from datasets.bundled_generation import BundledGlyphs, Noised, check_pixels
 from datasets.classification import check_classes
-from datasets.curriculum import Curriculum, LabelledCurriculum
-from datasets.sources import Evaluation, LabelsPretrainConfig, PretrainConfig
+from datasets.curriculum import Curriculum, LabelledCurriculum, NoisedCurriculum
+from datasets.sources import Evaluation, LabelsPretrainConfig, NoisePretrainConfig, PretrainConfig
 from datasets.text import TextEncoder
 from engine.classification import Accuracy
 from engine.config import load_config
 from engine.retrieval import ZeroShot
+from engine.sampling import Denoised
+
+VALIDATION_SEED = 1000
 
 
 class Pairs:
@@ -59,4 +64,30 @@ class Labels:
         return Accuracy(model, unseen, fabric, folder)
 
 
-PRETRAINING = {"pairs": Pairs, "labels": Labels}  # by the kinds in models.KINDS
+class Noise:
+    """Single glyphs with noise, validated by the loss and by pictures of samples, samples_<n>.png. Raises
+    ValueError for a model of latents, or with another number of classes.
+    """
+
+    unused_parameters = False
+
+    def __init__(self, module: ModuleType, config: NoisePretrainConfig, where: str, seed: int):
+        self.sizes, self.config = load_config(config.model_config, module.Config), config
+        self.images = BundledGlyphs(load_glyphs(), self.sizes.image_size)
+        check_pixels(self.sizes, str(config.model_config))
+        check_classes(len(self.images.class_names), self.sizes.classes)
+        self.data = NoisedCurriculum(config, self._noised(self.images, self.sizes.class_dropout, seed), seed=seed)
+        self.options = {"decay": config.decay}
+
+    def _noised(self, images: Dataset, dropout: float, seed: int) -> Noised:
+        return Noised(images, null_class=self.sizes.null_class, dropout=dropout, seed=seed)
+
+    def validation(self, model: nn.Module, fabric: Any, folder: Path) -> Denoised:
+        """model: the moving average."""
+        spread = range(0, len(self.images), max(1, len(self.images) // self.config.validation_images))
+        data = self._noised(Subset(self.images, spread), 0.0, VALIDATION_SEED)
+        labels = [int(data[n]["label"]) for n in range(0, len(data), max(1, len(data) // self.config.pictures))]
+        return Denoised(model, data, labels[: self.config.pictures], self.config.sampling_steps, fabric, folder)
+
+
+PRETRAINING = {"pairs": Pairs, "labels": Labels, "noise": Noise}  # by the kinds in models.KINDS

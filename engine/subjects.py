@@ -9,20 +9,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from datasets.bundled import load_glyphs
 from datasets.bundled_classification import BundledClassification
-from datasets.calibration import Calibration, LabelsCalibration
+from datasets.bundled_generation import BundledGlyphs, Latents, check_pixels, read_latents
+from datasets.calibration import Calibration, LabelsCalibration, NoiseCalibration
 from datasets.classification import ClassificationDataset, check_classes, labelled
-from datasets.sources import LabelsPruneConfig, PruneConfig
+from datasets.sources import LabelsPruneConfig, NoisePruneConfig, PruneConfig
 from datasets.text import TextEncoder
 from datasets.transforms import IMAGENET, EvalTransform
 from engine.classification import Accuracy
 from engine.config import load_config
 from engine.external import External
+from engine.frechet import METRICS as FRECHET
+from engine.frechet import FrechetDistance
 from engine.retrieval import RECALLS, ZeroShot
+from engine.sampling import draw
 from sparsity.view import PrunableView
+
+DRAWN_IN = 50  # steps, of the samples that a model is calibrated on where there are no others
 
 
 class Subject(Protocol):
@@ -107,4 +115,54 @@ class Labels:
         return BundledClassification(load_glyphs(), evaluation.bundled_split, evaluation.bundled_images, side=side)
 
 
-SUBJECTS: dict[str, type[Subject]] = {"pairs": Pairs, "labels": Labels, "external": External}  # by models.kind
+class Noise:
+    """A model that draws by removing noise: calibrated on samples with noise, measured by the Frechet distance of what
+    it draws from the bundled glyphs.
+
+    module: of models/, with `Config`, `build`, `prunable_view` and `JUDGE`, the module of the classifier whose features
+    count. sizes: of the model; default: those in the file that the configuration names.
+    """
+
+    metrics = FRECHET
+
+    def __init__(self, module: ModuleType, config: NoisePruneConfig, sizes: Any = None):
+        self.module, self.config = module, config
+        self.sizes = sizes or load_config(config.model_config, module.Config)
+        if config.bundled:
+            check_pixels(self.sizes, config.model_config)
+            self.glyphs = BundledGlyphs(load_glyphs(), self.sizes.image_size)
+            check_classes(len(self.glyphs.class_names), self.sizes.classes)
+
+    def load(self, fabric: Any, **options: Any) -> PrunableView:
+        """options: further ones of the module's `build`."""
+        self.fabric = fabric
+        self.model = self.module.build(self.sizes, self.config.checkpoint, **options).to(fabric.device).eval()
+        return self.module.prunable_view(self.model)
+
+    def calibration(self, folder: Path, num_batches: int, seed: int) -> NoiseCalibration:
+        place = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        data = self._samples(num_batches * self.config.batch_size, seed)
+        return NoiseCalibration(self.config, data, self.sizes, folder, num_batches, seed, **place)
+
+    def _samples(self, number: int, seed: int) -> Dataset:
+        if self.config.bundled:
+            return self.glyphs
+        if self.config.latents:
+            return read_latents(self.config.latents, self.sizes)
+        labels = torch.randint(self.sizes.classes, (number,), generator=torch.Generator().manual_seed(seed))
+        drawn = draw(self.model, labels.tolist(), self.fabric, seed=seed, steps=DRAWN_IN)
+        return Latents(drawn, labels)
+
+    def evaluation(self, folder: Path) -> FrechetDistance:
+        asked, judge = self.config.evaluation, self.module.JUDGE
+        judge = judge.build(load_config(asked.judge_config, judge.Config), asked.judge_weights).to(self.fabric.device)
+        options = {"steps": asked.steps, "scale": asked.guidance}
+        return FrechetDistance(self.model, judge, self.glyphs, asked.samples, self.fabric, **options)
+
+
+SUBJECTS: dict[str, type[Subject]] = {  # by models.kind
+    "pairs": Pairs,
+    "labels": Labels,
+    "noise": Noise,
+    "external": External,
+}

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from types import ModuleType
 
-KINDS = {"xvlm": "pairs", "blip": "pairs", "dino": "labels"}  # name -> the data that a model takes
+KINDS = {"xvlm": "pairs", "blip": "pairs", "dino": "labels", "dit": "noise"}  # name -> the data that a model takes
 NAMES = tuple(KINDS)
 ANY = "timm:NAME, hf:NAME_OR_FOLDER, package.module:function"  # any other model, of the kind "external"
 _ANY = re.compile(r"(timm|hf):.+|\w+(\.\w+)*:\w+")

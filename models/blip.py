@@ -196,8 +196,9 @@ class ImageText(nn.Module):
     def update_momentum(self) -> None:
         """copy = momentum * copy + (1 - momentum) * weight."""
         for module, copy in self.pairs_with_copies:
-            for weight, average in zip(module.parameters(), copy.parameters(), strict=True):
-                average.mul_(self.config.momentum).add_(weight, alpha=1 - self.config.momentum)
+            weights = dict(module.named_parameters())  # with what is learned beside them, of which there is no copy
+            for name, average in copy.named_parameters():
+                average.mul_(self.config.momentum).add_(weights[name], alpha=1 - self.config.momentum)
 
     @torch.no_grad()
     def enqueue(self, **features: Tensor) -> None:
@@ -400,6 +401,9 @@ def prunable_view(model: BLIP) -> PrunableView:
     since ranks that move them apart would not be one model.
     """
 
+    layers = zip(model.text_encoder.encoder.layer, model.text_decoder.bert.encoder.layer, strict=True)
+    both = [nn.ModuleList(pair) for pair in layers]  # what they share is calibrated on both uses
+
     def valid_tokens(name: str, batch: dict) -> Tensor | None:
         sees_image = name.startswith("visual_encoder.") or name.endswith(IMAGE_FED)
         return None if sees_image else batch["text_atts"]
@@ -415,5 +419,6 @@ def prunable_view(model: BLIP) -> PrunableView:
         forward=lambda batch: calibrate(model, batch),
         loss=loss,
         valid_tokens=valid_tokens,
+        blocks=[*model.visual_encoder.blocks, *both],
         moved_by_loss=MOMENTUM,
     )

@@ -100,16 +100,18 @@ def load_weights(
     optional: Sequence[str] = (),
     rename: Callable[[str], str] = str,
     wrappers: Sequence[str] = WRAPPERS,
+    weights: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Copy the weights of a file into `model`, whose every tensor must be there, and nothing else.
 
     positions: names of position tables (1 + grid^2, width), interpolated where the image size differs. ignored: globs
     of names that may be missing or superfluous on either side. optional: globs of names that the file may lack; those
-    that it lacks are returned. rename: name in the file -> name in the model. wrappers: of `read_weights`. A tied
-    tensor may stand under any of its names. Raises ValueError naming the first tensors that don't fit; the model is not
-    changed then.
+    that it lacks are returned. rename: name in the file -> name in the model. wrappers: of `read_weights`. weights:
+    what has been made of the file already, which is not read then. A tied tensor may stand under any of its names.
+    Raises ValueError naming the first tensors that don't fit; the model is not changed then.
     """
-    weights = {rename(name): t for name, t in read_weights(path, wrappers).items()}
+    weights = read_weights(path, wrappers) if weights is None else weights
+    weights = {rename(name): t for name, t in weights.items()}
     weights = {name: t for name, t in weights.items() if not _matches(name, ignored)}
     state = {canonical(name): t for name, t in model.state_dict(keep_vars=True).items()}
     for name in positions:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import load_weights
 from models.hub import first_line, hub_answers, local_only
-from models.layouts import TEXT, match_group
+from models.layouts import TEXT, blocks_of, match_group
 from models.libraries import library_of, seeded
 from models.preprocessing import preprocessing as preprocessing
 from sparsity.view import PrunableView
@@ -40,26 +40,35 @@ def build(name: str, weights: str | Path = PUBLISHED) -> nn.Module:
     if file and not file.is_file():
         raise FileNotFoundError(f"--weights {file}: there is no such file")
     source, _, rest = name.partition(":")
-    make = {"timm": _timm, "hf": _transformers}.get(source)
+    make = {"timm": timm_model, "hf": _transformers}.get(source)
     model = make(rest, published=str(weights) == PUBLISHED) if make else _made_by(name)
     if file:
         load_weights(model, file)
     return model.float().eval()
 
 
-def _timm(name: str, published: bool) -> nn.Module:
+def timm_model(
+    name: str, published: bool, *, option: str = "-m timm:", way_out: str = OTHER_WEIGHTS, **options: Any
+) -> nn.Module:
+    """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
+
+    ValueError, which begins with `option` and the name, where there is no such model, or, with a way out, where its
+    weights are not to be had.
+    """
     import timm
 
+    importlib.import_module("models.vit_mini")  # makes itself known to timm
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
-        raise ValueError(f"-m timm:{name}: timm has no such model, did you mean timm:{near[0]}?")
-    options: dict[str, Any] = {"pretrained": published}
+        prefix = "timm:" if option.endswith("timm:") else ""
+        raise ValueError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
+    options["pretrained"] = published
     try:
         if published and not hub_answers():
             options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
         return timm.create_model(name, **options)
     except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind
-        raise ValueError(f"-m timm:{name}: {first_line(error)}; {OTHER_WEIGHTS}") from error
+        raise ValueError(f"{option}{name}: {first_line(error)}; {way_out}") from error
 
 
 def _cached(timm: Any, name: str) -> str:
@@ -67,6 +76,8 @@ def _cached(timm: Any, name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     config = timm.models.get_pretrained_cfg(name)
+    if config and config.file:
+        return config.file
     for file in ("model.safetensors", "pytorch_model.bin") if config and config.hf_hub_id else ():
         try:
             return hf_hub_download(config.hf_hub_id, file, local_files_only=True)
@@ -181,7 +192,7 @@ def prunable_view(
             return library.forward(batch)
 
     run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
-    view = PrunableView(model, group_of=group_of, keep_dense=dense, **run)
+    view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), **run)
     log.info("kept dense: %s", _some(view.dense) or "none, since no layer is known as the output head (--exclude)")
     return view
 

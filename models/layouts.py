@@ -5,8 +5,11 @@ Names that public vision-language models share, each in one table. Whoever has o
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+
+from torch import nn
 
 # Group -> parts of a name that put a layer into it; the first group with one of its parts in the name takes it. CLIP
 # and SigLIP (text_model, vision_model), BLIP-2 (vision_model, qformer, language_projection, language_model), LLaVA
@@ -93,3 +96,15 @@ def text_field(name: str, encoder_decoder: bool) -> str | None:
 def match_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
     """The first group with a glob that matches the name of a layer."""
     return next((g for g, globs in groups.items() if any(fnmatchcase(name, glob) for glob in globs)), None)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What a model repeats, in its own order, an outer block before those in it: the members of a list or sequence that
+    are of one kind and have layers in them.
+    """
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            kinds = Counter(type(child) for child in module)
+            found += [child for child in module if kinds[type(child)] > 1 and any(True for _ in child.children())]
+    return found

@@ -7,7 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Sources(nn.Module):
+class Around(nn.Module):
+    """Holds the model as `model`, and gives its losses."""
+
+    @property
+    def result(self) -> nn.Module:
+        """The model whose weights are kept."""
+        return self.model
+
+
+class Sources(Around):
     """Sum of the losses over sources ("general", "region"): one forward for all of them, as DDP wants it.
 
     model: any whose forward returns a dict of losses.
@@ -15,7 +24,7 @@ class Sources(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = self.result = model
+        self.model = model
 
     def forward(self, sources: dict[str, dict], **options) -> dict[str, Tensor]:
         """`{source: batch}` -> "loss" and every part as "source/part"; options go to the model."""
@@ -25,7 +34,7 @@ class Sources(nn.Module):
         return {"loss": sum(losses[f"{source}/loss"] for source in sources), **losses}
 
 
-class FineLabels(nn.Module):
+class FineLabels(Around):
     """A classifier that learns from finer labels, too, through a second head: more to be learnt from each image.
 
     model: has `features`, images (B, 3, H, W) to (B, V), and `classifier`, which reads them.
@@ -46,4 +55,35 @@ class FineLabels(nn.Module):
         return {"loss": coarse + fine, "coarse": coarse, "fine": fine, "accuracy": right}
 
 
-AROUND = {"pairs": Sources, "labels": FineLabels}  # by the kinds in models.KINDS
+class Denoising(Around):
+    """The losses of a model that predicts noise; what is kept is a moving average of its weights.
+
+    model: has `losses`, of a batch as `datasets.bundled_generation.Noised` has it. decay: of the average; it begins
+    lower, at (1 + n) / (10 + n) in step n.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.model, self.decay = model, decay
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def result(self) -> nn.Module:
+        return self.average
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The losses; in training the weights, as the step before has left them, go into the average."""
+        if self.training:
+            self._follow()
+        return self.model.losses(batch)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        share = 1 - min(self.decay, (1 + int(self.steps)) / (10 + int(self.steps)))
+        self.steps += 1
+        for mean, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(parameter, share)
+
+
+AROUND = {"pairs": Sources, "labels": FineLabels, "noise": Denoising}  # by the kinds in models.KINDS

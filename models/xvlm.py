@@ -269,4 +269,5 @@ def prunable_view(model: XVLM) -> PrunableView:
         forward=lambda batch: calibrate(model, batch),
         loss=loss,
         valid_tokens=valid_tokens,
+        blocks=[*model.vision_encoder.encoder.layers, *model.bert.encoder.layer],
     )

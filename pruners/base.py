@@ -8,19 +8,21 @@ selection. A new method is a file with a class of about ten lines: a docstring w
 import hashlib
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparsity.allocation import POOLS, Sparsity, fraction
+from sparsity.allocation import POOLS, WITHIN, Sparsity, fraction
 from sparsity.masks import Masks, model_digest
 from sparsity.passes import collect
 from sparsity.pattern import NM
 from sparsity.rows import Scratch
-from sparsity.selection import check_finite, select
+from sparsity.selection import check_finite, keep_within, select
+from sparsity.sequential import Done, Progress, by_blocks, defer, device_of
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
@@ -177,6 +179,126 @@ class Pruner:
         return {"pruner": self.name, "seed": seed, "model": model_digest(view), "versions": versions}
 
 
+MODES = ("dense", "sequential")
+
+
+class LayerWise(Pruner):
+    """Base of pruners that prune each layer by itself, from statistics of its inputs.
+
+    calibration_mode: "dense": the inputs are those of the dense model, and one pass serves all layers and sparsities.
+    "sequential": block by block, each on the outputs of the already pruned blocks before it; the data is read anew for
+    each block and sparsity. Default: the method's own, `mode`.
+    """
+
+    mode: str
+    updates = False  # the weights that are kept change, see `reconstruct`
+
+    def __init__(self, calibration_mode: str | None = None):
+        if calibration_mode not in (None, *MODES):
+            raise ValueError(f"calibration_mode must be one of {', '.join(MODES)}, got {calibration_mode!r}")
+        self.mode = calibration_mode or self.mode
+        self.scored = self.mode == "dense"
+
+    def reconstruct(
+        self, name: str, weight: Tensor, statistic: Tensor, sparsity: Sparsity | None, pattern: NM | None
+    ) -> tuple[Tensor, Tensor]:
+        """Kept, bool, and updated weights, (out, in) both, of a method that updates."""
+        raise NotImplementedError
+
+    def measure(
+        self,
+        view,
+        batches,
+        *,
+        progress=None,
+        reduce=None,
+        generators=None,
+        rounds=None,
+        scratch=None,
+        names: Sequence[str] | None = None,
+    ):
+        """As any pruner's; in "sequential" mode for weights of these names alone, and without names nothing is read."""
+        if batches is None:
+            raise ValueError(f"pruner {self.name!r} needs calibration data")
+        if self.mode == "sequential" and names is None:
+            return defer(view, scratch, reduce)
+        return collect(view, self.statistic, progress(batches) if progress else batches, reduce=reduce, names=names)
+
+    def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
+        chosen = self._check(sparsities, pattern, pool)
+        sequential = self.mode == "sequential"
+        if not sequential and not self.updates:
+            yield from super().masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
+            return
+        if sequential and again is None:
+            raise ValueError(f"{self.name} reads the batches anew for each block")
+        facts: dict[str, Any] = {"pool": chosen}
+        if pattern:
+            facts = {"pattern": str(pattern), "dense_layers": _stay_dense(view, pattern)}
+        kept_files = []
+        for target in [pattern.sparsity] if pattern else sparsities:
+            record = self._provenance(view, seed) | facts | {"sparsity": str(target)}
+            prune = partial(self._prune_layer, view, sparsity=target, pattern=pattern, pool=chosen)
+            if sequential:
+                label = str(pattern or target).replace(":", "of").replace("/", "over")
+                kept_files.append(Progress(statistics, label, record, device_of(view)))
+                done = by_blocks(view, partial(again, 0), prune, kept_files[-1])
+            else:
+                done = {n: Done(*prune(n, weight.matrix(), statistics[n])) for n, weight in view.weights.items()}
+            updated = {name: what.updated for name, what in done.items() if what.updated is not None}
+            yield target, as_masks(view, {name: what.kept for name, what in done.items()}, record, updated)
+        for progress in kept_files:
+            progress.forget()
+
+    def _prune_layer(
+        self,
+        view: PrunableView,
+        name: str,
+        weight: Tensor,
+        statistic: Tensor,
+        *,
+        sparsity: Sparsity,
+        pattern: NM | None,
+        pool: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is kept of a layer, and what it becomes."""
+        if pattern and not pattern.fits(weight.shape[1]):
+            return torch.ones_like(weight, dtype=torch.bool), weight.clone() if self.updates else None
+        if self.updates:
+            return self.reconstruct(name, weight, statistic, None if pattern else sparsity, pattern)
+        ((_, score),) = self.scores(view, {name: statistic}, names=[name])
+        check_finite(name, score)
+        return (pattern.keep(score) if pattern else keep_within(name, score, pool, sparsity)), None
+
+    def prune(self, view, batches, sparsities, *, pattern=None, pool=None, seed=42, progress=None, reduce=None):
+        """As any pruner's; in "sequential" mode the batches are read for each block: a list, or a loader that knows its
+        length.
+        """
+        self.preflight(view, sparsities, pattern=pattern, pool=pool)
+        if self.mode == "sequential" and batches is not None and not isinstance(batches, Sized):
+            raise ValueError(f"{self.name} reads the batches anew for each block: give a list, or a sized loader")
+        reading = {"progress": progress, "reduce": reduce}
+
+        def again(_: int, *, names: Sequence[str]) -> dict[str, Tensor]:
+            return self.measure(view, batches, names=names, **reading)
+
+        statistics = self.measure(view, batches, **reading)
+        yield from self.masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed, again=again)
+
+    def _check(self, sparsities, pattern, pool):
+        if self.updates and pool not in (None, self.pool):
+            raise ValueError(f"{self.name} with updated weights chooses them block by block: leave pool {pool!r} out")
+        if self.mode == "sequential" and pool not in (None, *WITHIN):
+            raise ValueError(
+                f"pool {pool!r} compares weights of several layers, which sequential calibration prunes one after the"
+                f" other: take {', '.join(WITHIN)}, or calibration_mode dense"
+            )
+        return super()._check(sparsities, pattern, pool)
+
+    def _provenance(self, view, seed):
+        return super()._provenance(view, seed) | {"calibration_mode": self.mode}
+
+
 def _generator(seed: int, name: str) -> torch.Generator:
     """One stream of random numbers for each layer, that depends on nothing but the seed and the layer's name."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -193,11 +315,22 @@ def _follow(pattern: NM, scores: Iterable[tuple[str, Tensor]]) -> tuple[dict[str
         else:
             kept[name] = torch.ones_like(score, dtype=torch.bool)
             dense.append(name)
+    _report_dense(pattern, dense)
+    return kept, dense
+
+
+def _stay_dense(view: PrunableView, pattern: NM) -> list[str]:
+    """The layers whose inputs M does not divide, which are reported."""
+    dense = [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
+    _report_dense(pattern, dense)
+    return dense
+
+
+def _report_dense(pattern: NM, dense: Sequence[str]) -> None:
     if dense:
         logger.warning(
             "%d layers stay dense, as %d does not divide their inputs: %s", len(dense), pattern.m, ", ".join(dense)
         )
-    return kept, dense
 
 
 def as_masks(

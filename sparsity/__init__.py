@@ -16,10 +16,14 @@ _HOMES = {
     "parse_sparsities": "allocation",
 }
 
-__all__ = sorted(_HOMES)
+_MODULES = ("maskllm", "utils")  # of the quick start of learnable masks
+
+__all__ = sorted((*_HOMES, *_MODULES))
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"sparsity.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'sparsity' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sparsity.{_HOMES[name]}"), name)

@@ -9,8 +9,9 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 # "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude
-# selection over its group takes from it.
-POOLS = ("global", "layer", "group", "row", "magnitude")
+# selection over its group takes from it. "block" is SparseGPT's: 128 consecutive columns of a layer, over all its rows.
+POOLS = ("global", "layer", "group", "row", "block", "magnitude")
+WITHIN = ("layer", "row", "block")  # pools that lie within a layer, so that it is pruned whatever the others are
 
 SCHEDULES = ("linear", "exp", "const")
 
@@ -80,8 +81,8 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
 
 
 def pools(groups: Mapping[str, str], pool: str) -> list[list[str]]:
-    """The names of the weights that compete with each other, from name -> group in prunable order. A row pool or
-    MULTIFLOW's is decided within layers.
+    """The names of the weights that compete with each other, from name -> group in prunable order. Row and block pools
+    and MULTIFLOW's are decided within layers.
     """
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")

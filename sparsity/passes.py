@@ -1,6 +1,6 @@
 """The statistics that a pruner can ask for, by name: each is one pass over the calibration batches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from sparsity.gradients import mean_gradients
 from sparsity.statistics import MEASURES, Statistics
 from sparsity.view import PrunableView
 
-PASSES = (*MEASURES, "mean_gradient")
+PASSES = (*MEASURES, "hessian", "mean_gradient")
 
 
 def collect(
@@ -20,17 +20,22 @@ def collect(
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
     generators: Callable[[int], torch.Generator] | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Name of each prunable weight -> its statistic over the batches.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
-    generator of what the loss draws there. Raises ValueError for a statistic that does not exist.
+    generator of what the loss draws there. names: of the weights that are asked about (default: all); not for
+    gradients. "hessian" is (2/n) X X^T over the n real tokens, as strips (`sparsity.hessian`). Raises ValueError for a
+    statistic that does not exist.
     """
     if statistic == "mean_gradient":
         return mean_gradients(view, batches, generators=generators, reduce=reduce)
-    with Statistics(view, statistic) as statistics:
+    scaled = statistic == "hessian"
+    with Statistics(view, "gram" if scaled else statistic, names) as statistics:
         for batch in batches:
             statistics.add(batch)
     if reduce:
         statistics.reduce(reduce)
-    return statistics.result()
+    found = statistics.result()
+    return {name: sums.mul_(2 / statistics.tokens[name]) for name, sums in found.items()} if scaled else found

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsity.allocation import Sparsity, budget, pools
+from sparsity.pattern import NM
 from sparsity.view import PrunableView
 
 Named = Iterable[tuple[str, Tensor]]
@@ -30,6 +31,8 @@ _PIECE = 1 << 15
 _DIGIT = 14  # bits; the last digit has what is left
 _BUCKETS = 1 << _DIGIT
 _HALF = _BUCKETS // 2  # the top digit is signed
+SELECTION = 128  # columns of a "block" pool
+_COMPARED = 32  # in larger N:M groups, not all pairs of weights are compared at once
 _FEW = 1 << 22  # so many keys are looked at themselves instead of counted
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -145,6 +148,50 @@ def lowest_of_rows(score: Tensor, ranks: Tensor) -> Tensor:
     return lowest.masked_fill_(ranks[:, None] == 0, float("-inf"))
 
 
+class GroupChoice:
+    """What an N:M pattern takes from one group of columns after the other, as `NM.keep` does, but with few operations:
+    groups are small, and there are many.
+
+    All pairs of a group are compared at once, and a product with constants counts for each weight how many go before
+    it. like: a tensor of the scores' dtype and device.
+    """
+
+    def __init__(self, pattern: NM, like: Tensor):
+        self._pattern, m = pattern, pattern.m
+        if m > _COMPARED:
+            return
+        pairs = [(first, first + apart) for apart in range(1, m) for first in range(m - apart)]
+        votes = torch.zeros(m, len(pairs))
+        for number, (first, second) in enumerate(pairs):  # of "the first is above the second"
+            votes[first, number], votes[second, number] = 1, -1
+        self._votes = votes.to(like)
+        self._limits = (m - pattern.n - torch.arange(m)[:, None]).to(like)
+        self._compared: list[Tensor] = []  # (M - 1, n), (M - 2, n), ... in `_all`, memory that all groups use
+
+    def __call__(self, scores: Tensor, gone: Tensor) -> None:
+        """Fills `gone`, 1 where a weight goes and 0 elsewhere, from scores (M, n); n is always the same."""
+        if self._pattern.m > _COMPARED:
+            gone.copy_(~self._pattern.keep(scores.t()).t())
+            return
+        if not self._compared:
+            self._all = scores.new_empty(self._votes.shape[1], scores.shape[1])
+            self._compared = list(self._all.split(list(range(len(scores) - 1, 0, -1))))
+        for apart, compared in enumerate(self._compared, 1):
+            torch.gt(scores[:-apart], scores[apart:], out=compared)
+        torch.mm(self._votes, self._all, out=gone).lt_(self._limits)
+
+
+class BlockChoice:
+    """What goes of one block of columns after the other: the floor(sparsity * n) lowest of its n scores."""
+
+    def __init__(self, name: str, sparsity: Sparsity):
+        self._name, self._sparsity = name, sparsity
+
+    def __call__(self, scores: Tensor, gone: Tensor) -> None:
+        """Fills `gone`, 1 where a weight goes and 0 elsewhere, from scores (columns, out)."""
+        gone.copy_(~keep_block(self._name, scores.t(), self._sparsity).t())
+
+
 def select(
     view: PrunableView, scores: Callable[[Sequence[str]], Named], pool: str, sparsities: Sequence[Sparsity]
 ) -> Iterator[Named]:
@@ -153,9 +200,9 @@ def select(
     scores(names) -> (name, score (out, in)) of those weights, in that order; it is called several times. The masks of a
     sparsity are made while they are read, one layer at a time.
     """
-    if pool == "row":
+    if pool in ("row", "block"):
         for sparsity in sparsities:
-            yield _keep_rows(scores(list(view.weights)), sparsity)
+            yield _keep_within(scores(list(view.weights)), pool, sparsity)
         return
     contests = pools({weight.name: weight.group for weight in view.weights.values()}, pool)
     if pool == "magnitude":
@@ -178,9 +225,24 @@ def _keep_pools(
         yield from keep(partial(scores, names), limit)
 
 
-def _keep_rows(scores: Named, sparsity: Sparsity) -> Named:
+def _keep_within(scores: Named, pool: str, sparsity: Sparsity) -> Named:
     for name, score in scores:
-        yield name, keep_rows(name, score, budget(sparsity, score.shape[1]))
+        yield name, keep_within(name, score, pool, sparsity)
+
+
+def keep_within(name: str, score: Tensor, pool: str, sparsity: Sparsity) -> Tensor:
+    """bool (out, in) of a layer by itself, for a pool that lies within it: allocation.WITHIN."""
+    if pool == "row":
+        return keep_rows(name, score, budget(sparsity, score.shape[1]))
+    columns = SELECTION if pool == "block" else score.shape[1]
+    return torch.cat([keep_block(name, block, sparsity) for block in score.split(columns, dim=1)], dim=1)
+
+
+def keep_block(name: str, score: Tensor, sparsity: Sparsity) -> Tensor:
+    """bool, of the shape of `score`: the floor(sparsity * n) lowest of all its n scores are False."""
+    (threshold,) = thresholds({name: score}, [budget(sparsity, score.numel())])
+    ((_, kept),) = keep({name: score}, threshold)
+    return kept
 
 
 def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> Scores:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsity.hessian import gram
 from sparsity.view import PrunableView
 
 _PIECE = 1 << 18  # input elements converted to float64 together
@@ -31,7 +32,7 @@ def input_norms(rows: Tensor) -> Tensor:
     return total
 
 
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms}
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms, "gram": gram}
 
 
 @dataclass
@@ -84,17 +85,19 @@ class Statistics:
         values = statistics.result()  # name -> tensor
 
     Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an
-    exception. The uses of a tied weight add up. Padding counts where the view says that it does not: never.
+    exception. The uses of a tied weight add up. Padding counts where the view says that it does not: never. Sums are
+    float64. names: of the weights whose inputs are measured (default: all).
     """
 
-    def __init__(self, view: PrunableView, measure: str):
+    def __init__(self, view: PrunableView, measure: str, names: Collection[str] | None = None):
         if measure not in MEASURES:
             raise ValueError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
         self._view, self._measure = view, MEASURES[measure]
+        self._weights = {name: view.weights[name] for name in (view.weights if names is None else names)}
         # Allocated before the first forward: between its activations they would leave holes in memory.
-        nothing = {name: weight.matrix()[:0] for name, weight in view.weights.items()}  # (0, in)
-        self._sums = {name: _Sum(self._measure(rows)) for name, rows in nothing.items()}
-        self._names = {id(weight.parameter): name for name, weight in view.weights.items()}
+        nothing = {name: weight.matrix()[:0] for name, weight in self._weights.items()}  # (0, in)
+        self._sums = {name: _Sum(self._measure(rows).double()) for name, rows in nothing.items()}
+        self._names = {id(weight.parameter): name for name, weight in self._weights.items()}
         self._inside: set[str] = set()  # weights whose layer is being called
         self._called: set[str] = set()  # weights whose layer has been called
         self._passed_over: set[str] = set()  # weights that were used otherwise
@@ -105,7 +108,7 @@ class Statistics:
     def __enter__(self) -> "Statistics":
         with ExitStack() as stack:
             stack.enter_context(untouched(self._view.model))
-            for weight in self._view.weights.values():
+            for weight in self._weights.values():
                 for module, key in zip(weight.modules, weight.uses, strict=True):
                     before, after = partial(self._before, weight.name, key), partial(self._after, weight.name)
                     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -140,7 +143,7 @@ class Statistics:
         name = self._names.get(id(weight))
         if name and name not in self._inside:
             self._passed_over.add(name)
-            self._observe(name, self._view.weights[name].uses[0], input)
+            self._observe(name, self._weights[name].uses[0], input)
 
     def _observe(self, name: str, key: str, source: Tensor) -> None:
         valid = self._view.valid_tokens(key, self._batch)
@@ -150,7 +153,7 @@ class Statistics:
             seen = _Seen(ref(source), source._version, valid, self._measure(rows), len(rows))
             self._seen = [s for s in self._seen if s.source() is not None] + [seen]
         entry = self._sums[name]
-        entry.value += seen.measured
+        add(entry.value, seen.measured)
         entry.samples += source.shape[0] if source.ndim > 1 else 1
         entry.tokens += seen.tokens
 
@@ -168,6 +171,11 @@ class Statistics:
         """How many samples each layer's inputs came from; a tied weight counts those of all its uses."""
         return {name: entry.samples for name, entry in self._sums.items()}
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many real tokens each layer's sum is over."""
+        return {name: entry.tokens for name, entry in self._sums.items()}
+
     def result(self) -> dict[str, Tensor]:
         """Name -> the sum over all batches. ValueError that names a layer which saw no real token, or NaN or Inf."""
         for name, entry in self._sums.items():
@@ -176,6 +184,15 @@ class Statistics:
             if not entry.value.isfinite().all():
                 raise ValueError(f"the inputs of layer {name!r} hold NaN or Inf")
         return {name: entry.value for name, entry in self._sums.items()}
+
+
+def add(total: Tensor, measured: Tensor) -> None:
+    """In place. On the processor a float32 tensor is converted piece by piece: several times as fast as at once."""
+    if total.dtype == measured.dtype or not total.is_cpu:
+        total += measured
+        return
+    for piece, more in zip(total.view(-1).split(_PIECE), measured.view(-1).split(_PIECE), strict=True):
+        piece += more.double()
 
 
 def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:

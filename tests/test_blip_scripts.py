@@ -106,6 +106,25 @@ def test_retrieval_with_a_mask(tmp_path, view):
             assert (state[name][~masks[name]] == 0).all() and (state[name][masks[name]] != 0).any()
 
 
+def test_retrieval_on_two_processes(tmp_path):
+    """Each matches half of the pairs; training gathers features and queues."""
+    config = yaml.safe_load((CONFIGS / "blip_retrieval.yaml").read_text())
+    for name, epochs in (("as_it_is", 0), ("trained", 1)):
+        settings = config | {"scheduler": {"epochs": epochs}, "batch_size_train": 2}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+
+    def options(name, *more):
+        given = ["--model", "blip", "--config", str(tmp_path / f"{name}.yaml"), *CPU]
+        return [*given, "--output_dir", str(tmp_path / "-".join((name, *more[-1:]))), *more]
+
+    retrieval.main(options("as_it_is", "--dense", "-d", "1"))
+    script("retrieval.py", *options("as_it_is", "--dense", "-d", "2"))
+    one, two = (tmp_path / f"as_it_is-{devices}" / "result" / "metrics.json" for devices in "12")
+    assert one.read_bytes() == two.read_bytes()
+    script("retrieval.py", *options("trained", "--dense", "--skip_eval", "-d", "2"))
+    assert (tmp_path / "trained-2" / "result" / "model.safetensors").is_file()
+
+
 def test_retrieval_with_the_configuration_of_the_full_size(tmp_path):
     """Only sizes, and where things are, are others."""
     export_public(tmp_path, 12, load_glyphs(), side=64)

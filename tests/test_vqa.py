@@ -82,14 +82,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path):
     torch.testing.assert_close(whole, parts, rtol=0, atol=0)
 
 
-def test_two_processes_evaluate_as_one(tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_two_processes_evaluate_as_one(tmp_path, name):
     """With a rate of 0 the weights are the same, whoever reads what."""
-    config = changed(tmp_path / "c.yaml", CONFIGS / "vqa.yaml", optimizer={"lr": 0.0}, scheduler={"epochs": 1})
-    for devices in ("1", "2"):
-        script("vqa.py", *options("xvlm", tmp_path / devices, "--dense", "--devices", devices, config=config))
+    config = changed(tmp_path / "c.yaml", CONFIGS / FILES[name], optimizer={"lr": 0.0}, scheduler={"epochs": 1})
+    vqa.main(options(name, tmp_path / "1", "--dense", config=config))
+    script("vqa.py", *options(name, tmp_path / "2", "--dense", "--devices", "2", config=config))
     one, two = (tmp_path / devices / "result" for devices in ("1", "2"))
-    for name in ("metrics.json", "answers_scenes.json", "answers_unseen_scenes.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    for file in ("metrics.json", "answers_scenes.json", "answers_unseen_scenes.json"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
     torch.testing.assert_close(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
 
 

@@ -91,9 +91,9 @@ def test_ascending_is_a_stable_sort(dtype):
     assert torch.equal(ascending(values), values.argsort(stable=True))
 
 
-@pytest.mark.parametrize("pool", ["global", "layer", "group", "row", "magnitude"])
+@pytest.mark.parametrize("pool", ["global", "layer", "group", "row", "block", "magnitude"])
 def test_each_pool_loses_its_budget(pool):
-    view = view_of(layers((6, 7), (5, 3), (9, 4)), group_of=lambda name: "late" if name[0] == "c" else "early")
+    view = view_of(layers((6, 300), (5, 3), (9, 4)), group_of=lambda name: "late" if name[0] == "c" else "early")
     sparsities = ["0.13", "0.57", "0.9"]
 
     def scores(names):
@@ -110,6 +110,10 @@ def test_each_pool_loses_its_budget(pool):
         elif pool == "row":
             for name, mask in kept.items():
                 assert set((~mask).sum(dim=1).tolist()) == {budget(sparsity, view.weights[name].shape[1])}
+        elif pool == "block":
+            for mask in kept.values():
+                blocks = mask.split(128, dim=1)
+                assert [int((~block).sum()) for block in blocks] == [budget(sparsity, b.numel()) for b in blocks]
         else:
             for names in view.groups.values():
                 total = sum(sizes[name] for name in names)
