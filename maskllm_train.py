@@ -1,0 +1,128 @@
+"""Learn N:M masks end to end: MaskLLM (arXiv 2409.17481), for classifiers and for every other model of this project.
+
+    python maskllm_train.py --model vit_mini --pretrained --preset vit-1epoch --epochs 1
+    python maskllm_train.py --model vit_mini --pretrained --sparse-checkpoint PRIOR --schedule-unit step --mask-only
+    python maskllm_train.py --model vit_base_patch16_224.augreg_in1k --pretrained --data-dir data/imagenet --mask-only
+    python maskllm_train.py --model xvlm --preset llm --sparse-checkpoint PRIOR --mask-only --num_batches 500
+
+PRIOR is a mask file of prune.py, or a checkpoint with zeros of oneshot_pruning_timm.py. <output>/<experiment>/ gets
+model_best.pth.tar (timm's layout, with gates), mask.safetensors, and model.safetensors, which timm loads by itself. A
+run that was stopped goes on when the same command is given again. scripts/maskllm_*.sh have whole recipes.
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from typing import Any
+
+import models
+from datasets.sources import PRUNE_CONFIGS
+from engine.config import configure, read_yaml
+from engine.files import check_writable
+from engine.launch import launch, run
+from engine.loggers import check_loggers
+from engine.mask_options import add_learning_options, add_training_options, fill_from_preset, image_settings
+from engine.options import Parser, add_config_options, add_device_options, add_external_options
+from sparsity.annealing import RECIPES, Recipe
+from sparsity.pattern import parse_pattern
+
+BUNDLED_MODEL, IMAGENET = "vit_mini", "data/imagenet"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    timm = "a name of timm"
+    parser.add_argument(
+        "--model", required=True, help=f"{timm}, {BUNDLED_MODEL}, {', '.join(models.NAMES)}, {models.ANY}"
+    )
+    add_learning_options(parser, tuple(RECIPES))
+    add_training_options(parser)
+    add_config_options(parser, "prune")
+    add_external_options(parser, models.ANY)
+    add_device_options(parser, "-p")
+    args = parser.parse_args(arguments)
+    fill_from_preset(args)
+    args.command = shlex.join(["python", "maskllm_train.py", *(sys.argv[1:] if arguments is None else arguments)])
+    return args
+
+
+def own(name: str) -> bool:
+    """Whether a model has batches and a loss of its own; else it is a classifier of timm."""
+    return name in models.NAMES or (":" in name and not name.startswith("timm:"))
+
+
+def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
+    """The course of tau and scaling, and the configuration of the data of a model that is not timm's; refuses what can
+    be refused before heavy imports.
+    """
+    args.pattern = parse_pattern(f"{args.N}:{args.M}")
+    given = {"tau": args.tau_range, "scaling": args.scaling_range, "gate_std": args.gate_std}
+    recipe = replace(RECIPES[args.preset], **{name: value for name, value in given.items() if value is not None})
+    for option, path in {
+        "sparse-checkpoint": args.sparse_checkpoint,
+        "initial-checkpoint": args.initial_checkpoint,
+    }.items():
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"--{option} {path}: file not found")
+    if args.sparsity_mode == "sparse" and args.sparse_checkpoint is None:
+        raise ValueError("--sparsity-mode sparse trains under a fixed mask: give it with --sparse-checkpoint")
+    if args.amp:
+        args.precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[args.amp_dtype]
+    args.experiment = args.experiment or f"{args.model.replace('/', '_').replace(':', '_')}.{args.N}of{args.M}"
+    args.folder = args.output / args.experiment
+    check_writable(args.folder, "--output")
+    check_loggers({"wandb": args.log_wandb, "tensorboard": False})
+    if not own(args.model):
+        args.model = args.model.removeprefix("timm:")
+        args.data_path = args.data_path or ("bundled" if args.model == BUNDLED_MODEL else IMAGENET)
+        args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped
+        args.batch_size, args.workers = args.batch_size or 128, 4 if args.workers is None else args.workers
+        return recipe, None
+    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
+    if config.model_config:
+        read_yaml(config.model_config)
+    config.check_weights()
+    config.check_calibration(str(args.config))
+    if args.evaluate:
+        config.check_evaluation(str(args.config))
+    return recipe, config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    recipe, config = check(args)
+
+    from datasets.data_path import check_data
+    from engine.mask_learning import ImageTask, MaskLearning, SubjectTask, read_prior
+    from engine.subjects import SUBJECTS
+    from models import timm_classifier
+    from models.checkpoint import read_weights
+    from models.external import prunable_view, timm_model
+
+    fabric = launch(args, unused_parameters=not args.mask_only)
+    if own(args.model):
+        subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
+        task = SubjectTask(args, fabric, subject, subject.load(fabric), args.num_batches)
+    else:
+        check_data(args.data_path)
+        sizes = {"num_classes": args.num_classes, "img_size": args.img_size, "drop_path_rate": args.drop_path}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        wanted = {"option": "--model ", "way_out": "give --initial-checkpoint FILE, without --pretrained"}
+        model = timm_model(args.model, args.pretrained, **wanted, **given).float()
+        if args.initial_checkpoint:
+            timm_classifier.load(model, args.initial_checkpoint)
+        view = prunable_view(model.to(fabric.device), include=args.include or (), exclude=args.exclude or ())
+        settings = timm_classifier.data_config(model, args.img_size) | image_settings(args)
+        task = ImageTask(args, fabric, model, view, settings)
+    prior = read_prior(args.sparse_checkpoint, task.view, read_weights) if args.sparse_checkpoint else None
+    learning = MaskLearning(args, fabric, task, recipe, prior)
+    learning.fit()
+    summary = learning.finish()
+    if fabric.is_global_zero:
+        print(summary)
+    fabric.barrier()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""Prune a classifier of timm to N:M sparsity, without training.
+
+    python oneshot_pruning_timm.py --model vit_base_patch16_224.augreg_in1k --pruner sparsegpt --enable-update
+    python oneshot_pruning_timm.py --model vit_base_patch16_224.augreg_in1k --pruner wanda --save-model pruned.pt
+    python oneshot_pruning_timm.py --model vit_mini --pruner magnitude --N 1 --M 4
+
+ImageNet is expected as data/imagenet/{train,val}/<class>/*.JPEG; `vit_mini`, the bundled model, has its images here.
+Calibration reads training images alone; accuracy is that on the others. --save-model writes a state dict that timm
+loads with no code of ours, with zeros where weights are gone, and the masks beside it.
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pruners
+from engine.files import check_writable
+from engine.launch import launch, run
+from engine.options import CALIBRATION_MODES, Parser, add_device_options, count, positive_int, share
+from sparsity.pattern import parse_pattern
+
+PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
+DATA = {"vit_mini": "bundled"}  # of models that were trained on other images than the rest
+IMAGENET = "data/imagenet"
+SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
+WAY_OUT = "give --ckpt FILE, a checkpoint of this model"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that decides what calibration reads."""
+
+    model: str
+    data_path: str
+    nsamples: int
+    batch_size: int
+    image_size: int | None
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model", default="vit_base_patch16_224.augreg_in1k", help="a name of timm, or vit_mini (default: %(default)s)"
+    )
+    add("--pruner", choices=PRUNERS, default="magnitude", help="default: %(default)s")
+    add("--N", type=positive_int, default=2, help="weights kept of every M (default: %(default)s)")
+    add("--M", type=positive_int, default=4, help="consecutive weights of a row (default: %(default)s)")
+    add(
+        "--enable-update",
+        action="store_true",
+        help="sparsegpt: the weights that stay make up for the rest (default: no)",
+    )
+    add("--calibration-mode", choices=CALIBRATION_MODES, help="default: dense for wanda, sequential for sparsegpt")
+    add("--nsamples", type=positive_int, default=128, help="training images to calibrate on (default: %(default)s)")
+    add("--data-path", help=f"folder with train/ and val/, cifar10, cifar100 or bundled (default: {IMAGENET})")
+    add("--batch-size", type=positive_int, default=32, help="images at a time (default: %(default)s)")
+    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
+    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
+    add("--num-classes", type=positive_int, help="default: the model's")
+    add("--image-size", type=positive_int, help="side of the images in pixels (default: the model's)")
+    add("--save-model", type=Path, help=f"file to write, {', '.join(SUFFIXES)} (default: none)")
+    add_device_options(parser)
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be refused before heavy imports."""
+    if args.N >= args.M:
+        raise ValueError(f"--N {args.N} --M {args.M}: N weights are kept of every M, so N must be below M")
+    args.pattern = parse_pattern(f"{args.N}:{args.M}")
+    if args.enable_update and args.pruner != "sparsegpt":
+        raise ValueError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
+    if args.ckpt and not args.ckpt.is_file():
+        raise FileNotFoundError(f"--ckpt {args.ckpt}: there is no such file")
+    if args.save_model:
+        if not args.save_model.name.endswith(SUFFIXES):
+            raise ValueError(f"--save-model {args.save_model}: its name must end with {', '.join(SUFFIXES)}")
+        check_writable(args.save_model.parent, "--save-model")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    check(args)
+
+    from datasets.classification import check_classes
+    from datasets.data_path import check_data, has_validation, open_data
+    from datasets.samples import Samples
+    from engine.classification import Accuracy, Classifier
+    from engine.oneshot import divisible, one_shot, report, save
+    from models import timm_classifier as classifiers
+    from models.external import prunable_view
+
+    if args.data_path:
+        check_data(args.data_path)
+    args.data_path = args.data_path or DATA.get(args.model, IMAGENET)
+    sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
+    model = classifiers.build(args.model, pretrained=args.ckpt is None, way_out=WAY_OUT, **sizes)
+    if args.ckpt:
+        classifiers.load(model, args.ckpt)
+    images = classifiers.data_config(model, args.image_size)
+    fabric, folder = launch(args), args.save_model.parent if args.save_model else Path("output")
+    view = prunable_view(model.to(fabric.device))
+    opened = partial(open_data, args.data_path, transform=classifiers.transform(images), side=images["input_size"][-1])
+    reading = {"workers": args.workers, "max_skipped": args.max_skipped}
+
+    accuracy = None
+    if has_validation(args.data_path):
+        test = opened(train=False)
+        check_classes(len(test.class_names), model.num_classes)
+        accuracy = Accuracy(Classifier(model), test, fabric, folder, **reading)
+    lines = [("dense", accuracy() if accuracy else {})]
+    masks = None
+    if PRUNERS[args.pruner]:
+        divisible(view, args.pattern)
+        chosen = {"enable_update": args.enable_update, "calibration_mode": args.calibration_mode}
+        known = pruners.options(PRUNERS[args.pruner])
+        pruner = pruners.build(PRUNERS[args.pruner], **{key: chosen[key] for key in known})
+        data = None
+        if pruner.statistic:
+            place = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+            train = opened(train=True, length=args.nsamples, seed=args.seed)
+            data = Samples(train, args.nsamples, args.batch_size, folder, seed=args.seed, **reading, **place)
+        asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size)
+        kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
+        masks = one_shot(pruner, view, data, fabric, args.pattern, args.seed, **kept)
+        masks.apply(view)
+        lines.append((f"{args.pruner} {args.pattern}", accuracy() if accuracy else {}))
+    if fabric.is_global_zero:
+        written = save(model, args.save_model, masks) if args.save_model else []
+        print(report(lines, view, written))
+    fabric.barrier()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,41 @@
+import torch
+
+from pruners.base import LayerWise
+from sparsity.hessian import Factor, factor
+from sparsity.sparsegpt import reconstruct, saliency
+
+
+class SparseGPT(LayerWise):
+    """SparseGPT, arXiv 2301.00774: saliency w^2 / U_jj^2 with U the upper Cholesky factor of the inverse of the damped
+    H = (2/n) X X^T, compared within each group of M, or each 128 columns over all rows (see sparsity.sparsegpt).
+
+    enable_update: the error of the weights that go is compensated in the columns to the right, and the masks carry the
+    updated weights (`Masks.weights`); by default the others stay as they are. calibration_mode: "sequential" (default)
+    or "dense", see `LayerWise`.
+    """
+
+    statistic = "hessian"
+    pool = "block"
+    mode = "sequential"
+    trains = True
+    cheap = False
+
+    def __init__(self, enable_update: bool = False, calibration_mode: str | None = None):
+        super().__init__(calibration_mode)
+        self.updates = enable_update
+        self.scored = self.scored and not enable_update
+
+    def scores(self, view, statistics, *, seed=42, names=None):
+        for name in view.weights if names is None else names:
+            weight = view.weights[name].matrix()
+            yield name, saliency(weight, _factor(name, weight, statistics[name]))
+
+    def reconstruct(self, name, weight, statistic, sparsity, pattern):
+        return reconstruct(weight, _factor(name, weight, statistic), sparsity, pattern)
+
+    def _provenance(self, view, seed):
+        return super()._provenance(view, seed) | {"enable_update": self.updates}
+
+
+def _factor(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> Factor:
+    return factor(hessian, weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))

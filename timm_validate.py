@@ -1,0 +1,94 @@
+"""Accuracy of a classifier of timm, dense, with zeros or with learned masks, as JSON.
+
+    python timm_validate.py --model vit_base_patch16_224.augreg_in1k --pretrained
+    python timm_validate.py --model vit_base_patch16_224 --checkpoint pruned.pt --sparsity-mode sparse
+    python timm_validate.py --model vit_base_patch16_224 --checkpoint model_best.pth.tar --sparsity-mode maskllm
+    python timm_validate.py --model vit_mini --pretrained
+
+ImageNet is expected as data/imagenet/val/<class>/*.JPEG; `vit_mini`, the bundled model, has its images here.
+`--sparsity-mode sparse` looks for zeros in the checkpoint and says what is there; `maskllm` puts the zeros of learned
+masks (`*.gate`, `*.mask`) into the weights. What is said besides the JSON goes to stderr.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from engine.launch import launch, run
+from engine.options import Parser, add_device_options, count, positive_int, share
+
+MODES = ("dense", "sparse", "maskllm")
+DATA = {"vit_mini": "bundled"}  # of models that were trained on other images than the rest
+IMAGENET = "data/imagenet"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="a name of timm, or vit_mini")
+    add("--checkpoint", type=Path, help="weights to evaluate (default: none)")
+    add("--pretrained", action="store_true", help="evaluate the published weights (default: no)")
+    add("--use-ema", action="store_true", help="the checkpoint's averaged weights (default: no)")
+    add("--sparsity-mode", choices=MODES, default="dense", help="what the checkpoint holds (default: %(default)s)")
+    add("--mask", type=Path, help="mask file to apply to the weights (default: none)")
+    add("--data-path", help=f"folder with val/, or of classes; cifar10, cifar100 or bundled (default: {IMAGENET})")
+    add("--num-classes", type=positive_int, help="default: the model's")
+    add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
+    add("--batch-size", type=positive_int, default=128, help="images at a time (default: %(default)s)")
+    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
+    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add_device_options(parser)
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be refused before heavy imports."""
+    args.data_path = args.data_path or DATA.get(args.model, IMAGENET)
+    if bool(args.checkpoint) == args.pretrained:
+        raise ValueError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
+    if args.pretrained and args.sparsity_mode != "dense":
+        raise ValueError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
+    for option in ("checkpoint", "mask"):
+        path = vars(args)[option]
+        if path and not path.is_file():
+            raise FileNotFoundError(f"--{option} {path}: there is no such file")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    check(args)
+
+    from datasets.classification import check_classes
+    from datasets.data_path import check_data, open_data
+    from engine.classification import Accuracy, Classifier
+    from engine.validation import loaded, result, tell_zeros
+    from models import timm_classifier as classifiers
+    from models.external import prunable_view
+    from sparsity.masks import Masks
+
+    check_data(args.data_path)
+    sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
+    model = classifiers.build(args.model, pretrained=args.pretrained, way_out="give --checkpoint FILE", **sizes)
+    gates = 0
+    if args.checkpoint:
+        weights = classifiers.read(args.checkpoint, ema=args.use_ema)
+        weights, gates = loaded(weights, args.sparsity_mode, str(args.checkpoint))
+        classifiers.load(model, args.checkpoint, weights)
+    view = prunable_view(model)
+    if args.mask:
+        Masks.load(args.mask).apply(view)
+    if args.sparsity_mode != "dense" or args.mask:
+        tell_zeros(view, str(args.checkpoint or args.mask))
+    images = classifiers.data_config(model, args.image_size)
+    fabric = launch(args)
+    test = open_data(args.data_path, False, classifiers.transform(images), side=images["input_size"][-1])
+    check_classes(len(test.class_names), model.num_classes)
+    reading = {"workers": args.workers, "max_skipped": args.max_skipped, "batch_size": args.batch_size}
+    accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, Path("output"), **reading)()
+    if fabric.is_global_zero:
+        print(json.dumps(result(args.model, accuracy, model, gates, images), indent=4))
+    fabric.barrier()
+
+
+if __name__ == "__main__":
+    run(main)
