@@ -17,10 +17,9 @@ from pathlib import Path
 import pruners
 from engine.files import check_writable
 from engine.launch import launch, run
-from engine.options import CALIBRATION_MODES, Parser, add_device_options, count, positive_int, share
-from sparsity.pattern import parse_pattern
+from engine.oneshot_options import PRUNERS, add_oneshot_options, check_oneshot
+from engine.options import Parser, add_device_options, count, positive_int, share
 
-PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
 DATA = {"vit_mini": "bundled"}  # of models that were trained on other images than the rest
 IMAGENET = "data/imagenet"
 SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
@@ -44,16 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--model", default="vit_base_patch16_224.augreg_in1k", help="a name of timm, or vit_mini (default: %(default)s)"
     )
-    add("--pruner", choices=PRUNERS, default="magnitude", help="default: %(default)s")
-    add("--N", type=positive_int, default=2, help="weights kept of every M (default: %(default)s)")
-    add("--M", type=positive_int, default=4, help="consecutive weights of a row (default: %(default)s)")
-    add(
-        "--enable-update",
-        action="store_true",
-        help="sparsegpt: the weights that stay make up for the rest (default: no)",
-    )
-    add("--calibration-mode", choices=CALIBRATION_MODES, help="default: dense for wanda, sequential for sparsegpt")
-    add("--nsamples", type=positive_int, default=128, help="training images to calibrate on (default: %(default)s)")
+    add_oneshot_options(parser, nsamples=128)
     add("--data-path", help=f"folder with train/ and val/, cifar10, cifar100 or bundled (default: {IMAGENET})")
     add("--batch-size", type=positive_int, default=32, help="images at a time (default: %(default)s)")
     add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
@@ -61,18 +51,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", type=positive_int, help="side of the images in pixels (default: the model's)")
-    add("--save-model", type=Path, help=f"file to write, {', '.join(SUFFIXES)} (default: none)")
     add_device_options(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    if args.N >= args.M:
-        raise ValueError(f"--N {args.N} --M {args.M}: N weights are kept of every M, so N must be below M")
-    args.pattern = parse_pattern(f"{args.N}:{args.M}")
-    if args.enable_update and args.pruner != "sparsegpt":
-        raise ValueError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
+    args.pattern = check_oneshot(args)
     if args.ckpt and not args.ckpt.is_file():
         raise FileNotFoundError(f"--ckpt {args.ckpt}: there is no such file")
     if args.save_model:

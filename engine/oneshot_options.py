@@ -30,9 +30,9 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
 def check_oneshot(args: argparse.Namespace) -> NM:
     """The pattern. Raises ValueError for options that do not go together."""
     if args.enable_update and args.pruner != "sparsegpt":
-        raise ValueError(f"--enable-update is for --pruner sparsegpt, got {args.pruner}")
+        raise ValueError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
     if args.calibration_mode and args.pruner not in ("wanda", "sparsegpt"):
         raise ValueError(f"--calibration-mode is for wanda and sparsegpt, got --pruner {args.pruner}")
     if not args.N < args.M:
-        raise ValueError(f"--N {args.N} must be less than --M {args.M}: N weights of every M are kept")
+        raise ValueError(f"--N {args.N} --M {args.M}: N weights are kept of every M, so N must be below M")
     return parse_pattern(f"{args.N}:{args.M}")
