@@ -32,8 +32,9 @@ def collate(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     read, skipped = _split(items)
     if not read:
         return skipped
-    fields = [{name: value for name, value in item.items() if name != "image"} for item in read]
-    return {"image": _stacked(read)} | trim_text(default_collate(fields)) | skipped  # in a worker: in shared memory
+    images = {"image": _stacked(read)} if "image" in read[0] else {}  # in a worker: in shared memory
+    fields = [{name: value for name, value in item.items() if name not in images} for item in read]
+    return images | trim_text(default_collate(fields)) | skipped
 
 
 def collate_regions(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_a_snapshot_of_ones_own(tmp_path, trunk, whole):
 
 def longer(folder):
     """A run that is long enough, with a snapshot after every second step."""
-    return changed(folder, scheduler={"epochs": 4 * KILLS}, save_every=2, log_every=1)
+    return changed(folder, scheduler={"epochs": 8 * KILLS}, save_every=2, log_every=1)
 
 
 def train(arguments, said):
@@ -234,7 +234,7 @@ def killed(arguments, folder, rng):
     deadline = time.monotonic() + 120
     while process.is_alive() and time.monotonic() < deadline:
         if (folder / "log.csv").is_file() and len(log_rows(folder)) > before + 5:
-            time.sleep(rng.uniform(0, 0.7))
+            time.sleep(rng.uniform(0, 0.4))
             break
         time.sleep(0.002)
     process.kill()
