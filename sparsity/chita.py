@@ -33,7 +33,7 @@ BLOCK = 10_000  # weights of a block, at most
 _TRIALS = 10  # lengths of the step in a line search, each twice the one before
 _HALVINGS = 100
 _SLACK = 1e-10
-_PIECE = {"cpu": 1 << 14}  # columns looked at together: on the processor they stay in its cache
+_PIECE = {"cpu": 1 << 16}  # columns looked at together, where no rows are
 _LARGE_PIECE = 1 << 24
 _GONE = -1.0  # score of weights that were pruned before: below that of all others
 

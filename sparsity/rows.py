@@ -29,7 +29,7 @@ from sparsity.view import PrunableView
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_PIECE = {"cpu": 1 << 19}  # elements looked at together: on the processor they stay in its cache
+_PIECE = {"cpu": 1 << 21}  # elements looked at together: enough for several threads, few enough for the cache
 _LARGE_PIECE = 1 << 26
 _REDUCED = 1 << 22  # columns that ranks add up together
 
