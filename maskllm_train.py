@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import models
-from datasets.sources import PRUNE_CONFIGS
+from datasets.sources import PRUNE_CONFIGS, images_of
 from engine.config import configure, read_yaml
 from engine.files import check_writable
 from engine.launch import launch, run
@@ -27,15 +27,11 @@ from engine.options import Parser, add_config_options, add_device_options, add_e
 from sparsity.annealing import RECIPES, Recipe
 from sparsity.pattern import parse_pattern
 
-BUNDLED_MODEL, IMAGENET = "vit_mini", "data/imagenet"
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     timm = "a name of timm"
-    parser.add_argument(
-        "--model", required=True, help=f"{timm}, {BUNDLED_MODEL}, {', '.join(models.NAMES)}, {models.ANY}"
-    )
+    parser.add_argument("--model", required=True, help=f"{timm}, vit_mini, {', '.join(models.NAMES)}, {models.ANY}")
     add_learning_options(parser, tuple(RECIPES))
     add_training_options(parser)
     add_config_options(parser, "prune")
@@ -75,7 +71,7 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_loggers({"wandb": args.log_wandb, "tensorboard": False})
     if not own(args.model):
         args.model = args.model.removeprefix("timm:")
-        args.data_path = args.data_path or ("bundled" if args.model == BUNDLED_MODEL else IMAGENET)
+        args.data_path = args.data_path or images_of(args.model)
         args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped
         args.batch_size, args.workers = args.batch_size or 128, 4 if args.workers is None else args.workers
         return recipe, None

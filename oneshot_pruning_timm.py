@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import pruners
+from datasets.sources import IMAGENET, images_of
 from engine.files import check_writable
 from engine.launch import launch, run
 from engine.oneshot_options import PRUNERS, add_oneshot_options, check_oneshot
 from engine.options import Parser, add_device_options, count, positive_int, share
 
-DATA = {"vit_mini": "bundled"}  # of models that were trained on other images than the rest
-IMAGENET = "data/imagenet"
 SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
 WAY_OUT = "give --ckpt FILE, a checkpoint of this model"
 
@@ -80,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.data_path:
         check_data(args.data_path)
-    args.data_path = args.data_path or DATA.get(args.model, IMAGENET)
+    args.data_path = args.data_path or images_of(args.model)
     sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
     model = classifiers.build(args.model, pretrained=args.ckpt is None, way_out=WAY_OUT, **sizes)
     if args.ckpt:

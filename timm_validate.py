@@ -14,12 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
+from datasets.sources import IMAGENET, images_of
 from engine.launch import launch, run
 from engine.options import Parser, add_device_options, count, positive_int, share
 
 MODES = ("dense", "sparse", "maskllm")
-DATA = {"vit_mini": "bundled"}  # of models that were trained on other images than the rest
-IMAGENET = "data/imagenet"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,7 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    args.data_path = args.data_path or DATA.get(args.model, IMAGENET)
+    args.data_path = args.data_path or images_of(args.model)
     if bool(args.checkpoint) == args.pretrained:
         raise ValueError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
     if args.pretrained and args.sparsity_mode != "dense":

@@ -34,6 +34,15 @@ def is_hosted(weights: str) -> bool:
     return bool(repository) or Path(weights).is_dir()
 
 
+IMAGENET = "data/imagenet"
+_TRAINED_ON = {"vit_mini": "bundled"}  # models of timm that know other images than ImageNet's
+
+
+def images_of(model: str) -> str:
+    """The data path of a model of timm where none is given."""
+    return _TRAINED_ON.get(model, IMAGENET)
+
+
 @dataclass(frozen=True)
 class Files:
     """An annotation file in one of the public layouts and the folder of its images; or WebDataset shards, which have

@@ -98,3 +98,10 @@ def one_thread_again(one_thread):
     """After a test that has set another number."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """As on a machine that reaches no hub."""
+    for module in ("external", "hub"):
+        monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)

@@ -27,10 +27,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    for module in ("external", "hub"):
-        monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")

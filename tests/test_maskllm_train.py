@@ -28,10 +28,7 @@ TINY = ["--model", "test_vit", "--img-size", "32", "--num-classes", "2", "--acce
 QUICK = ["--batch-size", "4", "--epochs", "2", "--lr", "0.05", "--log-interval", "1"]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    for module in ("external", "hub"):
-        monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")

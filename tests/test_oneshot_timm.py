@@ -20,10 +20,7 @@ CPU = ["--accelerator", "cpu"]
 KEYS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    for module in ("external", "hub"):
-        monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")
