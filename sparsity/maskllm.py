@@ -8,8 +8,9 @@
     masks.masks()                                            # what has been learned
 
 A layer stays what it is, with its weight under its name; it gets a parameter `gate` beside it, and computes with the
-weight times its mask: while it trains with one that is sampled, else with the candidates that the gate prefers now.
-Weights that are tied share one gate and one sample.
+weight times its mask: while it trains with one that is sampled, else with the candidates that the gate prefers now. So
+does what reads `layer.weight` itself; the parameter is `layer.parameter`. Weights that are tied share one gate and one
+sample.
 """
 
 import logging
@@ -63,7 +64,7 @@ class _Layer(nn.Module):
         self.pattern, self.hard, self.transposed, self.folded = pattern, hard, transposed, False
         self.terms, self.name = _Terms(), ""
         self.register_parameter("gate", gate)
-        self.register_buffer("setting", torch.ones(2, device=self.weight.device), persistent=False)
+        self.register_buffer("setting", torch.ones(2, device=self.parameter.device), persistent=False)
         self.register_buffer("key", None, persistent=False)
 
     @property
@@ -89,9 +90,14 @@ class _Layer(nn.Module):
         self.setting = self.setting.new_tensor([scaling, tau])
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The weight without its mask."""
+        return self._parameters["weight"]
+
+    @property
     def matrix(self) -> Tensor:
-        """The weight as (out, in)."""
-        return self.weight.t() if self.transposed else self.weight
+        """The weight without its mask, as (out, in)."""
+        return self.parameter.t() if self.transposed else self.parameter
 
     @property
     def mask(self) -> Tensor:
@@ -110,14 +116,26 @@ class _Layer(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         again, x = _Again.of(x, dtype), x.to(dtype)
-        key = self.key
-        if key is None:
-            key = torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, device=x.device)
-        y, norm = _MaskedLinear.apply(
-            x, self.matrix, self.bias, self.gate, key, self.setting, self.pattern.n, self.pattern.m, self.hard, again
-        )
+        y, norm = _MaskedLinear.apply(x, self.matrix, self.bias, *self._sample(), again)
         self.terms.norms[self.name] = norm
         return y
+
+    def masked_weight(self) -> Tensor:
+        """What `forward` multiplies with, in the parameter's own layout."""
+        if self.folded:
+            return self.parameter
+        if self.training:
+            masked, self.terms.norms[self.name] = _MaskedWeight.apply(self.matrix, *self._sample())
+        else:
+            masked = self.matrix * self.mask
+        return masked.t() if self.transposed else masked
+
+    def _sample(self) -> tuple[Tensor, Tensor, Tensor, int, int, bool]:
+        """What the functions below draw a mask from."""
+        key = self.key
+        if key is None:
+            key = torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, device=self.gate.device)
+        return self.gate, key, self.setting, self.pattern.n, self.pattern.m, self.hard
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.pattern}, hard={self.hard}"
@@ -151,6 +169,22 @@ class _MaskedLinear(Function):
         of_x = (upstream @ masked).view(ctx.shape) if wants_x else None
         of_bias = upstream.sum(dim=0).to(ctx.bias_dtype) if wants_bias else None
         return of_x, of_weight, of_bias, of_gate, None, None, None, None, None, None
+
+
+class _MaskedWeight(Function):
+    """W * sample (out, in), and ||W * sample||^2, where the product is not taken here. Nothing is kept either."""
+
+    @staticmethod
+    def forward(ctx, weight, gate, key, setting, n, m, hard):
+        ctx.save_for_backward(weight, gate, key, setting)
+        ctx.options = NM(n, m), hard
+        return Sampled(weight, gate, key, setting, *ctx.options).masked(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, of_masked, of_norm):
+        sampled = Sampled(*ctx.saved_tensors, *ctx.options)
+        _, of_gate, of_weight = sampled.backward(of_masked.clone(), of_norm, ctx.needs_input_grad[0])
+        return of_weight, of_gate, None, None, None, None, None
 
 
 def _normalised(node: Any, rows: slice) -> Tensor:
@@ -264,10 +298,26 @@ class MaskedLinearFrozen(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
+class _Read:
+    """A layer whose weight is masked for those who read it, too: models (timm's EVA, BEiT, Swin V2) that multiply with
+    it themselves, and layers with a forward of their own.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return self.masked_weight()
+
+
 @cache
-def _kind(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer with a mask. The name stays, by which transformers' Conv1D is known."""
-    return MaskedLinear if kind is nn.Linear else type(kind.__name__, (_Layer, kind), {"__module__": kind.__module__})
+def _kind(kind: type[nn.Module], calls: bool) -> type[nn.Module]:
+    """The class of a layer with a mask. calls: its forward is that of a linear layer, and may be ours. The name stays,
+    by which transformers' Conv1D is known.
+    """
+    ours = MaskedLinear if kind is nn.Linear else _Layer
+    name = ours.__name__ if kind is nn.Linear else kind.__name__
+    bases = (_Read, ours) if kind is nn.Linear else (_Read, ours, kind)
+    own = {} if calls else {"forward": kind.forward}
+    return type(name, bases, {"__module__": kind.__module__, "dense_kind": kind, **own})
 
 
 def checked_pattern(n: int, m: int) -> NM:
@@ -322,12 +372,8 @@ class LearnableMasks:
     def _attach(self, name: str, weight: PrunableWeight, module: nn.Module, hard: bool) -> None:
         if isinstance(module, _Layer):
             raise ValueError(f"layer {name!r} has a learnable mask already")
-        if not weight.transposed and type(module).forward is not nn.Linear.forward:
-            raise ValueError(
-                f"layer {name!r} is a {type(module).__name__}, which computes in its own way: its mask cannot be "
-                "learned; keep it dense (--exclude)"
-            )
-        module.__class__ = _kind(type(module))
+        calls = weight.transposed or type(module).forward is nn.Linear.forward
+        module.__class__ = _kind(type(module), calls)
         module.learn_mask(self.gates[name], self.pattern, hard, transposed=weight.transposed)
         module.terms, module.name = self._terms, name
 
@@ -385,8 +431,8 @@ class LearnableMasks:
         idle = [name for name, gate in self.gates.items() if gate.grad is None]
         if idle:
             raise ValueError(
-                f"the mask of {_some(idle)} cannot be learned: the loss does not depend on the layer, or the model "
-                "reads its weight itself; keep it dense (--exclude)"
+                f"the mask of {_some(idle)} cannot be learned: the loss does not depend on the layer; keep it dense "
+                "(--exclude)"
             )
 
     def masks(self, provenance: Mapping[str, Any] | None = None) -> Masks:
@@ -405,7 +451,7 @@ class LearnableMasks:
         for _, layer in self.layers():
             del layer.gate, layer.setting, layer.key, layer.terms, layer.pattern, layer.hard, layer.transposed
             del layer.folded, layer.name
-            layer.__class__ = type(layer).__mro__[2]  # after its own class and _Layer
+            layer.__class__ = layer.dense_kind
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
@@ -423,15 +469,14 @@ def folded(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in masked_layers(model)]
     try:
         for layer in layers:
-            layer.folded = True
-            if id(layer.weight) not in before:
-                before[id(layer.weight)] = (layer.weight, layer.weight.data)
-                mask = layer.mask.t() if layer.transposed else layer.mask
-                layer.weight.data = layer.weight.data * mask
+            layer.folded, own = True, layer.parameter
+            if id(own) not in before:
+                before[id(own)] = (own, own.data)
+                own.data = own.data * (layer.mask.t() if layer.transposed else layer.mask)
         yield
     finally:
-        for parameter, own in before.values():
-            parameter.data = own
+        for own, data in before.values():
+            own.data = data
         for layer in layers:
             layer.folded = False
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from sparsity.pattern import NM
 
-_CACHED = 3 << 15  # logits that are computed together
+_CACHED = 3 << 15  # logits that are computed together, for each thread of the processor
+_LAUNCHED = 1 << 24  # and on an accelerator, where beginning costs more than memory does
 # Multipliers and shifts of a 32-bit mixer by C. Wellons (hash-prospector, "lowbias32").
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 _MANTISSA = 23  # random bits of a uniform number in float32
@@ -123,7 +124,9 @@ class Sampled:
     def _parts(self) -> list[slice]:
         """The groups, some thousand at a time; a compiler gets them all, and fuses instead."""
         count, groups = self.planes.shape
-        size = groups if torch.compiler.is_compiling() else max(1, _CACHED // count)
+        if torch.compiler.is_compiling():
+            return [slice(0, groups)]
+        size = max(1, (_CACHED * torch.get_num_threads() if self.planes.is_cpu else _LAUNCHED) // count)
         return [slice(first, min(first + size, groups)) for first in range(0, groups, size)]
 
     def _forward(self, part: slice) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class PrunableWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.modules[0].weight
+        return self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
 
     @property
     def shape(self) -> torch.Size:
