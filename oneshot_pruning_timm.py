@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
     add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
     add("--num-classes", type=positive_int, help="default: the model's")
-    add("--image-size", type=positive_int, help="side of the images in pixels (default: the model's)")
+    add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
     add_device_options(parser)
     return parser.parse_args(arguments)
 

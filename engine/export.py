@@ -1,17 +1,20 @@
 """Weights and models that load without this project."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from engine.files import replacing, replacing_folder
+from sparsity.packing import pack
 
 log = logging.getLogger(__name__)
+
+FORMAT = {"format": "pt"}  # metadata without which transformers does not read a file
 
 
 def save_weights(
@@ -32,11 +35,19 @@ def save_weights(
         if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        kept = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        state[name] = kept.cpu().clone().contiguous()
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        state[name] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    save_state(state, path)
     return Path(path)
+
+
+def save_state(state: Mapping[str, Tensor], path: str | Path, *, packed: bool = False) -> None:
+    """Write tensors as safetensors. packed: zeros are left out (`sparsity.packing`); `models.checkpoint.read_weights`
+    reads both.
+    """
+    plain = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    tensors, metadata = pack(plain) if packed else ({n: t.clone().contiguous() for n, t in plain.items()}, FORMAT)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:

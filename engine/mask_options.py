@@ -67,7 +67,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--pretrained", action="store_true", help="with the published weights (default: no)")
     add("--initial-checkpoint", type=Path, help="weights to begin from (default: none)")
     add("--num-classes", type=positive_int, help="default: the model's")
-    add("--img-size", type=positive_int, help="default: the model's")
+    add("--img-size", "--image-size", type=positive_int, help="default: the model's")
     path = "folder with train/ and val/, each with a folder of images for each class; cifar10, cifar100 or bundled"
     add("--data-dir", "--data-path", dest="data_path", metavar="PATH", help=f"{path} (default: data/imagenet)")
     of_an_epoch = "bundled images of an epoch (default: %(default)s)"

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from engine.pruning import Metrics
 from sparsity.maskllm import GATE, fold
+from sparsity.pattern import patterns_of
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
-
-GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for
 
 
 def loaded(state: dict[str, Tensor], mode: str, path: str) -> tuple[dict[str, Tensor], int]:
@@ -40,16 +39,8 @@ def tell_zeros(view: PrunableView, path: str) -> None:
         log.warning("%s: has next to no zeros: these are the weights of a dense model", path)
         return
     matrices = [view.weights[name].matrix() for name in sparse]
-    held = ", ".join(pattern for m in GROUPS if (pattern := _pattern(matrices, m)))
+    held = ", ".join(map(str, patterns_of(matrices)))
     log.info("%d of %d layers are sparse; pattern: %s", len(sparse), len(view.weights), held or "none")
-
-
-def _pattern(matrices: list[Tensor], m: int) -> str | None:
-    """N:M where each M consecutive weights have at most N that are not zero, and N is below M."""
-    if any(matrix.shape[1] % m for matrix in matrices):
-        return None
-    n = max(int(matrix.unflatten(1, (-1, m)).count_nonzero(-1).max()) for matrix in matrices)
-    return f"{n}:{m}" if n < m else None
 
 
 def result(name: str, accuracy: Metrics, model: nn.Module, gates: int, images: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
+from sparsity.packing import unpack
 from sparsity.view import canonical
 
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
@@ -53,7 +55,7 @@ def _download(repository: str) -> Path:
 
 
 def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """State dict of a safetensors file or a pickle (no code is unpickled), under canonical names.
+    """State dict of a safetensors file, packed or not, or a pickle (no code is unpickled), under canonical names.
 
     wrappers: keys under which the weights may stand, the first that is there counts. Raises FileNotFoundError, or
     ValueError where the file holds no weights.
@@ -64,15 +66,26 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[s
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content = load_file(path) if is_safetensors else _read_pickle(path)
+        content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)
     except Exception as error:  # a damaged file makes both readers raise almost anything
         raise ValueError(f"{path}: not a readable weights file: {_reason(error)}") from error
+    if metadata:
+        try:
+            content = unpack(content, metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     for key in wrappers:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, wrappers))}")
     return {canonical(name): tensor for name, tensor in content.items()}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return load_file(path), metadata
 
 
 def _read_pickle(path: Path) -> object:

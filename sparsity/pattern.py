@@ -10,8 +10,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for in zeros
 _SORTED = 16  # groups of more weights are sorted, smaller ones compared pair by pair
 
 
@@ -54,6 +57,18 @@ class NM:
                 above[i] += higher
                 above[j] += ~higher
         return above >= self.m - self.n
+
+
+def patterns_of(matrices: "Sequence[Tensor]") -> list[NM]:
+    """N:M that the zeros of all these matrices (..., in) hold, for each M of `GROUPS`, with the least N, if it is below
+    M.
+    """
+    found = []
+    for m in GROUPS:
+        if all(matrix.shape[-1] % m == 0 and matrix.numel() for matrix in matrices):
+            n = max(int(matrix.unflatten(-1, (-1, m)).count_nonzero(-1).max()) for matrix in matrices)
+            found += [NM(max(n, 1), m)] if n < m else []
+    return found
 
 
 def parse_pattern(text: str | None) -> NM | None:

@@ -10,7 +10,9 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
+import maskllm_train
 import prune
 from engine.config import load_config
 from engine.launch import run
@@ -96,6 +98,18 @@ def test_the_iterative_pruner_reads_fresh_batches(tmp_path, clip, photos):
     _, once = pruned(tmp_path / "1", f"hf:{clip}", "itersnip", "--calibration", str(photos))
     _, often = pruned(tmp_path / "2", f"hf:{clip}", "itersnip", "--calibration", str(photos), "-e", "3")
     assert half(once) and half(often) and once.digest() != often.digest()
+
+
+def test_masks_are_learned_on_the_loss_of_a_model(tmp_path, clip, photos):
+    given = ["--model", f"hf:{clip}", "--calibration", str(photos), "--exclude", "*.fc2", "--mask-only", *QUICK]
+    maskllm_train.main([*given, "--output", str(tmp_path), "--experiment", "run", "--epochs", "2", "--lr", "0.05"])
+    masks = Masks.load(tmp_path / "run/mask.safetensors")
+    masks.check(external.prunable_view(external.build(f"hf:{clip}"), exclude=["*.fc2"]))
+    assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
+    plain = transformers.CLIPModel.from_pretrained(clip)
+    state, before = load_file(tmp_path / "run/model.safetensors"), plain.state_dict()
+    plain.load_state_dict(state)
+    assert all(torch.equal(state[name], before[name] * masks.get(name, torch.tensor(True))) for name in state)
 
 
 def test_layers_and_groups_of_choice(tmp_path, clip, photos):

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 import image_classification
+import maskllm_train
+import oneshot_pruning_timm
+import timm_validate
 from datasets.cifar import READERS, CifarDataset
 from datasets.tasks import ClassificationConfig, OptimizerConfig
 from datasets.transforms import EvalTransform, to_tensor
@@ -329,6 +333,23 @@ def test_training_on_cifar(tmp_path, trunk, publish, offline, dataset):
     result = tuned(tmp_path / "out", trunk, "--dataset", dataset, "--debug", "--epochs", "1", config=config)
     classes = {"cifar10": 10, "cifar100": 100}[dataset]
     assert zeros(result) and load_file(result / "model.safetensors")["classifier.bias"].shape == (classes,)
+
+
+def test_pruning_and_learning_masks_on_cifar(tmp_path, publish, offline, monkeypatch, capsys):
+    cifar_files(tmp_path, "cifar10", 8)
+    publish(tmp_path, "cifar10")
+    monkeypatch.setattr("datasets.data_path.DOWNLOADED", str(tmp_path))
+    torch.save(timm.create_model("test_vit", num_classes=10, img_size=32).state_dict(), tmp_path / "tiny.pt")
+    given = ["--model", "test_vit", "--num-classes", "10", "--img-size", "32", "--data-path", "cifar10"]
+    given += ["--batch-size", "8", "--accelerator", "cpu", "--workers", "0"]
+    saved = ["--ckpt", str(tmp_path / "tiny.pt"), "--save-model", str(tmp_path / "pruned.pt")]
+    oneshot_pruning_timm.main([*given, "--pruner", "wanda", "--nsamples", "16", *saved])
+    learned = ["--mask-only", "--sparse-checkpoint", str(tmp_path / "pruned.pt"), "--epochs", "1"]
+    maskllm_train.main([*given, *learned, "--output", str(tmp_path), "--experiment", "run"])
+    for mode, path in (("sparse", "pruned.pt"), ("maskllm", "run/model_best.pth.tar")):
+        capsys.readouterr()
+        timm_validate.main([*given, "--sparsity-mode", mode, "--checkpoint", str(tmp_path / path)])
+        assert 0 <= json.loads(capsys.readouterr().out)["top1"] <= 100
 
 
 class Trap:

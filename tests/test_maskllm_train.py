@@ -197,14 +197,16 @@ def test_under_a_fixed_mask_and_without(tmp_path, photos, prior):
     assert not (dense / "mask.safetensors").exists()
 
 
-@pytest.mark.parametrize(("model", "config"), [("dino", "dino_prune"), ("xvlm", "prune"), ("blip", "blip_prune")])
+@pytest.mark.parametrize(
+    ("model", "config"), [("dino", "dino_prune"), ("xvlm", "prune"), ("blip", "blip_prune"), ("dit", "dit_prune")]
+)
 def test_models_of_this_project_learn_on_their_own_loss(tmp_path, model, config):
     given = ["--config", f"tests/data/configs/{config}.yaml", "--num_batches", "2", "--accelerator", "cpu"]
     given += ["--output", str(tmp_path), "--experiment", "run", "--log-interval", "1", "--epochs", "2", "--mask-only"]
     maskllm_train.main(["--model", model, *given])
     masks = Masks.load(tmp_path / "run/mask.safetensors")
     assert all((mask.view(-1, 4).sum(1) == 2).all() for mask in masks.values())
-    assert len(losses(tmp_path / "run")) == 2 * 2 * (1 if model == "dino" else 2)  # pairs and regions in turns
+    assert len(losses(tmp_path / "run")) == 2 * 2 * (2 if model in ("xvlm", "blip") else 1)  # pairs, regions in turns
 
 
 # What is refused

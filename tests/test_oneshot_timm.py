@@ -8,13 +8,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import oneshot_pruning_timm
+import pack
 import timm_validate
 from datasets.samples import Samples
 from models import vit_mini as registered  # noqa: F401 (makes vit_mini known to timm)
 from sparsity.masks import Masks
-from tests.test_scripts import refused  # noqa: F401
+from tests.test_scripts import refused, script
 
 CPU = ["--accelerator", "cpu"]
 KEYS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
@@ -113,6 +115,52 @@ def test_validation_of_the_dense_model_and_of_masks(photos, tmp_path, capsys, ca
     assert "32 of 32 layers are sparse; pattern: 2:4, 4:8" in caplog.text
     validate(capsys, photos, "--checkpoint", str(tmp_path / "d.pt"), "--sparsity-mode", "sparse")
     assert "next to no zeros" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_validation_of_packed_weights(photos, tmp_path, capsys, suffix):
+    pruned, packed, plain = (tmp_path / name for name in (f"w{suffix}", "packed.safetensors", "plain.safetensors"))
+    prune(photos, "--pruner", "wanda", "--save-model", str(pruned))
+    pack.main([str(pruned), str(packed)])
+    pack.main([str(packed), str(plain), "--unpack"])
+    assert packed.stat().st_size < 0.56 * plain.stat().st_size
+    state, again = (timm.models.load_state_dict(str(path)) for path in (pruned, plain))
+    assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
+    sparse = ["--sparsity-mode", "sparse", "--checkpoint"]
+    assert validate(capsys, photos, *sparse, str(packed)) == validate(capsys, photos, *sparse, str(pruned))
+    pack.main([str(packed), str(tmp_path / "half.safetensors"), "--dtype", "float16"])
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * plain.stat().st_size / 2
+
+
+def test_bad_input_to_packing(tmp_path, capsys):
+    here = tmp_path / "a.safetensors"
+    here.write_bytes(b"no weights")
+    for given, told in (
+        ([tmp_path / "b.pt", here], "b.pt: there is no such file"),
+        ([here, tmp_path / "b.pt"], "b.pt: the file to write must be a .safetensors file"),
+        ([here, here], "a.safetensors: is the checkpoint itself"),
+        ([here, tmp_path / "b.safetensors"], "a.safetensors: not a readable weights file"),
+    ):
+        assert told in refused(capsys, pack.main, list(map(str, given)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    save_file({"w.values": torch.ones(2)}, here, metadata={"packed": '{"w": {"shape": [4, 4], "pattern": null}}'})
+    told = refused(capsys, pack.main, [str(here), str(tmp_path / "b.safetensors")])
+    assert "a.safetensors: the packed weight 'w' is damaged" in told
+
+
+def test_two_processes_prune_as_one_does(photos, tmp_path):
+    """Each adds up the Hessians of its half of the samples."""
+    given = ["--model", "test_vit", "--img-size", "32", "--num-classes", "76", "--data-path", str(photos), *CPU]
+    given += ["--ckpt", str(tmp_path / "tiny.pt"), "--nsamples", "16", "--batch-size", "4"]
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", num_classes=76, img_size=32).state_dict(), tmp_path / "tiny.pt")
+    given += ["--pruner", "sparsegpt", "--enable-update", "--save-model"]
+    oneshot_pruning_timm.main([*given, str(tmp_path / "one.pt")])
+    script("oneshot_pruning_timm.py", *given, str(tmp_path / "two.pt"), "--devices", "2")
+    one, two = (linear(torch.load(tmp_path / f"{ranks}.pt", weights_only=True)) for ranks in ("one", "two"))
+    for name, weight in one.items():
+        assert ((weight != 0) == (two[name] != 0)).double().mean() > 0.999, "sums of other order"
+        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-3 * float(weight.abs().max()))
 
 
 def test_validation_of_learned_masks(photos, tmp_path, capsys):
