@@ -99,9 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     masks = None
     if PRUNERS[args.pruner]:
         divisible(view, args.pattern)
-        chosen = {"enable_update": args.enable_update, "calibration_mode": args.calibration_mode}
-        known = pruners.options(PRUNERS[args.pruner])
-        pruner = pruners.build(PRUNERS[args.pruner], **{key: chosen[key] for key in known})
+        chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
+        pruner = pruners.build(PRUNERS[args.pruner], **chosen)
         data = None
         if pruner.statistic:
             place = {"rank": fabric.global_rank, "world_size": fabric.world_size}

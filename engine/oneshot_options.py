@@ -3,14 +3,15 @@
 import argparse
 from pathlib import Path
 
-from engine.options import CALIBRATION_MODES, positive_int
+from engine.options import CALIBRATION_MODES, OFFLOAD, positive_int
 from sparsity.pattern import NM, parse_pattern
 
 PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
 
 
 def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
-    """`--pruner`, `--N`, `--M`, `--nsamples`, `--enable-update`, `--calibration-mode`, `--save-model`.
+    """`--pruner`, `--N`, `--M`, `--nsamples`, `--enable-update`, `--calibration-mode`, `--offload`,
+    `--save-model`.
 
     nsamples: the default.
     """
@@ -24,6 +25,7 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
     mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
     add("--calibration-mode", choices=CALIBRATION_MODES, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
     add("--save-model", type=Path, help="file for the pruned weights, .safetensors, or as torch.save writes them")
 
 

@@ -14,6 +14,7 @@ USER_ERROR = 2
 EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.rows, which needs torch
 CALIBRATION_MODES = ("dense", "sequential")
+OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +75,7 @@ def byte_count(text: str) -> int:
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     """The options of single pruners: `--epochs`, `--schedule`, `--lambda_`, `--memory_budget`, `--row_dtype`,
-    `--mask_lr`, `--mask_decay`, `--enable_update`, `--calibration_mode`.
+    `--mask_lr`, `--mask_decay`, `--enable_update`, `--calibration_mode`, `--offload`.
     """
     add = parser.add_argument
     add("-e", "--epochs", type=positive_int, default=1, help="rounds of iterative pruners (default: %(default)s)")
@@ -90,6 +91,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
     add("--calibration_mode", "--calibration-mode", choices=CALIBRATION_MODES, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
 
 
 def globs(text: str) -> list[str]:

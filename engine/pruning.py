@@ -56,7 +56,7 @@ def calibrate(
         return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
 
     def total(tensor: Tensor) -> Tensor:
-        return fabric.all_reduce(tensor, reduce_op="sum")
+        return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
 
     if folder:
         read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)

@@ -87,7 +87,10 @@ class Pruner:
         `measure`.
         """
         for name in view.weights if names is None else names:
-            yield name, self.score(view.weights[name].matrix(), statistics.get(name), _generator(seed, name))
+            weight, statistic = view.weights[name].matrix(), statistics.get(name)
+            if statistic is not None:
+                statistic = statistic.to(weight.device)
+            yield name, self.score(weight, statistic, _generator(seed, name))
 
     def masks(
         self,
@@ -187,16 +190,17 @@ class LayerWise(Pruner):
 
     calibration_mode: "dense": the inputs are those of the dense model, and one pass serves all layers and sparsities.
     "sequential": block by block, each on the outputs of the already pruned blocks before it; the data is read anew for
-    each block and sparsity. Default: the method's own, `mode`.
+    each block and sparsity. Default: the method's own, `mode`. offload: statistics are kept in the processor's memory,
+    and come to a layer's device when it is pruned.
     """
 
     mode: str
     updates = False  # the weights that are kept change, see `reconstruct`
 
-    def __init__(self, calibration_mode: str | None = None):
+    def __init__(self, calibration_mode: str | None = None, offload: bool = False):
         if calibration_mode not in (None, *MODES):
             raise ValueError(f"calibration_mode must be one of {', '.join(MODES)}, got {calibration_mode!r}")
-        self.mode = calibration_mode or self.mode
+        self.mode, self.offload = calibration_mode or self.mode, offload
         self.scored = self.mode == "dense"
 
     def reconstruct(
@@ -222,7 +226,8 @@ class LayerWise(Pruner):
             raise ValueError(f"pruner {self.name!r} needs calibration data")
         if self.mode == "sequential" and names is None:
             return defer(view, scratch, reduce)
-        return collect(view, self.statistic, progress(batches) if progress else batches, reduce=reduce, names=names)
+        batches, where = progress(batches) if progress else batches, {"names": names, "offload": self.offload}
+        return collect(view, self.statistic, batches, reduce=reduce, **where)
 
     def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
         chosen = self._check(sparsities, pattern, pool)

@@ -11,7 +11,7 @@ class SparseGPT(LayerWise):
 
     enable_update: the error of the weights that go is compensated in the columns to the right, and the masks carry the
     updated weights (`Masks.weights`); by default the others stay as they are. calibration_mode: "sequential" (default)
-    or "dense", see `LayerWise`.
+    or "dense", and offload: see `LayerWise`.
     """
 
     statistic = "hessian"
@@ -20,8 +20,8 @@ class SparseGPT(LayerWise):
     trains = True
     cheap = False
 
-    def __init__(self, enable_update: bool = False, calibration_mode: str | None = None):
-        super().__init__(calibration_mode)
+    def __init__(self, enable_update: bool = False, calibration_mode: str | None = None, offload: bool = False):
+        super().__init__(calibration_mode, offload)
         self.updates = enable_update
         self.scored = self.scored and not enable_update
 
@@ -38,4 +38,4 @@ class SparseGPT(LayerWise):
 
 
 def _factor(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> Factor:
-    return factor(hessian, weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))
+    return factor(hessian.to(weight.device), weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))

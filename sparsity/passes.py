@@ -21,18 +21,19 @@ def collect(
     reduce: Callable[[Tensor], Tensor] | None = None,
     generators: Callable[[int], torch.Generator] | None = None,
     names: Collection[str] | None = None,
+    offload: bool = False,
 ) -> dict[str, Tensor]:
     """Name of each prunable weight -> its statistic over the batches.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
-    generator of what the loss draws there. names: of the weights that are asked about (default: all); not for
-    gradients. "hessian" is (2/n) X X^T over the n real tokens, as strips (`sparsity.hessian`). Raises ValueError for a
-    statistic that does not exist.
+    generator of what the loss draws there. names: of the weights that are asked about (default: all), offload: whether
+    sums are kept in the processor's memory; neither is for gradients. "hessian" is (2/n) X X^T over the n real tokens,
+    as strips (`sparsity.hessian`). Raises ValueError for a statistic that does not exist.
     """
     if statistic == "mean_gradient":
         return mean_gradients(view, batches, generators=generators, reduce=reduce)
     scaled = statistic == "hessian"
-    with Statistics(view, "gram" if scaled else statistic, names) as statistics:
+    with Statistics(view, "gram" if scaled else statistic, names, offload=offload) as statistics:
         for batch in batches:
             statistics.add(batch)
     if reduce:

@@ -86,17 +86,20 @@ class Statistics:
 
     Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an
     exception. The uses of a tied weight add up. Padding counts where the view says that it does not: never. Sums are
-    float64. names: of the weights whose inputs are measured (default: all).
+    float64. names: of the weights whose inputs are measured (default: all). offload: the sums are kept in the memory of
+    the processor, and the accelerator holds what a layer adds to them alone.
     """
 
-    def __init__(self, view: PrunableView, measure: str, names: Collection[str] | None = None):
+    def __init__(
+        self, view: PrunableView, measure: str, names: Collection[str] | None = None, *, offload: bool = False
+    ):
         if measure not in MEASURES:
             raise ValueError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
-        self._view, self._measure = view, MEASURES[measure]
+        self._view, self._measure, self._offload = view, MEASURES[measure], offload
         self._weights = {name: view.weights[name] for name in (view.weights if names is None else names)}
         # Allocated before the first forward: between its activations they would leave holes in memory.
         nothing = {name: weight.matrix()[:0] for name, weight in self._weights.items()}  # (0, in)
-        self._sums = {name: _Sum(self._measure(rows).double()) for name, rows in nothing.items()}
+        self._sums = {name: _Sum(self._measured(rows).double()) for name, rows in nothing.items()}
         self._names = {id(weight.parameter): name for name, weight in self._weights.items()}
         self._inside: set[str] = set()  # weights whose layer is being called
         self._called: set[str] = set()  # weights whose layer has been called
@@ -150,12 +153,16 @@ class Statistics:
         seen = next((s for s in self._seen if s.matches(source, valid)), None)
         if seen is None:
             rows = _real_rows(key, source, valid)
-            seen = _Seen(ref(source), source._version, valid, self._measure(rows), len(rows))
+            seen = _Seen(ref(source), source._version, valid, self._measured(rows), len(rows))
             self._seen = [s for s in self._seen if s.source() is not None] + [seen]
         entry = self._sums[name]
         add(entry.value, seen.measured)
         entry.samples += source.shape[0] if source.ndim > 1 else 1
         entry.tokens += seen.tokens
+
+    def _measured(self, rows: Tensor) -> Tensor:
+        measured = self._measure(rows)
+        return measured.cpu() if self._offload else measured
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it

@@ -33,6 +33,8 @@ ALL = [
     ("sparsegpt", {"enable_update": True, "calibration_mode": "dense"}),
 ]
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="an accelerator is needed")
+
 
 class KilledError(Exception):
     pass
@@ -124,6 +126,25 @@ def test_wanda_with_inputs_that_are_always_zero(view, batches):
         masks = once("wanda", view, silent, **options)
         kept = masks["embed.weight"]
         assert kept[:, :3].all() if options else (kept.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize(("pruner", "options"), ALL)
+def test_offloaded_statistics_give_the_same_masks(view, batches, monkeypatch, pruner, options, device):
+    view.model.to(device)
+    batches = [batch.to(device) for batch in batches]
+    kept, places = Statistics.result, []
+
+    def watched(self):
+        found = kept(self)
+        places.extend(sums.device.type for sums in found.values())
+        return found
+
+    monkeypatch.setattr(Statistics, "result", watched)
+    masks = once(pruner, view, batches, **options, offload=True)
+    assert set(places) == {"cpu"}
+    plain = once(pruner, view, batches, **options)
+    assert places[-1] == device and masks.digest() == plain.digest()
 
 
 @pytest.mark.parametrize("update", [False, True])
@@ -247,9 +268,9 @@ def test_one_block_at_a_time_is_held(view, batches, monkeypatch):
     held = []
     before = Statistics.__init__
 
-    def spy(self, view, measure, names=None):
+    def spy(self, view, measure, names=None, **options):
         held.append(list(names))
-        before(self, view, measure, names)
+        before(self, view, measure, names, **options)
 
     monkeypatch.setattr(Statistics, "__init__", spy)
     once("sparsegpt", view, batches)
