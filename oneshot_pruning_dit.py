@@ -2,7 +2,7 @@
 
     python oneshot_pruning_dit.py --pruner wanda                            # the bundled dit-mini, to 2:4
     python oneshot_pruning_dit.py --pruner sparsegpt --enable-update --save-model output/dit.sparsegpt24.safetensors
-    python oneshot_pruning_dit.py --model DiT-XL/2 --ckpt DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema
+    python oneshot_pruning_dit.py --model DiT-XL/2 --vae stabilityai/sd-vae-ft-ema    # the official weights
 
 Calibrated on samples with noise at random times, of random classes: the bundled glyphs, --data-path (latents that
 sample.py wrote), or what the dense model draws itself. In --output-dir: pruned weights, mask, picture of samples, and

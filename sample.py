@@ -2,7 +2,7 @@
 
     python sample.py                                              # the bundled dit-mini
     python sample.py --mask MASK --class-labels food-fruit,clothing --num-samples 32
-    python sample.py --model DiT-XL/2 --ckpt DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema
+    python sample.py --model DiT-XL/2 --vae stabilityai/sd-vae-ft-ema    # the official weights
     python sample.py --model DiT-XL/2 --ckpt pruned.safetensors --num-sampling-steps 50 --sampler ddim --cfg-scale 1.5
 
 Without --vae, latents are saved in place of images; oneshot_pruning_dit.py takes them as calibration data.

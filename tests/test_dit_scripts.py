@@ -17,6 +17,7 @@ from datasets.bundled import load_glyphs
 from datasets.bundled_generation import BundledGlyphs, Noised, labels_of, read_latents
 from datasets.collate import collate
 from datasets.sources import PRETRAIN_CONFIGS, PRUNE_CONFIGS
+from engine import generator
 from engine.config import load_config
 from engine.launch import run
 from engine.sampling import GAP, grid
@@ -313,12 +314,29 @@ def test_files_of_latents(tmp_path):
         read_latents(path, sizes)
 
 
-def test_what_a_user_may_do_wrong(tmp_path, weights, capsys):
+def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "DiT-XL-2-512x512.pt").write_bytes(bytes(range(256)) * 9)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.generator.SITE", f"{site.as_uri()}/")
+    for _ in range(2):
+        path = generator.official("DiT-XL/2", 512)
+        assert Path(path).read_bytes() == bytes(range(256)) * 9
+        (site / "DiT-XL-2-512x512.pt").unlink(missing_ok=True)
+    with pytest.raises(OSError, match=r"--ckpt: .*DiT-XL-2-256x256.pt cannot be downloaded .* give the weights of"):
+        generator.official("DiT-XL/2", 256)
+    assert [entry.name for entry in Path("pretrained_models").iterdir()] == ["DiT-XL-2-512x512.pt"]
+
+
+def test_what_a_user_may_do_wrong(tmp_path, weights, capsys, monkeypatch):
+    monkeypatch.setattr("engine.generator.SITE", f"{tmp_path.as_uri()}/")
     usual = ["--model", MODEL, "--ckpt", weights, *CPU]
     published = ["--model", "DiT-XL/2"]
     for main, options, told in (
         (sample.main, ["--model", "DiT-M/2"], "there is no model 'DiT-M/2'; there are DiT-S/2"),
-        (sample.main, published, "--ckpt: give the weights of DiT-XL/2"),
+        (sample.main, ["--model", "DiT-S/8"], "--ckpt: give the weights of DiT-S/8 for 256 pixels, a file, or"),
+        (sample.main, published, "cannot be downloaded"),
         (sample.main, [*published, "--ckpt", "none.pt"], "--ckpt none.pt: there is no such file"),
         (sample.main, [*usual, "--image-size", "64"], "--image-size is for the published models"),
         (sample.main, [*usual, "--vae", "x"], "--vae: tests/data/configs/dit_model.yaml draws images, no latents"),
