@@ -1,4 +1,4 @@
-"""Prune the linear layers of a diffusion transformer to N:M once, without training, and draw with what is left.
+"""Prune the linear layers of a diffusion transformer, to N:M or any sparsity, and draw with what is left.
 
     python oneshot_pruning_dit.py --pruner wanda                            # the bundled dit-mini, to 2:4
     python oneshot_pruning_dit.py --pruner sparsegpt --enable-update --save-model output/dit.sparsegpt24.safetensors
@@ -18,10 +18,9 @@ from datasets.sources import NoiseEvaluation, NoisePruneConfig
 from engine.files import check_writable
 from engine.generator import add_generator_options, choose
 from engine.launch import launch, run
-from engine.oneshot_options import PRUNERS, add_oneshot_options, check_oneshot
+from engine.oneshot_options import PRUNERS, Target, add_oneshot_options, check_oneshot
 from engine.options import Parser, add_one_device, count, positive_float, positive_int, seed
 from models import dit_sizes
-from sparsity.pattern import NM
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -42,9 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, NoisePruneConfig, NM]:
-    """Everything that can be refused before heavy imports: sizes, what is read, and the pattern."""
-    pattern = check_oneshot(args)
+def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, NoisePruneConfig, Target]:
+    """Everything that can be refused before heavy imports: sizes, what is read, and what is to be zero."""
+    target = check_oneshot(args)
     sizes, weights = choose(args, dit_sizes)
     check_writable(args.output_dir, "--output-dir")
     if not 2 <= args.num_sampling_steps <= 1000:
@@ -60,7 +59,7 @@ def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, NoisePruneConfig,
         evaluation=NoiseEvaluation(samples=args.frechet_samples if bundled else 0),
     )
     config.check_calibration("--data-path")
-    return sizes, config, pattern
+    return sizes, config, target
 
 
 def whole_batches(samples: int, most: int) -> int:
@@ -75,7 +74,7 @@ def name_of(model: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    sizes, config, pattern = check(args)
+    sizes, config, target = check(args)
 
     from datasets.bundled_generation import labels_of
     from engine.oneshot import divisible, one_shot, save
@@ -89,17 +88,17 @@ def main(arguments: list[str] | None = None) -> None:
     vae = VAE(args.vae, fabric) if args.vae else None
     view = subject.load(fabric, ema=not args.no_ema)
     label = args.pruner + "_update" * args.enable_update
-    stem = f"{name_of(args.model)}_{label}" + f"_{pattern.n}of{pattern.m}" * (args.pruner != "dense")
+    stem = f"{name_of(args.model)}_{label}" + f"_{target.stem}" * (args.pruner != "dense")
     begin = time.perf_counter()
     if PRUNERS[args.pruner]:
-        divisible(view, pattern)
+        divisible(view, target)
         chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
         pruner = pruners.build(PRUNERS[args.pruner], **chosen)
         batches = args.nsamples // config.batch_size
         data = subject.calibration(args.output_dir, batches, args.seed) if pruner.statistic else None
-        masks = one_shot(pruner, view, data, fabric, pattern, args.seed, folder=args.output_dir, config=config)
+        masks = one_shot(pruner, view, data, fabric, target, args.seed, folder=args.output_dir, config=config)
         masks.apply(view)
-    row = {"model": args.model, "pruner": label, "pattern": str(pattern) if masks else "-", "seed": args.seed}
+    row = {"model": args.model, "pruner": label, "pattern": str(target) if masks else "-", "seed": args.seed}
     row |= {"sparsity %": f"{100 * masks.report(view).overall.sparsity if masks else 0:.2f}"}
     row |= {"seconds": f"{time.perf_counter() - begin:.1f}"}
     written = save(subject.model, args.save_model or args.output_dir / f"{stem}.safetensors", masks)

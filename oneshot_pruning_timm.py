@@ -1,8 +1,9 @@
-"""Prune a classifier of timm to N:M sparsity, without training.
+"""Prune a classifier of timm, to N:M or any sparsity, without training.
 
     python oneshot_pruning_timm.py --model vit_base_patch16_224.augreg_in1k --pruner sparsegpt --enable-update
     python oneshot_pruning_timm.py --model vit_base_patch16_224.augreg_in1k --pruner wanda --save-model pruned.pt
     python oneshot_pruning_timm.py --model vit_mini --pruner magnitude --N 1 --M 4
+    python oneshot_pruning_timm.py --model vit_mini --pruner sparsegpt --enable-update --sparsity 60
 
 ImageNet is expected as data/imagenet/{train,val}/<class>/*.JPEG; `vit_mini`, the bundled model, has its images here.
 Calibration reads training images alone; accuracy is that on the others. --save-model writes a state dict that timm
@@ -56,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    args.pattern = check_oneshot(args)
+    args.target = check_oneshot(args)
     if args.ckpt and not args.ckpt.is_file():
         raise FileNotFoundError(f"--ckpt {args.ckpt}: there is no such file")
     if args.save_model:
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [("dense", accuracy() if accuracy else {})]
     masks = None
     if PRUNERS[args.pruner]:
-        divisible(view, args.pattern)
+        divisible(view, args.target)
         chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
         pruner = pruners.build(PRUNERS[args.pruner], **chosen)
         data = None
@@ -108,9 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
             data = Samples(train, args.nsamples, args.batch_size, folder, seed=args.seed, **reading, **place)
         asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size)
         kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
-        masks = one_shot(pruner, view, data, fabric, args.pattern, args.seed, **kept)
+        masks = one_shot(pruner, view, data, fabric, args.target, args.seed, **kept)
         masks.apply(view)
-        lines.append((f"{args.pruner} {args.pattern}", accuracy() if accuracy else {}))
+        lines.append((f"{args.pruner} {args.target}", accuracy() if accuracy else {}))
     if fabric.is_global_zero:
         written = save(model, args.save_model, masks) if args.save_model else []
         print(report(lines, view, written))

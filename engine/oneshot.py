@@ -9,30 +9,32 @@ from torch import nn
 
 from engine.export import save_weights
 from engine.files import replacing
+from engine.oneshot_options import Target
 from engine.pruning import Metrics, calibrate
 from engine.report import markdown_table
 from sparsity.masks import Masks
-from sparsity.pattern import NM
 from sparsity.view import PrunableView
 
 
-def divisible(view: PrunableView, pattern: NM) -> None:
+def divisible(view: PrunableView, target: Target) -> None:
     """ValueError where M divides the inputs of no layer, so that nothing would be pruned."""
-    if not any(pattern.fits(weight.shape[1]) for weight in view.weights.values()):
+    pattern = target.pattern
+    if pattern and not any(pattern.fits(weight.shape[1]) for weight in view.weights.values()):
         widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
         raise ValueError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
 
 
-def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, pattern: NM, seed: int, **kept: Any) -> Masks:
-    """The masks of a pattern. data: of `engine.pruning.calibrate`; None where the pruner reads none. kept: `folder` and
-    `config` of `calibrate`, for a run that is to go on after a kill.
+def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Target, seed: int, **kept: Any) -> Masks:
+    """The masks that are asked for. data: of `engine.pruning.calibrate`; None where the pruner reads none. kept:
+    `folder` and `config` of `calibrate`, for a run that is to go on after a kill.
     """
 
     def measure(epoch: int = 0, **options: Any) -> Any:
         return calibrate(pruner, view, data, fabric, seed, epoch, **kept, **options)
 
-    pruner.preflight(view, None, pattern=pattern)
-    ((_, masks),) = pruner.masks(view, measure(), None, pattern=pattern, seed=seed, again=measure)
+    sparsities, pattern = None if target.pattern else [target.sparsity], target.pattern
+    pruner.preflight(view, sparsities, pattern=pattern)
+    ((_, masks),) = pruner.masks(view, measure(), sparsities, pattern=pattern, seed=seed, again=measure)
     return masks
 
 

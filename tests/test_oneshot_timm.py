@@ -117,6 +117,18 @@ def test_validation_of_the_dense_model_and_of_masks(photos, tmp_path, capsys, ca
     assert "next to no zeros" in caplog.text
 
 
+@pytest.mark.parametrize("options", [("magnitude",), ("wanda",), ("sparsegpt", "--enable-update")], ids=" ".join)
+def test_any_other_sparsity(photos, tmp_path, capsys, options):
+    prune(photos, "--pruner", *options, "--sparsity", "60", "--save-model", str(tmp_path / "m.pt"))
+    masks = Masks.load(tmp_path / "m_pruning_masks.safetensors")
+    assert masks.provenance["sparsity"] == "0.6" and f"{options[0]} 60 %" in capsys.readouterr().out
+    for name, mask in masks.items():
+        each = mask.shape[1] if options[0] == "wanda" else mask.numel()
+        gone = mask.numel() // each * (6 * each // 10)
+        slack = 4 if options[0] == "sparsegpt" else 0  # its blocks of 128 columns are rounded one by one
+        assert gone - slack <= int((~mask).sum()) <= gone, name
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_validation_of_packed_weights(photos, tmp_path, capsys, suffix):
     pruned, packed, plain = (tmp_path / name for name in (f"w{suffix}", "packed.safetensors", "plain.safetensors"))
@@ -209,6 +221,9 @@ def test_a_tiny_timm_model_whose_layers_do_not_all_divide(photos, tmp_path, caps
     ("options", "told"),
     [
         (["--N", "4", "--M", "4"], "--N 4 --M 4: N weights are kept of every M, so N must be below M"),
+        (["--sparsity", "50", "--N", "1"], "--sparsity is for zeros anywhere, --N and --M"),
+        (["--sparsity", "50,60"], "--sparsity 50,60: give one"),
+        (["--sparsity", "120"], "120"),
         (["--nsamples", "25", "--pruner", "wanda"], "--nsamples 25: there are only 24 images to calibrate on"),
         (["--enable-update", "--pruner", "wanda"], "--enable-update is for sparsegpt"),
         (["--model", "vit_minni"], "did you mean vit_mini?"),
