@@ -23,9 +23,12 @@ from engine.files import check_writable
 from engine.launch import launch, run
 from engine.loggers import check_loggers
 from engine.mask_options import add_learning_options, add_training_options, fill_from_preset, image_settings
-from engine.options import Parser, add_config_options, add_device_options, add_external_options
+from engine.options import Parser, add_config_options, add_device_options, add_external_options, check_external
 from sparsity.annealing import RECIPES, Recipe
 from sparsity.pattern import parse_pattern
+
+WAY_OUT = "give --initial-checkpoint FILE, without --pretrained"
+OF_OWN_LOSS = ("config", "variant", "weights", "groups", "calibration", "loss")  # options of models that have one
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,11 +73,15 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_writable(args.folder, "--output")
     check_loggers({"wandb": args.log_wandb, "tensorboard": False})
     if not own(args.model):
+        for option in OF_OWN_LOSS:
+            if vars(args)[option] not in (None, "auto"):
+                raise ValueError(f"--{option} is not for classifiers of timm: leave it out with {args.model}")
         args.model = args.model.removeprefix("timm:")
         args.data_path = args.data_path or images_of(args.model)
         args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped
         args.batch_size, args.workers = args.batch_size or 128, 4 if args.workers is None else args.workers
         return recipe, None
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)
@@ -94,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.subjects import SUBJECTS
     from models import timm_classifier
     from models.checkpoint import read_weights
-    from models.external import prunable_view, timm_model
+    from models.external import prunable_view
 
     fabric = launch(args, unused_parameters=not args.mask_only)
     if own(args.model):
@@ -102,10 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         task = SubjectTask(args, fabric, subject, subject.load(fabric), args.num_batches)
     else:
         check_data(args.data_path)
-        sizes = {"num_classes": args.num_classes, "img_size": args.img_size, "drop_path_rate": args.drop_path}
-        given = {name: value for name, value in sizes.items() if value is not None}
-        wanted = {"option": "--model ", "way_out": "give --initial-checkpoint FILE, without --pretrained"}
-        model = timm_model(args.model, args.pretrained, **wanted, **given).float()
+        sizes = {"num_classes": args.num_classes, "image_size": args.img_size, "drop_path": args.drop_path}
+        model = timm_classifier.build(args.model, pretrained=args.pretrained, way_out=WAY_OUT, **sizes)
         if args.initial_checkpoint:
             timm_classifier.load(model, args.initial_checkpoint)
         view = prunable_view(model.to(fabric.device), include=args.include or (), exclude=args.exclude or ())

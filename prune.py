@@ -23,12 +23,12 @@ from engine.config import configure, read_yaml
 from engine.files import check_writable
 from engine.launch import launch, run
 from engine.options import (
-    EXTERNAL,
     Parser,
     add_config_options,
     add_device_options,
     add_external_options,
     add_pruner_options,
+    check_external,
     positive_int,
 )
 from sparsity.allocation import POOLS, parse_sparsities
@@ -72,16 +72,6 @@ def list_data(args: argparse.Namespace) -> bool:
     return all(finding.ok for finding in findings)
 
 
-def check_model(args: argparse.Namespace) -> None:
-    """ValueError unless there is this model, with the options that are given."""
-    external = models.kind(args.model) == "external"
-    for option in EXTERNAL:
-        if not external and getattr(args, option) is not None:
-            raise ValueError(f"--{option} is for other models ({models.ANY}): leave it out with -m {args.model}")
-    if external and args.variant != "auto":
-        raise ValueError(f"--variant is for {', '.join(models.NAMES)}: leave it out with -m {args.model}")
-
-
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
@@ -103,7 +93,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    check_model(args)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)

@@ -127,6 +127,17 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
 
 
+def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
+    """ValueError where an option of the project's own models (`names`) is given with another (`forms`), or the other
+    way round.
+    """
+    for option in EXTERNAL:
+        if not external and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
+    if external and args.variant != "auto":
+        raise ValueError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
+
+
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
     """What is read: `--config`, `--variant`, `--weights`, `--max_skipped` (see engine.config)."""
     add = parser.add_argument_group("configuration").add_argument

@@ -18,14 +18,15 @@ def build(
     pretrained: bool,
     num_classes: int | None = None,
     image_size: int | None = None,
+    drop_path: float | None = None,
     way_out: str = "",
 ) -> nn.Module:
     """A model of timm, or `vit_mini`, in float32 and evaluation mode.
 
-    pretrained: with the published weights, else random ones. num_classes, image_size: default, the model's own.
-    way_out: what to do where the weights are not to be had. ValueError as `models.external.timm_model`.
+    pretrained: with the published weights, else random ones. num_classes, image_size, drop_path (a rate): default, the
+    model's own. way_out: what to do where the weights are not to be had. ValueError as `models.external.timm_model`.
     """
-    options = {"num_classes": num_classes, "img_size": image_size}
+    options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": drop_path}
     options = {key: value for key, value in options.items() if value is not None}
     return timm_model(name, pretrained, option="--model ", way_out=way_out, **options).float().eval()
 

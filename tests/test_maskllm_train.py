@@ -225,6 +225,8 @@ def test_models_of_this_project_learn_on_their_own_loss(tmp_path, model, config)
         (["--opt", "nope"], "--opt nope"),
         (["--model", "test_vitt"], "timm has no such model, did you mean"),
         (["--M", "5"], "no layer of this model divides into groups of 5"),
+        (["--calibration", "images"], "--calibration is not for classifiers of timm: leave it out with test_vit"),
+        (["--model", "xvlm", "--groups", "a=b"], "--groups is for other models"),
     ],
 )
 def test_bad_options(tmp_path, photos, capsys, more, told):
