@@ -49,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
     add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
     add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
+    add("--skip-eval", action="store_true", help="prune only, and measure no accuracy (default: no)")
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
     add_device_options(parser)
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     reading = {"workers": args.workers, "max_skipped": args.max_skipped}
 
     accuracy = None
-    if has_validation(args.data_path):
+    if has_validation(args.data_path) and not args.skip_eval:
         test = opened(train=False)
         check_classes(len(test.class_names), model.num_classes)
         accuracy = Accuracy(Classifier(model), test, fabric, folder, **reading)

@@ -44,7 +44,7 @@ fi
 
 if [ ! -f "$prior" ]; then
     "$python" oneshot_pruning_timm.py --model "$model" --pruner "$pruner" --data-path "$bundled" --nsamples "$samples" \
-        --save-model "$prior"
+        --save-model "$prior" --skip-eval
 fi
 "$python" maskllm_train.py --model "$model" --pretrained --sparsity-mode maskllm --sparse-checkpoint "$prior" \
     --data-path "$bundled" --output "$folder" --experiment MaskLLM-4V "${recipe[@]}" "$@"

@@ -22,7 +22,7 @@ pruned() { # PRUNER SEED [OPTION]: makes the checkpoint that it prints
         cp "$file" "$output/seed$2/pruned"
     elif [ ! -f "$file" ]; then
         mkdir -p "$output/seed$2"
-        "$PYTHON" oneshot_pruning_timm.py --model $model --pruner "$1" --nsamples "$samples" --seed "$2" \
+        "$PYTHON" oneshot_pruning_timm.py --model $model --pruner "$1" --nsamples "$samples" --seed "$2" --skip-eval \
             ${3:+"$3"} --save-model "$file" >>"$output/seed$2/prune_$1.log" 2>&1
     fi
     echo "$file"

@@ -160,13 +160,19 @@ def test_bad_input_to_packing(tmp_path, capsys):
     assert "a.safetensors: the packed weight 'w' is damaged" in told
 
 
+def test_pruning_without_a_look_at_the_accuracy(photos, capsys):
+    prune(photos, "--pruner", "magnitude", "--skip-eval")
+    told = capsys.readouterr().out
+    assert "(50.00 %)" in told and "top-1" not in told
+
+
 def test_two_processes_prune_as_one_does(photos, tmp_path):
     """Each adds up the Hessians of its half of the samples."""
     given = ["--model", "test_vit", "--img-size", "32", "--num-classes", "76", "--data-path", str(photos), *CPU]
     given += ["--ckpt", str(tmp_path / "tiny.pt"), "--nsamples", "16", "--batch-size", "4"]
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=76, img_size=32).state_dict(), tmp_path / "tiny.pt")
-    given += ["--pruner", "sparsegpt", "--enable-update", "--save-model"]
+    given += ["--pruner", "sparsegpt", "--enable-update", "--skip-eval", "--save-model"]
     oneshot_pruning_timm.main([*given, str(tmp_path / "one.pt")])
     script("oneshot_pruning_timm.py", *given, str(tmp_path / "two.pt"), "--devices", "2")
     one, two = (linear(torch.load(tmp_path / f"{ranks}.pt", weights_only=True)) for ranks in ("one", "two"))
