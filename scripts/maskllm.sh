@@ -2,7 +2,7 @@
 # Learns 2:4 masks of a vision transformer from the masks of a one-shot pruner, which it makes where they are not there.
 #   scripts/maskllm.sh MODEL PRUNER long|short [further options of maskllm_train.py]
 # long: 20 epochs with a moving average; short: one epoch without. ImageNet is read from data/imagenet/{train,val}, on 4
-# GPUs of 24 GB with batches of 128 each. The bundled vit_mini needs no download: 18 and 4 short epochs, about 20 and 5
+# GPUs of 24 GB with batches of 128 each. The bundled vit_mini needs no download: 18 and 4 short epochs, about 23 and 5
 # minutes on a core. Stopped, it goes on when it is started again.
 #   DATA_PATH=data/imagenet  DEVICES=4  BATCH=128  WORKERS=8  OUTPUT=output  DEBUG=1 (a few steps)  PYTHON=python
 set -euo pipefail
