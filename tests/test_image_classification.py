@@ -336,9 +336,9 @@ def test_training_on_cifar(tmp_path, trunk, publish, offline, dataset):
 
 
 def test_pruning_and_learning_masks_on_cifar(tmp_path, publish, offline, monkeypatch, capsys):
-    cifar_files(tmp_path, "cifar10", 8)
-    publish(tmp_path, "cifar10")
-    monkeypatch.setattr("datasets.data_path.DOWNLOADED", str(tmp_path))
+    cifar_files(tmp_path / "data", "cifar10", 8)
+    publish(tmp_path / "data", "cifar10")
+    monkeypatch.chdir(tmp_path)
     torch.save(timm.create_model("test_vit", num_classes=10, img_size=32).state_dict(), tmp_path / "tiny.pt")
     given = ["--model", "test_vit", "--num-classes", "10", "--img-size", "32", "--data-path", "cifar10"]
     given += ["--batch-size", "8", "--accelerator", "cpu", "--workers", "0"]
