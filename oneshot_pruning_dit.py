@@ -44,10 +44,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, NoisePruneConfig, Target]:
     """Everything that can be refused before heavy imports: sizes, what is read, and what is to be zero."""
     target = check_oneshot(args)
-    sizes, weights = choose(args, dit_sizes)
     check_writable(args.output_dir, "--output-dir")
     if not 2 <= args.num_sampling_steps <= 1000:
         raise ValueError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
+    sizes, weights = choose(args, dit_sizes)  # after what is checked at once: it may download them
     bundled = sizes.pixels and not args.data_path
     config = NoisePruneConfig(
         model_config="",

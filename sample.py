@@ -39,14 +39,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, str | None]:
     """Everything that can be refused before heavy imports; also resolves the defaults that follow from the model."""
-    sizes, weights = choose(args, dit_sizes)
-    args.cfg_scale = args.cfg_scale or (2.0 if sizes.pixels else 4.0)
-    args.num_sampling_steps = args.num_sampling_steps or (50 if sizes.pixels else 250)
-    if not 2 <= args.num_sampling_steps <= 1000:
+    if args.num_sampling_steps is not None and not 2 <= args.num_sampling_steps <= 1000:
         raise ValueError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
     if args.mask and not args.mask.is_file():
         raise FileNotFoundError(f"--mask {args.mask}: there is no such file")
     check_writable(args.output.parent, "--output")
+    sizes, weights = choose(args, dit_sizes)  # last: it may download them
+    args.cfg_scale = args.cfg_scale or (2.0 if sizes.pixels else 4.0)
+    args.num_sampling_steps = args.num_sampling_steps or (50 if sizes.pixels else 250)
     return sizes, weights
 
 

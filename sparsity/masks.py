@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from sparsity.bits import to_bits, to_bytes
 from sparsity.view import PrunableView, canonical
 
 logger = logging.getLogger(__name__)
@@ -357,11 +358,11 @@ class _BadFileError(Exception):
 
 
 def _pack(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().contiguous().view(-1).numpy(), bitorder="little"))
+    return to_bytes(mask.cpu().contiguous().numpy())
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = np.unpackbits(packed.numpy(), count=int(np.prod(shape)), bitorder="little")
+    bits = to_bits(packed, int(np.prod(shape)))
     return torch.from_numpy(bits).view(torch.bool).reshape(shape)
 
 

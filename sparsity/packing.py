@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsity.bits import to_bits, to_bytes
 from sparsity.pattern import NM, parse_pattern, patterns_of
 
 PACKED = "packed"  # key of the metadata
@@ -83,11 +84,11 @@ def _bits(pattern: NM) -> int:
 
 def _pack_mask(tensor: Tensor, _: Mapping[str, Any]) -> dict[str, Tensor]:
     kept = tensor != 0
-    return {_VALUES: tensor[kept], _BITMASK: _to_bytes(kept.view(-1, 1).numpy())}
+    return {_VALUES: tensor[kept], _BITMASK: to_bytes(kept.numpy())}
 
 
 def _unpack_mask(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) -> Tensor:
-    kept = _to_bits(parts[_BITMASK], math.prod(layout["shape"]))
+    kept = _checked_bits(parts[_BITMASK], math.prod(layout["shape"]))
     values = parts[_VALUES]
     if kept.sum() != len(values):
         raise ValueError("there are more or fewer values than bits")
@@ -102,13 +103,13 @@ def _pack_groups(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]
     # Those that are not zero first; where they are fewer than N, zeros fill up.
     places = (groups == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : pattern.n].sort(dim=1).values
     binary = places.reshape(-1, 1).numpy() >> np.arange(_bits(pattern)) & 1
-    return {_VALUES: groups.gather(1, places) + 0.0, _INDICES: _to_bytes(binary)}  # -0 + 0 is +0
+    return {_VALUES: groups.gather(1, places) + 0.0, _INDICES: to_bytes(binary)}  # -0 + 0 is +0
 
 
 def _unpack_groups(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) -> Tensor:
     pattern, shape = parse_pattern(layout["pattern"]), layout["shape"]
     values, bits = parts[_VALUES], _bits(pattern)
-    binary = _to_bits(parts[_INDICES], values.numel() * bits).reshape(-1, bits)
+    binary = _checked_bits(parts[_INDICES], values.numel() * bits).reshape(-1, bits)
     places = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=1)).view(-1, pattern.n)
     result = values.new_zeros(math.prod(shape) // pattern.m, pattern.m)
     result = result.scatter_(1, places, values.view(-1, pattern.n))
@@ -117,11 +118,7 @@ def _unpack_groups(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]
     return result.view(shape) if layout["dim"] else result.view(shape[::-1]).t().contiguous()
 
 
-def _to_bytes(binary: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.packbits(binary.astype(bool).reshape(-1), bitorder="little"))
-
-
-def _to_bits(packed: Tensor, count: int) -> np.ndarray:
+def _checked_bits(packed: Tensor, count: int) -> np.ndarray:
     if packed.numel() != -(-count // 8):
         raise ValueError("there are more or fewer bits than the shape says")
-    return np.unpackbits(packed.numpy(), count=count, bitorder="little")
+    return to_bits(packed, count)
