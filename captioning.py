@@ -14,11 +14,11 @@ import argparse
 from functools import partial
 
 import models
-from datasets.captioning_metrics import check_package
-from datasets.tasks import CaptioningConfig
+from configs.finetuning import CaptioningConfig
+from datasets.tasks.captioning_metrics import check_package
 from engine.launch import launch, run
-from engine.options import Parser, add_finetuning_options
-from engine.tasks import prepare
+from engine.options.command_line import Parser, add_finetuning_options
+from engine.options.finetuning import prepare
 
 TASK = "captioning"
 
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     config = check(args, arguments)
 
-    from datasets.captioning import evaluation_sets, training_set
-    from datasets.captioning_metrics import CaptionScorer
+    from configs.loading import load_config
+    from datasets.tasks.captioning import evaluation_sets, training_set
+    from datasets.tasks.captioning_metrics import CaptionScorer
     from datasets.text import TextEncoder
-    from engine.captioning import Captions, without_prompt
-    from engine.config import load_config
-    from engine.finetuning import Finetuning
-    from models.captioning import check_captioning_weights
+    from engine.evaluation.captioning import Captions, without_prompt
+    from engine.training.finetuning import Finetuning
+    from models.parts.captioning import check_captioning_weights
 
     module, task = models.find(args.model), models.find_task(args.model, TASK)
     sizes = config.sizes(load_config(config.model_config, module.Config))

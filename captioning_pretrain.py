@@ -11,10 +11,10 @@ run that was stopped goes on from last.pt when the same command is given again.
 import argparse
 
 import models
-from datasets.tasks import CaptioningPretrainConfig
+from configs.finetuning import CaptioningPretrainConfig
 from engine.launch import launch, run
-from engine.options import Parser, add_finetuning_options
-from engine.tasks import prepare
+from engine.options.command_line import Parser, add_finetuning_options
+from engine.options.finetuning import prepare
 
 TASK = "captioning_pretrain"
 
@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     models.check_task(args.model, TASK)
     config = prepare(args, TASK, CaptioningPretrainConfig, arguments)
 
-    from datasets.captioning_pretraining import read, training_set
+    from configs.loading import load_config
+    from datasets.tasks.captioning_pretraining import read, training_set
     from datasets.text import TextEncoder
-    from engine.config import load_config
-    from engine.finetuning import Finetuning
+    from engine.training.finetuning import Finetuning
 
     module, task = models.find(args.model), models.find_task(args.model, TASK)
     sizes = config.sizes(load_config(config.model_config, module.Config))

@@ -17,12 +17,20 @@ from typing import Any
 
 import models
 import pruners
-from datasets.sources import PRUNE_CONFIGS, PrunedModel
-from engine.config import configure, read_yaml, save_config
-from engine.files import check_writable
+from configs.loading import configure, read_yaml, save_config
+from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run
-from engine.options import Parser, add_config_options, add_one_device, add_pruner_options, count, positive_int, seeds
-from sparsity.allocation import parse_sparsities
+from engine.options.command_line import (
+    Parser,
+    add_config_options,
+    add_one_device,
+    add_pruner_options,
+    count,
+    positive_int,
+    seeds,
+)
+from sparsity.allocation.budget import parse_sparsities
+from sparsity.files import check_writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,10 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     if any(pruner.statistic for pruner in chosen.values()):
         config.check_calibration(str(args.config))
 
-    from datasets.calibration import clear_skipped
-    from engine.comparison import Ledger, compare, digests, summarise, wanted, write_tables
-    from engine.pruning import calibrate, plain
-    from engine.subjects import SUBJECTS
+    from datasets.calibration.data_kinds import clear_skipped
+    from engine.pruning.comparison import Ledger, compare, digests, summarise, wanted, write_tables
+    from engine.pruning.data_kinds import SUBJECTS
+    from engine.pruning.run import calibrate, plain
 
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
     fabric = launch(args)

@@ -10,9 +10,9 @@ write them with --output_dir FOLDER/<run>/<sparsity>, prints a table in Markdown
 import argparse
 from pathlib import Path
 
-from engine.finetuning_table import write_table
 from engine.launch import run
-from engine.options import Parser, globs
+from engine.options.command_line import Parser, globs
+from engine.reports.finetuning_table import write_table
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

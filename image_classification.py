@@ -14,10 +14,10 @@ import argparse
 from dataclasses import replace
 
 import models
-from datasets.tasks import CLASSIFICATION, SCHEDULES, ClassificationConfig
+from configs.finetuning import CLASSIFICATION, SCHEDULES, ClassificationConfig
 from engine.launch import launch, run
-from engine.options import Parser, add_finetuning_options, count, positive_float, positive_int, share
-from engine.tasks import prepare
+from engine.options.command_line import Parser, add_finetuning_options, count, positive_float, positive_int, share
+from engine.options.finetuning import prepare
 
 SCRIPT, TASK = "image_classification", "classification"
 
@@ -42,10 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     models.check_task(args.model, TASK)
     config = prepare(args, SCRIPT, ClassificationConfig, arguments)
 
-    from datasets.image_classification import evaluation_sets, training_set
-    from engine.classification import Accuracy
-    from engine.config import load_config
-    from engine.finetuning import Finetuning
+    from configs.loading import load_config
+    from datasets.tasks.image_classification import evaluation_sets, training_set
+    from engine.evaluation.classification import Accuracy
+    from engine.training.finetuning import Finetuning
 
     module, task = models.find(args.model), models.find_task(args.model, TASK)
     sizes = config.sizes(load_config(config.model_config, module.Config))

@@ -17,14 +17,20 @@ from dataclasses import replace
 from typing import Any
 
 import models
-from datasets.sources import PRUNE_CONFIGS, images_of
-from engine.config import configure, read_yaml
-from engine.files import check_writable
+from configs.loading import configure, read_yaml
+from configs.pruning import PRUNE_CONFIGS, images_of
 from engine.launch import launch, run
-from engine.loggers import check_loggers
-from engine.mask_options import add_learning_options, add_training_options, fill_from_preset, image_settings
-from engine.options import Parser, add_config_options, add_device_options, add_external_options, check_external
-from sparsity.annealing import RECIPES, Recipe
+from engine.options.command_line import (
+    Parser,
+    add_config_options,
+    add_device_options,
+    add_external_options,
+    check_external,
+)
+from engine.options.mask_learning import add_learning_options, add_training_options, fill_from_preset, image_settings
+from engine.training.loggers import check_loggers
+from sparsity.files import check_writable
+from sparsity.learned.schedule import RECIPES, Recipe
 from sparsity.pattern import parse_pattern
 
 WAY_OUT = "give --initial-checkpoint FILE, without --pretrained"
@@ -96,12 +102,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     recipe, config = check(args)
 
-    from datasets.data_path import check_data
-    from engine.mask_learning import ImageTask, MaskLearning, SubjectTask, read_prior
-    from engine.subjects import SUBJECTS
-    from models import timm_classifier
+    from datasets.labelled.data_path import check_data
+    from engine.pruning.data_kinds import SUBJECTS
+    from engine.training.mask_learning import ImageTask, MaskLearning, SubjectTask, read_prior
     from models.checkpoint import read_weights
-    from models.external import prunable_view
+    from models.external import timm_classifier
+    from models.external.model import prunable_view
 
     fabric = launch(args, unused_parameters=not args.mask_only)
     if own(args.model):

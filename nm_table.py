@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from engine.launch import run
-from engine.nm_table import write_table
-from engine.options import Parser
+from engine.options.command_line import Parser
+from engine.reports.nm_table import write_table
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

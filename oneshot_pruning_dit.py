@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import pruners
-from datasets.sources import NoiseEvaluation, NoisePruneConfig
-from engine.files import check_writable
-from engine.generator import add_generator_options, choose
+from configs.pruning import NoiseEvaluation, NoisePruneConfig
 from engine.launch import launch, run
-from engine.oneshot_options import PRUNERS, Target, add_oneshot_options, check_oneshot
-from engine.options import Parser, add_one_device, count, positive_float, positive_int, seed
-from models import dit_sizes
+from engine.options.command_line import Parser, add_one_device, count, positive_float, positive_int, seed
+from engine.options.diffusion import add_generator_options, choose
+from engine.options.oneshot import PRUNERS, Target, add_oneshot_options, check_oneshot
+from models.dit import sizes as dit_sizes
+from sparsity.files import check_writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,13 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sizes, config, target = check(args)
 
-    from datasets.bundled_generation import labels_of
-    from engine.oneshot import divisible, one_shot, save
-    from engine.report import append_csv, markdown_table
-    from engine.sampling import draw
-    from engine.subjects import Noise
-    from engine.vae import VAE, write_samples
-    from models import dit
+    from datasets.bundled.generation import labels_of
+    from engine.generation.sampling import draw
+    from engine.generation.vae import VAE, write_samples
+    from engine.pruning.data_kinds import Noise
+    from engine.pruning.oneshot import divisible, one_shot, save
+    from engine.reports.report import append_csv, markdown_table
+    from models.dit import model as dit
 
     fabric, subject, masks = launch(args), Noise(dit, config, sizes), None
     vae = VAE(args.vae, fabric) if args.vae else None

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import pruners
-from datasets.sources import IMAGENET, images_of
-from engine.files import check_writable
+from configs.pruning import IMAGENET, images_of
 from engine.launch import launch, run
-from engine.oneshot_options import PRUNERS, add_oneshot_options, check_oneshot
-from engine.options import Parser, add_device_options, count, positive_int, share
+from engine.options.command_line import Parser, add_device_options, count, positive_int, share
+from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot
+from sparsity.files import check_writable
 
 SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
 WAY_OUT = "give --ckpt FILE, a checkpoint of this model"
@@ -71,13 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
-    from datasets.classification import check_classes
-    from datasets.data_path import check_data, has_validation, open_data
-    from datasets.samples import Samples
-    from engine.classification import Accuracy, Classifier
-    from engine.oneshot import divisible, one_shot, report, save
-    from models import timm_classifier as classifiers
-    from models.external import prunable_view
+    from datasets.calibration.image_batches import Samples
+    from datasets.labelled.data_path import check_data, has_validation, open_data
+    from datasets.labelled.public import check_classes
+    from engine.evaluation.classification import Accuracy, Classifier
+    from engine.pruning.oneshot import divisible, one_shot, report, save
+    from models.external import timm_classifier as classifiers
+    from models.external.model import prunable_view
 
     if args.data_path:
         check_data(args.data_path)

@@ -11,9 +11,9 @@ plain safetensors, as timm and transformers load them. Learned masks (`*.gate`) 
 import argparse
 from pathlib import Path
 
-from engine.files import check_writable
 from engine.launch import run
-from engine.options import Parser
+from engine.options.command_line import Parser
+from sparsity.files import check_writable
 
 DTYPES = ("float32", "float16", "bfloat16")
 

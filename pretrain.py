@@ -12,11 +12,11 @@ import dataclasses
 from pathlib import Path
 
 import models
-from datasets.sources import PRETRAIN_CONFIGS, TrainingConfig
-from engine.config import load_config, read_yaml, save_config
-from engine.files import check_writable
+from configs.loading import load_config, read_yaml, save_config
+from configs.pruning import PRETRAIN_CONFIGS, TrainingConfig
 from engine.launch import launch, run
-from engine.options import Parser, add_device_options
+from engine.options.command_line import Parser, add_device_options
+from sparsity.files import check_writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,11 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from engine.export import save_weights
-    from engine.fit import Run, fit
-    from engine.optimizer import build_optimizer
-    from engine.pretraining import PRETRAINING
-    from engine.schedule import cooldown, warmup_cosine
-    from models.pretraining import AROUND
+    from engine.training.fit import Run, fit
+    from engine.training.optimizer import build_optimizer
+    from engine.training.pretraining import PRETRAINING
+    from engine.training.schedule import cooldown, warmup_cosine
+    from models.parts.pretraining import AROUND
 
     kind, module = models.KINDS[args.model], models.find(args.model)
     course = PRETRAINING[kind](module, config, str(args.config), args.seed)

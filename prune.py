@@ -18,11 +18,10 @@ from pathlib import Path
 
 import models
 import pruners
-from datasets.sources import PRUNE_CONFIGS, PrunedModel
-from engine.config import configure, read_yaml
-from engine.files import check_writable
+from configs.loading import configure, read_yaml
+from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run
-from engine.options import (
+from engine.options.command_line import (
     Parser,
     add_config_options,
     add_device_options,
@@ -31,7 +30,8 @@ from engine.options import (
     check_external,
     positive_int,
 )
-from sparsity.allocation import POOLS, parse_sparsities
+from sparsity.allocation.budget import POOLS, parse_sparsities
+from sparsity.files import check_writable
 from sparsity.pattern import parse_pattern
 
 SPARSITIES = "63,75,90"
@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def list_data(args: argparse.Namespace) -> bool:
     """Print what the configuration reads; whether all of it is there."""
-    from datasets.check import check_data, table
+    from engine.reports.data_check import check_data, table
 
     kind = models.kind(args.model)
     path, config = configure(args, "prune", PRUNE_CONFIGS[kind])
@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     if pruner.statistic:
         config.check_calibration(str(args.config))
 
-    from datasets.calibration import clear_skipped
-    from engine.pruning import Results, calibrate, timed
-    from engine.subjects import SUBJECTS
+    from datasets.calibration.data_kinds import clear_skipped
+    from engine.pruning.data_kinds import SUBJECTS
+    from engine.pruning.run import Results, calibrate, timed
 
     subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args)

@@ -12,10 +12,10 @@ import argparse
 from functools import partial
 
 import models
-from datasets.tasks import RetrievalConfig
+from configs.finetuning import RetrievalConfig
 from engine.launch import launch, run
-from engine.options import Parser, add_finetuning_options
-from engine.tasks import prepare
+from engine.options.command_line import Parser, add_finetuning_options
+from engine.options.finetuning import prepare
 
 TASK = "retrieval"
 
@@ -31,11 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
     models.check_task(args.model, TASK)
     config = prepare(args, TASK, RetrievalConfig, arguments)
 
-    from datasets.retrieval import training_set
+    from configs.loading import load_config
+    from datasets.tasks.retrieval import training_set
     from datasets.text import TextEncoder
-    from engine.config import load_config
-    from engine.finetuning import Finetuning
-    from engine.retrieval import ZeroShot
+    from engine.evaluation.retrieval import ZeroShot
+    from engine.training.finetuning import Finetuning
 
     module, task = models.find(args.model), models.find_task(args.model, TASK)
     sizes = config.sizes(load_config(config.model_config, module.Config))

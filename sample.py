@@ -12,11 +12,11 @@ import argparse
 import time
 from pathlib import Path
 
-from engine.files import check_writable
-from engine.generator import add_generator_options, choose
 from engine.launch import launch, run
-from engine.options import Parser, add_one_device, positive_float, positive_int, seed
-from models import dit_sizes
+from engine.options.command_line import Parser, add_one_device, positive_float, positive_int, seed
+from engine.options.diffusion import add_generator_options, choose
+from models.dit import sizes as dit_sizes
+from sparsity.files import check_writable
 
 PAPER = (207, 360, 387, 974, 88, 979, 417, 279)  # the classes of ImageNet that the official script draws
 
@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sizes, weights = check(args)
 
-    from datasets.bundled_generation import labels_of
-    from engine.sampling import draw
-    from engine.vae import VAE, write_samples
-    from models import dit
+    from datasets.bundled.generation import labels_of
+    from engine.generation.sampling import draw
+    from engine.generation.vae import VAE, write_samples
+    from models.dit import model as dit
     from sparsity.masks import Masks
 
     labels = labels_of(args.class_labels, args.num_samples, sizes, PAPER if sizes.classes == 1000 else ())

@@ -14,9 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from datasets.sources import IMAGENET, images_of
+from configs.pruning import IMAGENET, images_of
 from engine.launch import launch, run
-from engine.options import Parser, add_device_options, count, positive_int, share
+from engine.options.command_line import Parser, add_device_options, count, positive_int, share
 
 MODES = ("dense", "sparse", "maskllm")
 
@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
-    from datasets.classification import check_classes
-    from datasets.data_path import check_data, open_data
-    from engine.classification import Accuracy, Classifier
-    from engine.validation import loaded, result, tell_zeros
-    from models import timm_classifier as classifiers
-    from models.external import prunable_view
+    from datasets.labelled.data_path import check_data, open_data
+    from datasets.labelled.public import check_classes
+    from engine.evaluation.classification import Accuracy, Classifier
+    from engine.evaluation.sparse_checkpoint import loaded, result, tell_zeros
+    from models.external import timm_classifier as classifiers
+    from models.external.model import prunable_view
     from sparsity.masks import Masks
 
     check_data(args.data_path)

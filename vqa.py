@@ -13,10 +13,10 @@ import argparse
 from functools import partial
 
 import models
-from datasets.tasks import VQAConfig
+from configs.finetuning import VQAConfig
 from engine.launch import launch, run
-from engine.options import Parser, add_finetuning_options
-from engine.tasks import prepare
+from engine.options.command_line import Parser, add_finetuning_options
+from engine.options.finetuning import prepare
 
 TASK = "vqa"
 
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     models.check_task(args.model, TASK)
     config = prepare(args, TASK, VQAConfig, arguments)
 
-    from datasets.vqa import Words, candidates, evaluation_sets, training_set
-    from engine.answering import Answers
-    from engine.config import load_config
-    from engine.finetuning import Finetuning
+    from configs.loading import load_config
+    from datasets.tasks.vqa import Words, candidates, evaluation_sets, training_set
+    from engine.evaluation.vqa import Answers
+    from engine.training.finetuning import Finetuning
 
     module, task = models.find(args.model), models.find_task(args.model, TASK)
     sizes = config.sizes(load_config(config.model_config, module.Config))

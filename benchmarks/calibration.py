@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import pruners
-from engine.config import load_config
-from models import xvlm
-from sparsity.gradients import mean_gradients
+from configs.loading import load_config
+from models.xvlm import model as xvlm
 from sparsity.selection import keep, thresholds
-from sparsity.statistics import Statistics
+from sparsity.statistics.gradients import mean_gradients
+from sparsity.statistics.inputs import Statistics
 from sparsity.view import PrunableView
 
 PASSES = ("forward", "multiflow", "forward + backward", "snip")

@@ -20,9 +20,9 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification
 
 import pruners
 from benchmarks.calibration import anonymous_megabytes, peak, seconds
-from sparsity.allocation import budget
-from sparsity.chita import cut, objective, solve
-from sparsity.rows import Rows, Scratch, gradient_rows
+from sparsity.allocation.budget import budget
+from sparsity.reconstruction.chita import cut, objective, solve
+from sparsity.statistics.gradient_rows import Rows, Scratch, gradient_rows
 from sparsity.view import PrunableView
 
 GOALS = {"memory": 1536, "speed": 3.0}  # MB above the model and its gradients; times as fast

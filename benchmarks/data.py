@@ -28,14 +28,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.annotations import load_image
-from datasets.bundled import draw_scene, load_glyphs
+from datasets.bundled.scenes import draw_scene, load_glyphs
 from datasets.collate import collate
 from datasets.loaders import loader
-from datasets.pretraining import ImageTextDataset
-from datasets.shards import ShardDataset, shard_loader
+from datasets.pairs.pretraining import ImageTextDataset
+from datasets.pairs.shards import ShardDataset, shard_loader
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform, RandAugment, TrainTransform, resize
-from models.tokenizer import WordPiece
+from models.parts.tokenizer import WordPiece
 
 SIZE = (480, 360)
 SHARD = 50  # samples in a shard

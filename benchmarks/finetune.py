@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets.tasks import OptimizerConfig
-from engine.config import load_config
-from engine.fit import attention
-from engine.optimizer import finetuning_optimizer
-from models import xvlm, xvlm_retrieval
+from configs.finetuning import OptimizerConfig
+from configs.loading import load_config
+from engine.training.fit import attention
+from engine.training.optimizer import finetuning_optimizer
+from models.xvlm import model as xvlm
+from models.xvlm import retrieval as xvlm_retrieval
 from sparsity.masks import Hold, Masks
 from sparsity.view import PrunableView
 
@@ -65,7 +66,7 @@ def multiplied(view: PrunableView, masks: Masks) -> Iterator[None]:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, autocast: bool, hold: Hold | None) -> None:
-    """What `engine.fit` does in a step."""
+    """What `engine.training.fit` does in a step."""
     torch.manual_seed(0)
     with attention(torch.device("cpu")):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from engine.fit import attention
-from models.external import prunable_view
+from engine.training.fit import attention
+from models.external.model import prunable_view
+from sparsity.learned.gates import candidates
 from sparsity.maskllm import LearnableMasks
 from sparsity.pattern import NM
-from sparsity.soft_masks import candidates
 
 PATTERN, REGULARISER, SETTING = NM(2, 4), 1e-5, {"scaling": 10.0, "tau": 4.0}
 SIZES = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}

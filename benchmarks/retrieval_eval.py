@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets.bundled import BundledRetrieval, load_glyphs
+from configs.loading import load_config
+from datasets.bundled.scenes import BundledRetrieval, load_glyphs
 from datasets.collate import trim_text
 from datasets.text import TextEncoder
-from engine.config import load_config
-from engine.retrieval import NOT_RANKED, retrieval_scores
-from models import xvlm, xvlm_retrieval
+from engine.evaluation.retrieval import NOT_RANKED, retrieval_scores
+from models.xvlm import model as xvlm
+from models.xvlm import retrieval as xvlm_retrieval
 
 GOALS = {"mini": 3.0, "base": 1.0}
 WEIGHTS = {"mini": "data/xvlm_mini.safetensors", "base": None}

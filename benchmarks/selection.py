@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsity.allocation import budget
+from sparsity.allocation.budget import budget
 from sparsity.selection import keep, thresholds
 
 

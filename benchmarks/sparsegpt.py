@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.hessian import DAMPING, Factor, factor, gram
 from sparsity.pattern import NM
-from sparsity.sparsegpt import reconstruct, saliency
-from sparsity.statistics import add
+from sparsity.reconstruction.sparsegpt import reconstruct, saliency
+from sparsity.statistics.hessian import DAMPING, Factor, factor, gram
+from sparsity.statistics.inputs import add
 
 GOALS = {"total": 2.5, "mask": 4.0, "product": 1.2}  # times as fast; times as slow as one product
 TOKENS = 197  # of an image of 224 x 224 in patches of 16
@@ -90,7 +90,7 @@ def plain_mask(weight: Tensor, upper: Tensor, update: bool) -> tuple[Tensor, Ten
 
 
 def our_hessian(batches: list[Tensor]) -> Tensor:
-    """As sparsity.statistics adds up."""
+    """As sparsity.statistics.inputs adds up."""
     total, seen = gram(batches[0][:0]).double(), 0
     for rows in batches:
         add(total, gram(rows))

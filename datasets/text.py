@@ -16,7 +16,9 @@ IGNORED = -100  # label of an unused MLM slot; the ignore_index of cross_entropy
 
 
 class Tokenizer(Protocol):
-    """What a dataset needs of a tokenizer (`models.tokenizer.WordPiece` is one); ids are without special tokens."""
+    """What a dataset needs of a tokenizer (`models.parts.tokenizer.WordPiece` is one); ids are without special
+    tokens.
+    """
 
     cls_id: int
     sep_id: int

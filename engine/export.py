@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.files import replacing, replacing_folder
+from sparsity.files import replacing, replacing_folder
 from sparsity.packing import pack
 
 log = logging.getLogger(__name__)

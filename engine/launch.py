@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.options import USER_ERROR
+from engine.options.command_line import USER_ERROR
 
 INTERRUPTED = 130
 PACKAGES = ("datasets", "engine", "models", "pruners", "sparsity")

@@ -31,14 +31,14 @@ def check(name: str) -> None:
 
 def find(name: str) -> ModuleType:
     """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; ValueError as `kind`. Of
-    any other, models.external.
+    any other, models.external.model.
     """
-    return importlib.import_module("models.external" if kind(name) == "external" else f"models.{name}")
+    return importlib.import_module(f"models.{'external' if kind(name) == 'external' else name}.model")
 
 
 def of_task(task: str) -> tuple[str, ...]:
-    """The models that there is a task ("retrieval", "captioning", ...) of: a file models/<model>_<task>.py."""
-    return tuple(name for name in NAMES if importlib.util.find_spec(f"models.{name}_{task}"))
+    """The models that there is a task ("retrieval", "captioning", ...) of: a file models/<model>/<task>.py."""
+    return tuple(name for name in NAMES if importlib.util.find_spec(f"models.{name}.{task}"))
 
 
 def check_task(name: str, task: str) -> None:
@@ -49,6 +49,6 @@ def check_task(name: str, task: str) -> None:
 
 
 def find_task(name: str, task: str) -> ModuleType:
-    """Module of a task model, see models/task.py; ValueError as `check_task`."""
+    """Module of a task model, see models/parts/task_model.py; ValueError as `check_task`."""
     check_task(name, task)
-    return importlib.import_module(f"models.{name}_{task}")
+    return importlib.import_module(f"models.{name}.{task}")

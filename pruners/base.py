@@ -1,8 +1,8 @@
 """A pruner is an equation: it declares a statistic and turns (weight, statistic) into a score.
 
-Which weights go is decided elsewhere: by the pool (sparsity.allocation), by the pattern (sparsity.pattern) and by the
-selection. A new method is a file with a class of about ten lines: a docstring with paper and equation, `statistic`,
-`pool` and `score`.
+Which weights go is decided elsewhere: by the pool (sparsity.allocation.budget), by the pattern (sparsity.pattern) and
+by the selection. A new method is a file with a class of about ten lines: a docstring with paper and equation,
+`statistic`, `pool` and `score`.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsity.allocation import POOLS, WITHIN, Sparsity, fraction
+from sparsity.allocation.budget import POOLS, WITHIN, Sparsity, fraction
 from sparsity.masks import Masks, model_digest
-from sparsity.passes import collect
 from sparsity.pattern import NM
-from sparsity.rows import Scratch
+from sparsity.run.sequential import Done, Progress, by_blocks, defer, device_of
 from sparsity.selection import check_finite, keep_within, select
-from sparsity.sequential import Done, Progress, by_blocks, defer, device_of
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class Pruner:
     changed.
     """
 
-    statistic: ClassVar[str | None] = None  # one of sparsity.passes.PASSES, or of its own; None: no data is read
-    pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.POOLS
+    statistic: ClassVar[str | None] = None  # one of sparsity.statistics.passes.PASSES, or its own; None: no data
+    pool: ClassVar[str] = "global"  # among which weights scores are compared: sparsity.allocation.budget.POOLS
     draws: ClassVar[bool] = False  # scores depend on the seed where no data is read, too
     cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
     scored: ClassVar[bool] = True  # single weights have scores, which serve all sparsities

@@ -3,18 +3,19 @@ from collections.abc import Sized
 from contextlib import nullcontext
 
 from pruners.base import Pruner, as_masks
-from sparsity.allocation import budget, check_schedule, step_sparsity
-from sparsity.chita import solve
-from sparsity.rows import DTYPES, fit, gradient_rows, human
-from sparsity.trail import Trail
+from sparsity.allocation.budget import budget, check_schedule, step_sparsity
+from sparsity.reconstruction.chita import solve
+from sparsity.run.steps import Trail
+from sparsity.statistics.gradient_rows import DTYPES, fit, gradient_rows, human
 
 logger = logging.getLogger(__name__)
 
 
 class CHITA(Pruner):
-    """CHITA, arXiv 2302.14623, block-wise (Q of sparsity.chita): which weights go is chosen together with what the
-    others become, from the gradients of single mini-batches. With `epochs` above 1 it is CHITA++: the schedule's steps,
-    each on fresh batches and from the pruned and updated weights of the step before; what is pruned stays pruned.
+    """CHITA, arXiv 2302.14623, block-wise (Q of sparsity.reconstruction.chita): which weights go is chosen together
+    with what the others become, from the gradients of single mini-batches. With `epochs` above 1 it is CHITA++: the
+    schedule's steps, each on fresh batches and from the pruned and updated weights of the step before; what is pruned
+    stays pruned.
 
     lambda_: ridge penalty. memory_budget: bytes of gradient rows that are held in memory; more go to a file. row_dtype:
     float32, or bfloat16 for half the room. The masks carry the updated weights (`Masks.weights`).
@@ -56,7 +57,9 @@ class CHITA(Pruner):
         )
 
     def measure(self, view, batches, *, progress=None, reduce=None, generators=None, rounds=None, scratch=None):
-        """The gradient rows, `sparsity.rows.Rows`: one for each round, or for each batch where no rounds are given."""
+        """The gradient rows, `sparsity.statistics.gradient_rows.Rows`: one for each round, or for each batch where no
+        rounds are given.
+        """
         if batches is None:
             raise ValueError("pruner 'chita' needs calibration data")
         if rounds is None and not isinstance(batches, Sized):

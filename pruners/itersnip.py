@@ -1,7 +1,7 @@
 import torch
 
 from pruners.snip import SNIP
-from sparsity.allocation import check_schedule, step_sparsity
+from sparsity.allocation.budget import check_schedule, step_sparsity
 
 
 class IterSNIP(SNIP):

@@ -1,13 +1,14 @@
 import torch
 
 from pruners.base import LayerWise
-from sparsity.hessian import Factor, factor
-from sparsity.sparsegpt import reconstruct, saliency
+from sparsity.reconstruction.sparsegpt import reconstruct, saliency
+from sparsity.statistics.hessian import Factor, factor
 
 
 class SparseGPT(LayerWise):
     """SparseGPT, arXiv 2301.00774: saliency w^2 / U_jj^2 with U the upper Cholesky factor of the inverse of the damped
-    H = (2/n) X X^T, compared within each group of M, or each 128 columns over all rows (see sparsity.sparsegpt).
+    H = (2/n) X X^T, compared within each group of M, or each 128 columns over all rows (see
+    sparsity.reconstruction.sparsegpt).
 
     enable_update: the error of the weights that go is compensated in the columns to the right, and the masks carry the
     updated weights (`Masks.weights`); by default the others stay as they are. calibration_mode: "sequential" (default)

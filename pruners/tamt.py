@@ -1,8 +1,8 @@
 from collections.abc import Sized
 
 from pruners.base import Pruner
-from sparsity.gradients import batch_generator
-from sparsity.learned_scores import choice, learn, start_from_magnitude
+from sparsity.learned.scores import choice, learn, start_from_magnitude
+from sparsity.statistics.gradients import batch_generator
 
 
 class TAMT(Pruner):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from datasets.text import clean_caption
-from models.tokenizer import WordPiece, slice_vocab
+from models.parts.tokenizer import WordPiece, slice_vocab
 
 FIELDS = ("name", "category", "subcategory")
 vocab = Path("data/vocab")

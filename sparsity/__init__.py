@@ -1,7 +1,7 @@
 """What a mask is: prunable views, masks, patterns, statistics, allocation and selection.
 
-The names below load on first use, so that arguments can be parsed (`sparsity.allocation`, `sparsity.pattern`) before
-torch is imported.
+The names below load on first use, so that arguments can be parsed (`sparsity.allocation.budget`, `sparsity.pattern`)
+before torch is imported.
 """
 
 import importlib
@@ -10,10 +10,10 @@ _HOMES = {
     "Masks": "masks",
     "PrunableView": "view",
     "PrunableWeight": "view",
-    "Statistics": "statistics",
-    "budget": "allocation",
+    "Statistics": "statistics.inputs",
+    "budget": "allocation.budget",
     "parse_pattern": "pattern",
-    "parse_sparsities": "allocation",
+    "parse_sparsities": "allocation.budget",
 }
 
 _MODULES = ("maskllm", "utils")  # of the quick start of learnable masks

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from sparsity.learned.gates import Sampled, candidates, choose, new_gate
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from sparsity.soft_masks import Sampled, candidates, choose, new_gate
 from sparsity.view import PrunableView, PrunableWeight
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.allocation import Sparsity, budget, pools
+from sparsity.allocation.budget import Sparsity, budget, pools
 from sparsity.pattern import NM
 from sparsity.view import PrunableView
 

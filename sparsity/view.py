@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsity.allocation import members
+from sparsity.allocation.budget import members
 
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 

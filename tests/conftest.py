@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from engine.launch import PACKAGES
-from models import blip, xvlm
-from models.bert import TextConfig
-from models.clip_vision import VisionConfig
+from models.blip import model as blip
+from models.parts.bert import TextConfig
+from models.parts.clip_vision import VisionConfig
+from models.xvlm import model as xvlm
 
 SMALL = Path("tests/data/xvlm_small")
 SMALL_BLIP = Path("tests/data/blip_small")
@@ -103,5 +104,5 @@ def one_thread_again(one_thread):
 @pytest.fixture
 def no_network(monkeypatch):
     """As on a machine that reaches no hub."""
-    for module in ("external", "hub"):
+    for module in ("external.model", "hub"):
         monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)

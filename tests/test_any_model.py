@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import maskllm_train
 import prune
-from engine.config import load_config
+from configs.loading import load_config
 from engine.launch import run
-from models import external, xvlm
+from models.external import model as external
+from models.xvlm import model as xvlm
 from sparsity.masks import Masks
 from tests import tiny_models
 from tests.tiny_models import image_processor, tokenizer
@@ -26,7 +27,7 @@ QUICK = ["--accelerator", "cpu", "--num_batches", "2", "--batch_size", "3"]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+    monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
 
 
 pytestmark = pytest.mark.usefixtures("no_network")

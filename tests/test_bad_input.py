@@ -23,24 +23,27 @@ import pytest
 import yaml
 
 import prune
-from datasets.calibration import Calibration
-from datasets.general_loader import ONE_VALUE, GeneralLoader
-from datasets.retrieval import RetrievalEvalDataset
-from datasets.sources import PRETRAIN_CONFIGS, PRUNE_CONFIGS, Files, PruneConfig
-from datasets.tasks import (
+from configs.finetuning import (
     CaptioningConfig,
     CaptioningPretrainConfig,
     ClassificationConfig,
     RetrievalConfig,
     VQAConfig,
 )
+from configs.general_loader import ONE_VALUE, GeneralLoader
+from configs.pruning import PRETRAIN_CONFIGS, PRUNE_CONFIGS, Files, PruneConfig
+from datasets.calibration.data_kinds import Calibration
+from datasets.tasks.retrieval import RetrievalEvalDataset
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
-from engine import options
 from engine.launch import run
-from engine.options import Parser
-from models import blip, dino, dit, xvlm
-from models.tokenizer import WordPiece
+from engine.options import command_line as options
+from engine.options.command_line import Parser
+from models.blip import model as blip
+from models.dino import model as dino
+from models.dit import model as dit
+from models.parts.tokenizer import WordPiece
+from models.xvlm import model as xvlm
 
 CONFIGS = Path("tests/data/configs")
 MODEL = str(CONFIGS / "model.yaml")

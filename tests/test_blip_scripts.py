@@ -14,10 +14,10 @@ import pretrain
 import prune
 import pruners
 import retrieval
-from datasets.bundled import export_public, load_glyphs
-from engine.config import load_config
-from models import blip
-from sparsity.allocation import budget
+from configs.loading import load_config
+from datasets.bundled.scenes import export_public, load_glyphs
+from models.blip import model as blip
+from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, SMALL, script
 
@@ -27,7 +27,7 @@ CPU = ["--accelerator", "cpu"]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time of a small run."""
-    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+    monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 import captioning
 import captioning_pretrain
 import models
-from datasets import captioning_metrics
-from datasets.bundled import export_public, load_glyphs
-from engine.config import load_config
+from configs.loading import load_config
+from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.tasks import captioning_metrics
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, PLAIN, early, only_bars, refused, without_torch  # noqa: F401
 

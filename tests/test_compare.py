@@ -16,11 +16,11 @@ import yaml
 
 import compare
 import pruners
-from engine.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
-from engine.config import load_config
-from models import xvlm
+from configs.loading import load_config
+from engine.pruning.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
+from models.xvlm import model as xvlm
 from pruners import base
-from sparsity.allocation import budget
+from sparsity.allocation.budget import budget
 from tests.test_scripts import CONFIGS, PLAIN, SMALL, early, only_bars, pruned, refused, without_torch  # noqa: F401
 
 ONE_SHOT = ["l2", "lamp", "localmp", "magnitude", "multiflow", "omp", "rand", "snip", "wanda"]
@@ -43,7 +43,7 @@ def without_times(rows):
 def calls(monkeypatch):
     """How often each statistic is collected, and the model evaluated."""
     counted = Counter()
-    collect, evaluate = base.collect, "engine.retrieval.ZeroShot.__call__"
+    collect, evaluate = base.collect, "engine.evaluation.retrieval.ZeroShot.__call__"
 
     def counting(view, statistic, *arguments, **more):
         counted[statistic] += 1

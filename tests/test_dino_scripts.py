@@ -16,11 +16,11 @@ import compare
 import pretrain
 import prune
 import pruners
-from engine.classification import Accuracy
-from engine.config import load_config
+from configs.loading import load_config
+from engine.evaluation.classification import Accuracy
 from engine.launch import run
-from models import dino
-from sparsity.allocation import budget
+from models.dino import model as dino
+from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 
 CONFIGS = Path("tests/data/configs")
@@ -30,7 +30,7 @@ SMALL = ["-m", "dino", "--accelerator", "cpu"]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time of a small run."""
-    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+    monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
 
 
 def pruned(folder, pruner, *options, config=CONFIGS / "dino_prune.yaml"):

@@ -13,15 +13,16 @@ import oneshot_pruning_dit
 import pretrain
 import prune
 import sample
-from datasets.bundled import load_glyphs
-from datasets.bundled_generation import BundledGlyphs, Noised, labels_of, read_latents
+from configs.loading import load_config
+from configs.pruning import PRETRAIN_CONFIGS, PRUNE_CONFIGS
+from datasets.bundled.generation import BundledGlyphs, Noised, labels_of, read_latents
+from datasets.bundled.scenes import load_glyphs
 from datasets.collate import collate
-from datasets.sources import PRETRAIN_CONFIGS, PRUNE_CONFIGS
-from engine import generator
-from engine.config import load_config
+from engine.generation.sampling import GAP, grid
 from engine.launch import run
-from engine.sampling import GAP, grid
-from models import dit, dit_sizes
+from engine.options import diffusion as generator
+from models.dit import model as dit
+from models.dit import sizes as dit_sizes
 from sparsity.masks import Masks
 
 CONFIGS = Path("tests/data/configs")
@@ -191,7 +192,7 @@ def test_dense(tmp_path, few_glyphs, weights):
 
 @pytest.mark.parametrize("pruner", ["multiflow", "snip"])
 def test_prune_py(tmp_path, monkeypatch, few_glyphs, pruner):
-    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+    monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
     options = ["-m", "dit", "--config", str(CONFIGS / "dit_prune.yaml"), "--output_dir", str(tmp_path), *CPU]
     prune.main([*options, "-p", pruner, "-s", "50", "--num_batches", "2", "--evaluate"])
     report = (tmp_path / pruner / "report.md").read_text()
@@ -319,7 +320,7 @@ def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
     site.mkdir()
     (site / "DiT-XL-2-512x512.pt").write_bytes(bytes(range(256)) * 9)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("engine.generator.SITE", f"{site.as_uri()}/")
+    monkeypatch.setattr("engine.options.diffusion.SITE", f"{site.as_uri()}/")
     for _ in range(2):
         path = generator.official("DiT-XL/2", 512)
         assert Path(path).read_bytes() == bytes(range(256)) * 9
@@ -330,7 +331,7 @@ def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
 
 
 def test_what_a_user_may_do_wrong(tmp_path, weights, capsys, monkeypatch):
-    monkeypatch.setattr("engine.generator.SITE", f"{tmp_path.as_uri()}/")
+    monkeypatch.setattr("engine.options.diffusion.SITE", f"{tmp_path.as_uri()}/")
     usual = ["--model", MODEL, "--ckpt", weights, *CPU]
     published = ["--model", "DiT-XL/2"]
     for main, options, told in (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import finetuning_table
-from engine.finetuning_table import read_metrics, table
+from engine.reports.finetuning_table import read_metrics, table
 from tests.test_scripts import CONFIGS, PLAIN, refused
 
 ROOT = Path(__file__).resolve().parent.parent

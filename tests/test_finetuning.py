@@ -22,18 +22,19 @@ from safetensors.torch import load_file
 
 import models
 import retrieval
-from datasets.bundled import export_public, load_glyphs
-from engine.config import load_config
-from models import xvlm, xvlm_retrieval
+from configs.loading import load_config
+from datasets.bundled.scenes import export_public, load_glyphs
+from models.xvlm import model as xvlm
+from models.xvlm import retrieval as xvlm_retrieval
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, early, only_bars, refused, script, without_torch  # noqa: F401
 
 KILLS = int(os.environ.get("KILLS", "2"))  # of a run, at random moments
 HEAVY = (
-    "engine.finetuning",
-    "engine.retrieval",
+    "engine.training.finetuning",
+    "engine.evaluation.retrieval",
     "lightning.fabric",
-    "models.xvlm_retrieval",
+    "models.xvlm.retrieval",
 )  # what the script imports
 CONFIG = CONFIGS / "retrieval.yaml"
 

@@ -25,12 +25,13 @@ import image_classification
 import maskllm_train
 import oneshot_pruning_timm
 import timm_validate
-from datasets.cifar import READERS, CifarDataset
-from datasets.tasks import ClassificationConfig, OptimizerConfig
+from configs.finetuning import ClassificationConfig, OptimizerConfig
+from configs.loading import load_config
+from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.transforms import EvalTransform, to_tensor
-from engine.config import load_config
-from engine.optimizer import finetuning_optimizer
-from models import dino, dino_classification
+from engine.training.optimizer import finetuning_optimizer
+from models.dino import classification as dino_classification
+from models.dino import model as dino
 from sparsity.masks import Masks
 from tests.test_finetuning import log_rows, zeros
 from tests.test_scripts import CONFIGS, early, only_bars, refused, script, without_torch  # noqa: F401

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import maskllm_train
 import oneshot_pruning_timm
-from engine.mask_learning import ImageTask
-from models.external import prunable_view
+from engine.training.mask_learning import ImageTask
+from models.external.model import prunable_view
 from sparsity.maskllm import fold
 from sparsity.masks import Masks
 from sparsity.pattern import NM
@@ -301,7 +301,7 @@ def test_recipes_prune_and_then_learn(name, commands, tmp_path):
 
 
 def test_a_recipe_runs_at_debug_sizes(commands, monkeypatch):
-    monkeypatch.setattr("engine.classification.Accuracy.__call__", lambda self: {"top1": 5.0, "top5": 9.0})
+    monkeypatch.setattr("engine.evaluation.classification.Accuracy.__call__", lambda self: {"top1": 5.0, "top5": 9.0})
     prune, learn = commands("maskllm_1epoch_vit_mini.magnitude24.sh", DEBUG="1")
     oneshot_pruning_timm.main([*prune[1:], "--accelerator", "cpu"])
     maskllm_train.main([*learn[1:], "--accelerator", "cpu"])

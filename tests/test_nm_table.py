@@ -14,7 +14,7 @@ import maskllm_train
 import nm_table
 import oneshot_pruning_timm
 import timm_validate
-from engine.nm_table import METHODS, read_results, table
+from engine.reports.nm_table import METHODS, read_results, table
 from tests.test_scripts import PLAIN, refused
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import oneshot_pruning_timm
 import pack
 import timm_validate
-from datasets.samples import Samples
-from models import vit_mini as registered  # noqa: F401 (makes vit_mini known to timm)
+from datasets.calibration.image_batches import Samples
+from models.dino import timm_mini as registered  # noqa: F401 (makes vit_mini known to timm)
 from sparsity.masks import Masks
 from tests.test_scripts import refused, script
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 import pretrain
 import prune
 import pruners
-from datasets.bundled import export_public, load_glyphs
-from engine.config import load_config
+from configs.loading import load_config
+from datasets.bundled.scenes import export_public, load_glyphs
 from engine.launch import run
-from engine.pruning import RECORDED
-from models import xvlm
-from sparsity.allocation import budget, members, pools
+from engine.pruning.run import RECORDED
+from models.xvlm import model as xvlm
+from sparsity.allocation.budget import budget, members, pools
 from sparsity.masks import Masks, model_digest
 
 CONFIGS = Path("tests/data/configs")
@@ -35,7 +35,7 @@ PLAIN = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time of a small run; processes of their own draw them."""
-    monkeypatch.setattr("engine.pictures.Pictures.draw", lambda self, title: [])
+    monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
 
 
 def prune_options(folder, pruner, *options, config=CONFIGS / "prune.yaml"):
@@ -564,7 +564,7 @@ def test_evaluation_data_is_opened_before_anything_is_computed(tmp_path, capsys,
     config = yaml.safe_load((CONFIGS / "prune.yaml").read_text())
     config["evaluation"] = {"files": {"annotations": str(tmp_path / "empty.json"), "images": str(tmp_path)}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("engine.pruning.calibrate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("engine.pruning.run.calibrate", lambda *_: pytest.fail("too late"))
     options = prune_options(tmp_path / "out", "multiflow", "--evaluate", config=tmp_path / "c.yaml")
     assert "empty.json: no record in this file" in refused(capsys, prune.main, options)
 

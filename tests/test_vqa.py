@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import models
 import vqa
-from engine.config import load_config
+from configs.loading import load_config
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, script
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from datasets.text import TextEncoder
-from models.tokenizer import WordPiece
+from models.parts.tokenizer import WordPiece
 
 
 @pytest.fixture(scope="session")

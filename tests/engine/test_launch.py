@@ -9,11 +9,11 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from configs.loading import load_config
 from datasets.sampler import ResumableSampler
-from engine.config import load_config
 from engine.launch import launch, run
-from engine.options import Parser, add_device_options, positive_float, positive_int, share
-from sparsity.allocation import parse_sparsities
+from engine.options.command_line import Parser, add_device_options, positive_float, positive_int, share
+from sparsity.allocation.budget import parse_sparsities
 
 
 class Broken(Dataset):
@@ -115,7 +115,7 @@ def test_other_ranks_say_which_they_are_and_are_quiet(ended, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
 
     def main():
-        logging.getLogger("engine.config").info("twice")
+        logging.getLogger("configs.loading").info("twice")
         parse_sparsities("abc")
 
     assert ended(main)[1].startswith("error (rank 1): sparsities are")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.export import save_weights
-from models import xvlm
 from models.checkpoint import WRAPPERS, interpolate_positions, load_weights, read_weights
-from models.clip_vision import CLIPVisionTransformer, VisionConfig
+from models.parts.clip_vision import CLIPVisionTransformer, VisionConfig
+from models.xvlm import model as xvlm
 from tests.conftest import CONFIG, SMALL
 
 KEYS = json.loads(Path("tests/data/checkpoints/XVLMPretrain.json").read_text())

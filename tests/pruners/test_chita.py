@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 import prune
 import pruners
-from engine.comparison import sharing
-from models import xvlm
-from sparsity.allocation import budget, step_sparsity
+from engine.pruning.comparison import sharing
+from models.xvlm import model as xvlm
+from sparsity.allocation.budget import budget, step_sparsity
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from sparsity.rows import Scratch
+from sparsity.statistics.gradient_rows import Scratch
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused, script  # noqa: F401
 from tests.toys import Conv1D, layers, view_of
 
@@ -244,7 +244,7 @@ def test_what_is_needed_is_said_and_too_much_is_refused_before_any_forward(tmp_p
     usage = namedtuple("usage", "total used free")(0, 0, 3 * 10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(xvlm.XVLM, "forward", lambda *given: pytest.fail("a forward pass"))
-    monkeypatch.setattr("engine.retrieval.ZeroShot.__call__", lambda self: pytest.fail("an evaluation"))
+    monkeypatch.setattr("engine.evaluation.retrieval.ZeroShot.__call__", lambda self: pytest.fail("an evaluation"))
     given = prune_options(tmp_path / "refused", "chita", "-s", "50", "--memory_budget", "1KB", "--evaluate")
     told = refused(capsys, prune.main, given)
     assert "--num_batches 3: " in told and "more than --memory_budget 1 KB" in told and "300 KB free in" in told

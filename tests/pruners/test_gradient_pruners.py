@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pruners
-from models import xvlm
-from sparsity.allocation import budget, step_sparsity
-from sparsity.gradients import batch_generator, mean_gradients
+from models.xvlm import model as xvlm
+from sparsity.allocation.budget import budget, step_sparsity
 from sparsity.selection import keep, thresholds
+from sparsity.statistics.gradients import batch_generator, mean_gradients
 from sparsity.view import PrunableView
 from tests.conftest import SMALL
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import pruners
-from models import xvlm
+from models.xvlm import model as xvlm
 from tests.conftest import SMALL
 
 SPARSITY = "0.63"
@@ -89,7 +89,7 @@ def test_multiflow_allocation_is_the_group_magnitude(small_xvlm, small_batches):
 
 
 def test_sample_counts(small_xvlm, silent_view):
-    from sparsity.statistics import Statistics
+    from sparsity.statistics.inputs import Statistics
 
     recorded = json.loads(Path(SMALL / "masks_63" / "multiflow.json").read_text())["nsamples"]
     view, batches = silent_view

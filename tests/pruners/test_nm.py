@@ -10,16 +10,17 @@ from torch import nn
 
 import prune
 import pruners
-from models import blip, xvlm
-from sparsity.allocation import budget
-from sparsity.hessian import triangle
+from models.blip import model as blip
+from models.xvlm import model as xvlm
+from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
-from sparsity.passes import collect
 from sparsity.pattern import NM
-from sparsity.rows import Scratch
-from sparsity.sequential import stages
-from sparsity.statistics import Statistics
-from tests.sparsity.test_hessian import naive
+from sparsity.run.sequential import stages
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.hessian import triangle
+from sparsity.statistics.inputs import Statistics
+from sparsity.statistics.passes import collect
+from tests.sparsity.statistics.test_hessian import naive
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused  # noqa: F401
 from tests.toys import Conv1D, Ranks, layers, view_of
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import pruners
 from pruners.base import Pruner
-from sparsity.allocation import budget
+from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
 from sparsity.selection import magnitude_counts
 from tests.toys import Attention, Conv1D, layers, view_of

@@ -9,12 +9,12 @@ import torch
 import compare
 import prune
 import pruners
-from engine.comparison import sharing
-from engine.config import load_config
-from models import xvlm
-from sparsity.allocation import budget
-from sparsity.gradients import batch_generator
+from configs.loading import load_config
+from engine.pruning.comparison import sharing
+from models.xvlm import model as xvlm
+from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
+from sparsity.statistics.gradients import batch_generator
 from tests.test_scripts import CONFIGS, SMALL, mask_files, no_pictures, prune_options, pruned, script  # noqa: F401
 
 ROUNDS = [2, 2, 2, 2]
@@ -125,7 +125,7 @@ def test_nothing_is_shared_with_others():
 def test_compared_as_pruned(tmp_path, monkeypatch):
     """The rows of a comparison are the masks of prune.py, under every seed."""
     columns = {f"{way}_r{k}": 50.0 for way in ("txt", "img") for k in (1, 5, 10)}
-    monkeypatch.setattr("engine.retrieval.ZeroShot.__call__", lambda self: columns)
+    monkeypatch.setattr("engine.evaluation.retrieval.ZeroShot.__call__", lambda self: columns)
     given = ["--config", str(CONFIGS / "prune.yaml"), "--output_dir", str(tmp_path / "c"), *SMALL]
     model = xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config))
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")

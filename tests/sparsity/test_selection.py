@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsity import selection
-from sparsity.allocation import budget
+from sparsity.allocation.budget import budget
 from sparsity.selection import ascending, keep, keep_rows, magnitude_counts, select, thresholds
 from tests.toys import layers, view_of
 

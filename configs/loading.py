@@ -1,0 +1,144 @@
+"""YAML files to dataclasses and back: an unknown key or a wrong type is an error that names the file and the key."""
+
+import dataclasses
+import difflib
+import logging
+import math
+import types
+import typing
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from sparsity.files import write_atomic
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, schema: type[T]) -> T:
+    """Read a YAML mapping into the dataclass `schema`; keys that are left out keep their defaults.
+
+    Raises FileNotFoundError or ValueError (malformed YAML, unknown or missing key, wrong type, a value that the schema
+    itself refuses), each one line that names the file.
+    """
+    return build(schema, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Mapping in a YAML file, by the safe loader."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: configuration file not found; see configs/ for those that exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def configure(args: Namespace, task: str, schema: type[T], base: str = "_base") -> tuple[Path | None, T]:
+    """The configuration file of a task and its content, where the options of the command line that have the name of a
+    key (`--weights`, `--max_skipped`) take the place of the file's when they are given. base: what the name of the
+    full-size model's file ends with. A schema whose keys all have defaults needs no file: then the path is None.
+    """
+    required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(schema))
+    path = args.config
+    if path is None and required:
+        path = find_variant(Path("configs", args.model), task, args.variant, args.weights, base)
+    names = {f.name for f in dataclasses.fields(schema)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return path, dataclasses.replace(load_config(path, schema) if path else schema(), **given)
+
+
+def find_variant(folder: Path, task: str, variant: str, weights: str | None, base: str = "_base") -> Path:
+    """`<folder>/<task>_mini.yaml`, or <task> + base for "base", which "auto" is where weights are given or its own are
+    there.
+
+    weights: a file, "random", or None for those of the configuration.
+    """
+    full = folder / f"{task}{base}.yaml"
+    if variant == "auto":
+        own = read_yaml(full).get("weights")
+        variant = "base" if weights not in (None, "random") or Path(str(own)).is_file() else "mini"
+        if variant == "mini":
+            log.info("%s is not there: using the bundled %s-mini (--variant base for the full size)", own, folder.name)
+    return full if variant == "base" else folder / f"{task}_{variant}.yaml"
+
+
+def build(schema: type[T], values: Any, where: str) -> T:
+    """Dataclass `schema` from a mapping; `where` (a file, then the keys that lead there) begins every message."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of keys to values, got {values!r}")
+    kinds = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{where}: key {name!r} is missing")
+    converted = {key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return schema(**converted)
+    except ValueError as error:  # from __post_init__
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` checked against the annotation `kind`; nested dataclasses, lists, tuples and unions are followed."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where)
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a mapping, got {value!r}")
+        return {key: _convert(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
+    if kind is float:
+        return _number(value, where)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        expected = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
+        raise ValueError(f"{where}: expected {expected}, got {value!r}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    """YAML 1.1 reads 1e-4 as text: accept it as the number that it is meant to be."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: expected a number, got {value!r}")
+    return number
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration beside a result, as YAML that `load_config` reads."""
+    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    write_atomic(path, yaml.safe_dump(_lists(plain), sort_keys=False, allow_unicode=True).encode())
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,104 @@
+"""Calibration batches of any model: from a folder of images, or from a function of the user's."""
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sized
+from pathlib import Path
+from typing import Any
+
+from configs.pruning import ExternalPruneConfig
+from datasets.calibration.data_kinds import Lockstep
+from datasets.labelled.image_folder import Gather, ImageFolder
+
+log = logging.getLogger(__name__)
+
+
+class FolderBatches(Lockstep):
+    """Batches of a folder's images as a model takes them; see `Lockstep`.
+
+    preprocess: see `Gather`. folder: of the results. options: `rank` and `world_size`.
+    """
+
+    def __init__(
+        self,
+        config: ExternalPruneConfig,
+        preprocess: Callable[..., Any],
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        **options: int,
+    ):
+        data = ImageFolder(config.calibration, seed=seed)
+        super().__init__([[(data, Gather(data, preprocess))]], config, folder, num_batches, seed, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        for gathered in super().__iter__():
+            yield gathered["batch"]
+
+
+class LoaderBatches:
+    """At most `num_batches` batches an epoch of what a function of the user's returns; batch b goes to rank
+    b % world_size. The same attributes as `Lockstep`.
+
+    make: returns an iterable of batches; called for each epoch, on each rank, with `seed` and `epoch` if it has
+    arguments of these names, and always to return the same for the same. The number of batches is its length; where it
+    has none, `num_batches`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Iterable[Any]],
+        name: str,
+        num_batches: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.make, self.name, self.seed, self.epoch = make, f"--calibration {name}", seed, 0
+        self.rank, self.world_size = rank, world_size
+        batches = self._made()
+        length = len(batches) if isinstance(batches, Sized) else num_batches
+        if length == 0:
+            raise ValueError(f"{self.name}: there is no batch in what it returns")
+        if length < num_batches:
+            log.info("%s has %d batches, fewer than the %d asked for", name, length, num_batches)
+        self.batches = min(num_batches, length)
+
+    def at(self, epoch: int) -> "LoaderBatches":
+        later = copy.copy(self)
+        later.epoch = epoch
+        return later
+
+    @property
+    def rounds(self) -> list[int]:
+        return [int(number % self.world_size == self.rank) for number in self._numbers()]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, own in zip(self._numbers(), self.rounds, strict=True) if own]
+
+    def __len__(self) -> int:
+        return sum(self.rounds)
+
+    def __iter__(self) -> Iterator[Any]:
+        found = 0
+        for own, batch in zip(self.rounds, self._made(), strict=False):
+            found += 1
+            if own:
+                yield batch
+        if found < self.batches:
+            way_out = f"give --num_batches {found}, or return something with a length"
+            raise ValueError(f"{self.name}: ended after {found} of {self.batches} batches: {way_out}")
+
+    def _numbers(self) -> range:
+        return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
+
+    def _made(self) -> Iterable[Any]:
+        known = {"seed": self.seed, "epoch": self.epoch}
+        wanted = inspect.signature(self.make).parameters
+        batches = self.make(**{name: value for name, value in known.items() if name in wanted})
+        if not isinstance(batches, Iterable):
+            raise ValueError(f"{self.name}: expected an iterable of batches, got {type(batches).__name__}")
+        return batches

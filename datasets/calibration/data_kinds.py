@@ -1,0 +1,239 @@
+"""Calibration batches for pruning: image-text pairs and regions in lockstep, labelled images, or samples with noise;
+whole batches to each rank.
+"""
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from configs.pruning import Files, LabelsPruneConfig, NoisePruneConfig, PruneConfig, PrunedModel
+from datasets.bundled.classification import BundledClassification
+from datasets.bundled.generation import Noised
+from datasets.bundled.scenes import BundledRegions, BundledScenes, load_glyphs
+from datasets.collate import SkippedImages, collate, collate_regions
+from datasets.labelled.public import check_classes, labelled
+from datasets.loaders import loader
+from datasets.pairs.pretraining import ImageTextDataset
+from datasets.pairs.regions import RegionDataset
+from datasets.pairs.shards import ShardDataset, shard_loader
+from datasets.text import TextEncoder
+from datasets.transforms import IMAGENET, TrainTransform
+
+log = logging.getLogger(__name__)
+
+
+class Lockstep:
+    """At most `num_batches` batches of each kind of data, in turns; the shortest of them ends the pass.
+
+    A kind is a list of sources, read in proportion to what there is of them. Iterating reads this rank's share: batch b
+    of a source goes to rank b % world_size. `len` counts the batches of this rank, `numbers` are their places in the
+    order of one rank alone. A batch of each kind is a round, and `rounds` says how many batches of each round this rank
+    reads. `at(epoch)` has fresh batches.
+
+    Args:
+        config: has `batch_size`, `workers` and `max_skipped`.
+        folder: where the images that cannot be read are listed.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[Sequence["Source"]],
+        config: PrunedModel,
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        available = [max(1, sum(len(data) // config.batch_size for data, _ in kind)) for kind in kinds]
+        self.batches = min(num_batches, *available)
+        if self.batches < num_batches:
+            log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
+        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, rank)
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.sources = [source for kind in kinds for source in kind]
+        self.shares = [n for kind in kinds for n in proportional(self.batches, [len(data) for data, _ in kind])]
+
+    def at(self, epoch: int) -> "Lockstep":
+        """The same data with the batches that follow those of the epochs before; this one is epoch 0."""
+        later = copy.copy(self)
+        later.epoch = epoch
+        return later
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _, _ in self._turns()]
+
+    @property
+    def rounds(self) -> list[int]:
+        together = sum(self.shares) // self.batches  # batches of a round, on all ranks
+        own = Counter(number // together - self.epoch * self.batches for number in self.numbers)
+        return [own[i] for i in range(self.batches)]
+
+    def __len__(self) -> int:
+        return len(self._turns())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        turns = self._turns()
+        expected = max(1, len(turns) * self.config.batch_size)
+        skipped = SkippedImages(self.skipped_path, expected, self.config.max_skipped)
+        steps = {i: [batch // self.world_size for _, j, batch in turns if j == i] for _, i, _ in turns}
+        loaders = {i: iter(self._loader(*self.sources[i], mine[0], mine[-1] + 1)) for i, mine in steps.items()}
+        yield from skipped.watch(next(loaders[i]) for _, i, _ in turns)
+
+    def _turns(self) -> list[tuple[int, int, int]]:
+        """(number, source, batch of the source) of this rank's batches, in the order in which they are read."""
+        order = sorted(((b + 0.5) / share, i, b) for i, share in enumerate(self.shares) for b in range(share))
+        first = self.epoch * len(order)
+        turns = ((first + n, i, self.epoch * self.shares[i] + b) for n, (_, i, b) in enumerate(order))
+        return [turn for turn in turns if turn[2] % self.world_size == self.rank]
+
+    def _loader(self, data: Any, gather: Callable[[list[Any]], dict[str, Any]], start: int, stop: int) -> DataLoader:
+        options = {"start": start, "stop": stop, "rank": self.rank, "world_size": self.world_size}
+        options |= {"workers": self.config.workers}
+        size = min(self.config.batch_size, len(data))
+        if isinstance(data, ShardDataset):
+            return shard_loader(data, size, gather, **options)
+        return loader(data, size, gather, seed=self.seed, **options)
+
+
+class Calibration(Lockstep):
+    """General image-text pairs and, in turns with them, regions; see `Lockstep`.
+
+    Args:
+        vision: has `image_size` and `patch_size`, in pixels.
+        regions: the second source has regions of images; else it has image-text pairs, too.
+        options: `rank` and `world_size`.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        encode: TextEncoder,
+        vision: Any,
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        *,
+        regions: bool = True,
+        **options: int,
+    ):
+        kinds = [_general(config, encode, vision, seed, num_batches)]
+        kinds.append((_region if regions else _in_domain)(config, encode, vision, seed + 1, num_batches))
+        super().__init__([kind for kind in kinds if kind], config, folder, num_batches, seed, **options)
+
+
+class LabelsCalibration(Lockstep):
+    """Labelled images; see `Lockstep`.
+
+    Args:
+        sizes: of the model; has `image_size`, in pixels, and `classes`.
+        options: `rank` and `world_size`.
+
+    Raises:
+        ValueError: the data has other classes than the model.
+    """
+
+    def __init__(
+        self, config: LabelsPruneConfig, sizes: Any, folder: Path, num_batches: int, seed: int, **options: int
+    ):
+        if config.bundled:
+            glyphs = load_glyphs()
+            times = math.ceil(num_batches * config.batch_size / len(glyphs))  # whole rounds of the concepts, shuffled
+            data = BundledClassification(glyphs, "train", times * len(glyphs), side=sizes.image_size, seed=seed)
+        else:
+            data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
+        check_classes(len(data.class_names), sizes.classes)
+        super().__init__([[(data, collate)]], config, folder, num_batches, seed, **options)
+
+
+class NoiseCalibration(Lockstep):
+    """Samples with noise, and their classes; see `Lockstep`.
+
+    Args:
+        data: items {"image", "label"}, read again with other noise where there are fewer than are asked for.
+        sizes: of the model; has `null_class` and `class_dropout`.
+        options: `rank` and `world_size`.
+    """
+
+    def __init__(
+        self,
+        config: NoisePruneConfig,
+        data: Dataset,
+        sizes: Any,
+        folder: Path,
+        num_batches: int,
+        seed: int,
+        **options: int,
+    ):
+        dropped = {"null_class": sizes.null_class, "dropout": sizes.class_dropout}
+        noised = Noised(data, length=num_batches * config.batch_size, seed=seed, **dropped)
+        super().__init__([[(noised, collate)]], config, folder, num_batches, seed, **options)
+
+
+def proportional(total: int, sizes: list[int]) -> list[int]:
+    """`total` as a sum of whole numbers in proportion to `sizes`, by largest remainders."""
+    shares = [total * size // sum(sizes) for size in sizes]
+    for i in sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % sum(sizes)))[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def skipped_path(folder: Path, rank: int) -> Path:
+    """List of unreadable images in a folder of results; each rank has its own."""
+    return folder / (f"skipped_rank{rank}.txt" if rank else "skipped.txt")
+
+
+def clear_skipped(folder: Path, rank: int, world_size: int) -> None:
+    """Remove the lists that earlier runs left in a folder of results. Every rank calls it, before it reads anything; a
+    list that another rank of this run may write is left to that rank.
+    """
+    skipped_path(folder, rank).unlink(missing_ok=True)
+    ours = {skipped_path(folder, other) for other in range(world_size)}
+    for path in set(folder.glob("skipped_rank*.txt")) - ours if not rank else ():
+        path.unlink(missing_ok=True)
+
+
+Source = tuple[Dataset | ShardDataset, Callable[[list[Any]], dict[str, Any]]]
+
+
+def _general(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    return _pairs(config, config.general, encode, vision, seed, num_batches)
+
+
+def _in_domain(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    return _pairs(config, config.region, encode, vision, seed, num_batches)
+
+
+def _region(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, num_batches: int) -> list[Source]:
+    side, patch = vision.image_size, vision.patch_size
+    if config.bundled:
+        scenes = num_batches * config.batch_size
+        return [(BundledRegions(load_glyphs(), encode, scenes, patch=patch, side=side, seed=seed), collate_regions)]
+    annotated = [(files.annotations, files.folders) for files in config.region]
+    return [(RegionDataset(annotated, encode, side, patch, seed=seed), collate_regions)] if annotated else []
+
+
+def _pairs(
+    config: PruneConfig, files: Sequence[Files], encode: TextEncoder, vision: Any, seed: int, num_batches: int
+) -> list[Source]:
+    """Bundled scenes, or the annotated images of these files and what is in their shards."""
+    side = vision.image_size
+    if config.bundled:
+        scenes = num_batches * config.batch_size
+        return [(BundledScenes(load_glyphs(), encode, scenes, side=side, seed=seed), collate)]
+    annotated = [(each.annotations, each.folders) for each in files if each.annotations]
+    shards = [each.images for each in files if not each.annotations]
+    sources: list[Source] = []
+    if annotated:
+        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+    if shards:
+        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+    return sources

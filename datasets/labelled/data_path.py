@@ -1,0 +1,105 @@
+"""Labelled images by one word, as `--data-path` has it: a folder, CIFAR, or the bundled glyphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datasets.annotations import ImageRoot
+from datasets.bundled.classification import BundledClassification
+from datasets.bundled.scenes import load_glyphs
+from datasets.labelled.cifar import READERS, CifarDataset
+from datasets.labelled.public import EXTENSIONS, ClassificationDataset
+
+BUNDLED = "bundled"
+FORMS = f"a folder with train/ and val/, {', '.join(READERS)} or {BUNDLED}"
+DOWNLOADED = "data"  # where CIFAR lies
+VALIDATION = ("val", "validation")  # names of that folder
+
+
+class Plain:
+    """A transform that draws nothing, as datasets call it."""
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        return self.transform(image)
+
+
+def open_data(
+    path: str,
+    train: bool,
+    transform: Callable[[Image.Image], torch.Tensor],
+    *,
+    side: int,
+    seed: int = 0,
+    length: int | None = None,
+) -> Dataset:
+    """Images to calibrate on, or those that accuracy is reported on, never the same; `class_names` are theirs.
+
+    transform: RGB image -> tensor. The bundled glyphs (`side` pixels, normalised by ImageNet's statistics) have theirs;
+    of theirs to calibrate on there are as many as wanted, `length`. seed: of all that is drawn. Raises OSError and
+    ValueError where there is no such data.
+    """
+    if path == BUNDLED:
+        split, length = ("train", length) if train else ("unseen", None)
+        return BundledClassification(load_glyphs(), split, length, side=side, seed=seed)
+    if path in READERS:
+        return CifarDataset(path, train, Plain(transform), seed=seed, root=DOWNLOADED)
+    return labelled_folder(Path(path), train, Plain(transform), seed=seed)
+
+
+def check_data(path: str) -> None:
+    """FileNotFoundError where this is neither a folder nor a word."""
+    if path not in (BUNDLED, *READERS) and not Path(path).is_dir():
+        raise FileNotFoundError(f"--data-path {path}: expected {FORMS}")
+
+
+def has_validation(path: str) -> bool:
+    """Whether there are images to report accuracy on."""
+    return path in (BUNDLED, *READERS) or _part(Path(path), train=False) is not None
+
+
+def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, seed: int) -> ClassificationDataset:
+    """`{root}/train/<class>/*.JPEG` or `{root}/val/<class>/*.JPEG`; for validation `{root}/<class>/*.JPEG`, too.
+
+    Labels count the classes of both parts together in alphabetical order, as `torchvision.datasets.ImageFolder` does.
+    Raises FileNotFoundError where the part is missing, ValueError where there is no image in it.
+    """
+    ImageRoot(root)
+    folder = _part(root, train)
+    if folder is None:
+        missing = root / ("train" if train else "val")
+        raise FileNotFoundError(f"{missing}: folder not found; expected one with a folder of images for each class")
+    parts = [part for part in (_part(root, True), _part(root, False)) if part is not None and part != root]
+    names = sorted({name for part in parts or [folder] for name in _classes(part)})
+    labels = {name: label for label, name in enumerate(names)}
+    samples = [
+        (f"{name}/{image}", labels[name])
+        for name in _classes(folder)
+        for image in sorted(os.listdir(folder / name))
+        if image.lower().endswith(EXTENSIONS)
+    ]
+    if not samples:
+        raise ValueError(f"{folder}: no image found; expected <class>/ with {', '.join(EXTENSIONS)}")
+    return ClassificationDataset(folder, samples, names, transform, seed=seed)
+
+
+def _part(root: Path, train: bool) -> Path | None:
+    """The folder of a part; for validation it may be the whole, where it has no parts."""
+    found = [root / name for name in (("train",) if train else VALIDATION) if (root / name).is_dir()]
+    if found or train or (root / "train").is_dir():
+        return found[0] if found else None
+    return root if root.is_dir() and _classes(root) else None
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())

@@ -1,0 +1,147 @@
+"""WebDataset shards as img2dataset writes them: whether they are whole, and the samples inside.
+
+A shard is a tar file with `KEY.jpg`, `KEY.txt` (the caption) and `KEY.json` for each sample, and has `NNNNN_stats.json`
+beside it. Nothing is ever unpacked to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
+from configs.shard_names import HOW_TO_GET
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512  # a tar file is made of blocks of so many bytes, the last two of them zero
+_MAGIC = slice(257, 262)
+
+
+class Sample(NamedTuple):
+    """name: `SHARD/KEY.jpg`. image: the encoded bytes. Image and caption are None where the shard has none."""
+
+    name: str
+    image: bytes | None
+    caption: str | None
+
+
+def check_shard(path: Path) -> None:
+    """Raise ValueError unless the file is a tar file with an end: one that was cut off has none."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_BLOCK)
+        file.seek(max(0, size - 2 * _BLOCK))
+        end = file.read()
+    if any(head) and head[_MAGIC] != b"ustar":
+        raise ValueError(f"{path}: not an uncompressed tar file; {HOW_TO_GET}")
+    if size < 2 * _BLOCK or size % _BLOCK or any(end):
+        raise ValueError(f"{path}: the end of this tar file is missing; remove it and get it again: {HOW_TO_GET}")
+
+
+def open_shard(path: Path) -> int:
+    """Samples in a shard (see `count_samples`).
+
+    Raises:
+        ValueError: it is cut off, or its first sample has no image or no caption.
+    """
+    check_shard(path)
+    count = count_samples(path)
+    first = next(read_shard(path), None) if count else None
+    if count and first is None:
+        raise ValueError(miscounted(path, count))
+    if first and (first.image is None or first.caption is None):
+        lacks = "caption (.txt, or 'caption' in .json)" if first.image else "image (.jpg, .png or .webp)"
+        raise ValueError(f"{first.name}: no {lacks} for this key in the shard; {HOW_TO_GET}")
+    return count
+
+
+def miscounted(path: Path, count: int) -> str:
+    """Why a shard with other than `count` samples is refused."""
+    return f"{path}: does not hold the {count} samples of {stats_path(path)}; get both again, or remove the latter"
+
+
+def count_samples(path: Path) -> int:
+    """Samples in a shard: what img2dataset's `NNNNN_stats.json` says, or else by a walk through the tar file.
+
+    Raises:
+        ValueError: neither can be read, or the tar file has a path that leads out of it.
+    """
+    stats = stats_path(path)
+    if stats.is_file():
+        try:
+            return int(json.loads(stats.read_bytes())["successes"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{stats}: expected img2dataset's JSON with 'successes'; correct or remove it") from None
+    return sum(1 for _ in _keys(path))
+
+
+def stats_path(path: Path) -> Path:
+    """Where img2dataset writes the counts of a shard."""
+    return path.with_name(f"{path.stem}_stats.json")
+
+
+def _keys(path: Path) -> Iterator[str]:
+    """The key of every sample, as webdataset groups files: neighbours whose names are the same up to a dot."""
+    last = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                _check_inside(path, member.name)
+                key = base_plus_ext(member.name)[0] if member.isreg() else None
+                if key not in (None, last):
+                    last = key
+                    yield key
+            tar.fileobj.seek(tar.offset)
+            if any(tar.fileobj.read(_BLOCK)):  # tarfile stops at a header that it cannot read as if it were the end
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from None
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """The samples of a shard in their order, read as a stream by webdataset.
+
+    Raises:
+        ValueError: the tar file is damaged, or has a path that leads out of it.
+    """
+    with path.open("rb") as stream:
+        groups = group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
+        while True:
+            try:
+                group = next(groups, None)
+            except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+                raise ValueError(_damaged(path, error)) from None
+            if group is None:
+                return
+            _check_inside(path, group["__key__"])
+            yield _sample(path, group)
+
+
+def _sample(path: Path, group: dict[str, Any]) -> Sample:
+    kind = next((kind for kind in IMAGES if kind in group), None)
+    name = f"{path}/{group['__key__']}" + (f".{kind}" if kind else "")
+    return Sample(name, group[kind] if kind else None, _caption(group))
+
+
+def _caption(group: dict[str, Any]) -> str | None:
+    if "txt" in group:
+        return group["txt"].decode("utf-8", "replace").strip()
+    try:
+        caption = json.loads(group["json"])["caption"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return caption if isinstance(caption, str) else None
+
+
+def _check_inside(path: Path, name: str) -> None:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{path}: has a file {name!r}, which leads out of the archive; don't use this shard")
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+    return f"{path}: damaged tar file ({reason:.200}); remove it and get it again: {HOW_TO_GET}"

@@ -1,0 +1,188 @@
+"""Image-text retrieval: the sets for training and evaluation, and the recalls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from configs.finetuning import RetrievalConfig
+from datasets.annotations import ImageRoot, Records, get_text, get_texts, read_records
+from datasets.bundled.scenes import BundledScenes, load_glyphs
+from datasets.collate import Skipped
+from datasets.sampler import sample_generator
+from datasets.text import TextEncoder
+from datasets.transforms import FINETUNING_SCALE, TrainTransform
+
+EXPECTED = '{"image": path, "caption": [text]}'
+EXPECTED_PAIR = '{"image": path, "caption": text or [text], "image_id": text or number}'
+
+
+class RetrievalEvalDataset(Dataset):
+    """The images and captions of an annotation file such as `coco_test.json`.
+
+    Item i is {"image": (3, H, W), "index": i}, or `Skipped` where the image cannot be read: whoever collects features
+    puts them at their index and leaves the others NaN, which `recall` ranks worst.
+
+    Attributes:
+        images: image paths, (I,).
+        texts: captions, (T,).
+        img2txt: for each image the numbers of its captions.
+        txt2img: for each caption the number of its image.
+
+    Args:
+        annotation_file, image_root: where the records and the images are.
+        transform: RGB image -> tensor.
+        limit: only the first so many images.
+
+    Raises:
+        FileNotFoundError: the file or folder is missing, or none of the images looked up is in the folder.
+        ValueError: the annotation file is not as expected.
+    """
+
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_root: str | Path,
+        transform: Callable[[Image.Image], torch.Tensor],
+        limit: int | None = None,
+    ):
+        records = read_records(annotation_file, parse_captioned, EXPECTED)[:limit]
+        self.images = [path for path, _ in records]
+        self.texts = [caption for _, captions in records for caption in captions]
+        self.txt2img = [i for i, (_, captions) in enumerate(records) for _ in captions]
+        self.img2txt: list[list[int]] = [[] for _ in records]
+        for t, i in enumerate(self.txt2img):
+            self.img2txt[i].append(t)
+        self.root, self.transform = ImageRoot(image_root), transform
+        self.root.check(annotation_file, self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor] | Skipped:
+        image = self.root.load(self.images[i])
+        if isinstance(image, Skipped):
+            return image
+        return {"image": self.transform(image), "index": torch.tensor(i)}
+
+
+class RetrievalTrainDataset(Dataset):
+    """Image-caption pairs of annotation files such as `coco_train.json`, one item for each caption.
+
+    It is indexed by a running number n = epoch * len(dataset) + index. An item is {"image": (3, H, W), **text fields,
+    "sample_ids": number of the image}, or `Skipped` where the image cannot be read. Batches: `collate`.
+
+    Args:
+        annotation_files, image_root: where the records and the images are.
+        transform: (RGB image, generator) -> tensor.
+        encode: (caption, generator) -> text fields.
+        seed: of all that is drawn.
+
+    Raises:
+        FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
+        ValueError: an annotation file is not as expected.
+    """
+
+    def __init__(
+        self,
+        annotation_files: Sequence[str | Path],
+        image_root: str | Path,
+        transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+        encode: Callable[[str, np.random.Generator], dict[str, torch.Tensor]],
+        *,
+        seed: int,
+    ):
+        self.root, records = ImageRoot(image_root), []
+        for file in annotation_files:
+            found = read_records(file, parse_paired, EXPECTED_PAIR)
+            self.root.check(file, [path for path, _, _ in found])
+            records += found
+        numbers: dict[str, int] = {}  # of the images, by what the file calls them
+        pairs = ((path, text, numbers.setdefault(i, len(numbers))) for path, texts, i in records for text in texts)
+        self.records = Records(pairs)
+        self.transform, self.encode, self.seed = transform, encode, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor] | Skipped:
+        index, rng = sample_generator(n, len(self), self.seed)
+        path, caption, number = self.records[index]
+        image = self.root.load(path)
+        if isinstance(image, Skipped):
+            return image
+        fields = self.encode(caption, rng)
+        return {"image": self.transform(image, rng), **fields, "sample_ids": torch.tensor(number)}
+
+
+def training_set(config: RetrievalConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
+    """What the configuration trains on, images of `side` pixels: the bundled scenes or annotated files."""
+    fields = partial(encode, masked=False)
+    if config.bundled:
+        return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
+    transform = TrainTransform(side, scale=FINETUNING_SCALE)
+    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, seed=seed)
+
+
+def parse_paired(record: dict) -> tuple[str, list[str], str]:
+    """Image path, captions, and what tells the image from others: its `image_id`, or its path where it has none."""
+    path = get_text(record, "image")
+    return path, get_texts(record, "caption"), str(record.get("image_id", path))
+
+
+def parse_captioned(record: dict) -> tuple[str, list[str]]:
+    """Image path and captions."""
+    return get_text(record, "image"), get_texts(record, "caption")
+
+
+def recall(
+    scores_i2t: torch.Tensor,
+    scores_t2i: torch.Tensor,
+    txt2img: Sequence[int],
+    img2txt: Sequence[Sequence[int]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Recalls in per cent.
+
+    A query counts as found at k if one of its matches is among the k best candidates. Equal scores count against the
+    match and NaN is worse than everything, so that a collapsed model scores nothing by luck.
+
+    Args:
+        scores_i2t: (I, T), the score of every text for an image.
+        scores_t2i: (T, I), the score of every image for a text.
+        txt2img: for each text the number of its image.
+        img2txt: for each image the numbers of its texts.
+
+    Returns:
+        `txt_r{k}` (image to text), `img_r{k}` (text to image), `txt_r_mean`, `img_r_mean` and `r_mean`.
+    """
+    images, texts = len(img2txt), len(txt2img)
+    if tuple(scores_i2t.shape) != (images, texts) or tuple(scores_t2i.shape) != (texts, images):
+        raise ValueError(
+            f"scores must be ({images}, {texts}) and ({texts}, {images}) for {images} images and {texts} texts, "
+            f"got {tuple(scores_i2t.shape)} and {tuple(scores_t2i.shape)}"
+        )
+    ranks = {
+        "txt": torch.stack([_rank(row, torch.as_tensor(own)) for row, own in zip(scores_i2t, img2txt, strict=True)]),
+        "img": torch.stack([_rank(row, torch.as_tensor([i])) for row, i in zip(scores_t2i, txt2img, strict=True)]),
+    }
+    metrics = {f"{name}_r{k}": 100 * (rank < k).float().mean().item() for name, rank in ranks.items() for k in ks}
+    for name in ranks:
+        metrics[f"{name}_r_mean"] = sum(metrics[f"{name}_r{k}"] for k in ks) / len(ks)
+    metrics["r_mean"] = (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2
+    return metrics
+
+
+def _rank(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+    """Rank (from 0) of the best match among the candidates that do not match; infinite where its score is NaN."""
+    nan = scores.isnan()
+    scores = scores.masked_fill(nan, -torch.inf)
+    best = scores[matches].max()
+    ahead = (scores >= best).sum() - (scores[matches] >= best).sum()
+    return torch.where(nan[matches].all(), torch.inf, ahead.float())

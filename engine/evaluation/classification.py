@@ -1,0 +1,88 @@
+"""Accuracy of a classifier on labelled images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from datasets.calibration.data_kinds import skipped_path
+from datasets.collate import SkippedImages, collate
+
+READ = 128  # images classified together
+RANKS = (1, 5)
+
+
+def top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Which of the labels (B,) are among the k largest of the logits (B, classes): (B,) bool.
+
+    A class that ties with the label's ranks before it, and so does a NaN: a collapsed model has no luck.
+    """
+    own = logits.gather(1, labels[:, None])
+    before = (~(logits < own)).sum(1) - 1  # the label itself is not below itself
+    return (before < k) & ~own.squeeze(1).isnan()
+
+
+class Accuracy:
+    """Top-1 and top-5 accuracy of a model in per cent, as it is when this is called; the ranks share the images.
+
+    model: has `classify`, images (B, 3, H, W) to logits. data: items {"image", "label"}. Images that cannot be read
+    are listed in `folder` and count as wrong; more than `max_skipped` of them is an error.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        fabric: Any,
+        folder: Path,
+        *,
+        workers: int = 0,
+        max_skipped: float = 0.01,
+        batch_size: int = READ,
+    ):
+        self.model, self.fabric, self.total = model, fabric, len(data)
+        own = Subset(data, range(fabric.global_rank, len(data), fabric.world_size))
+        self.batches = DataLoader(own, batch_size, num_workers=workers, collate_fn=collate)
+        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), max(1, len(own)), max_skipped)
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        self.skipped.count = 0  # the same images at each call
+        right = torch.zeros(len(RANKS), dtype=torch.float64)
+        try:
+            for batch in self._progress(self.batches):
+                self.skipped.add(batch.pop("skipped", ()))
+                if batch:
+                    right += self._right(batch)
+        finally:
+            self.model.train(was_training)
+        if self.fabric.world_size > 1:
+            right = self.fabric.all_reduce(right.to(self.fabric.device), reduce_op="sum")
+        return {f"top{k}": 100 * count / self.total for k, count in zip(RANKS, right.tolist(), strict=True)}
+
+    def _right(self, batch: Mapping[str, Any]) -> Tensor:
+        """How many images of a batch are right, for each of RANKS."""
+        with self.fabric.autocast():
+            logits = self.model.classify(batch["image"].to(self.fabric.device)).float().cpu()
+        return torch.stack([top_k(logits, batch["label"], k).sum() for k in RANKS])
+
+    def _progress(self, batches: DataLoader) -> Any:
+        return tqdm(batches, desc="images", unit="batch", leave=False, disable=not self.fabric.is_global_zero)
+
+
+class Classifier(nn.Module):
+    """A model whose forward gives logits, as `Accuracy` calls it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def classify(self, image: Tensor) -> Tensor:
+        return self.model(image)

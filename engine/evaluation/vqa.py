@@ -1,0 +1,84 @@
+"""Questions about images answered by a model, from a closed list, and how right its answers are."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from datasets.calibration.data_kinds import skipped_path
+from datasets.collate import SkippedImages
+from datasets.tasks.vqa import Questions
+from datasets.tasks.vqa_accuracy import accuracies
+from sparsity.files import write_atomic
+
+
+class Answers:
+    """Accuracies of a model in per cent, as it is when this is called; the ranks share the images.
+
+    model: has `encode_image`, `ask` and `rank`, see models/parts/vqa.py. answers: what there is to choose from. k_test:
+    so many are scored for each question. batch_size: images at a time. path: where the answers are written, as the
+    server of the challenge takes them. Images that cannot be read are listed in `folder` and their questions answered
+    with ""; more than `max_skipped` of them is an error.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        questions: Questions,
+        answers: Sequence[str],
+        fabric: Any,
+        folder: Path,
+        *,
+        k_test: int,
+        batch_size: int,
+        path: Path | None = None,
+        workers: int = 0,
+        max_skipped: float = 0.01,
+    ):
+        self.model, self.asked, self.answers, self.fabric = model, questions.asked, tuple(answers), fabric
+        self.k_test, self.path, words = k_test, path, questions.words
+        self.encoded = words.padded("answer", [words.answer(answer) for answer in answers])
+        own = Subset(questions, range(fabric.global_rank, len(questions), fabric.world_size))
+        self.batches = DataLoader(own, batch_size, num_workers=workers, collate_fn=words.gather_asked)
+        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), max(1, len(own)), max_skipped)
+
+    def __call__(self) -> dict[str, float]:
+        given = ["" if number < 0 else self.answers[number] for number in self.choose().tolist()]
+        if self.path and self.fabric.is_global_zero:
+            pairs = zip(self.asked, given, strict=True)
+            content = [{"question_id": question.question_id, "answer": answer} for question, answer in pairs]
+            write_atomic(self.path, json.dumps(content).encode())
+        return accuracies(self.asked, given)
+
+    @torch.no_grad()
+    def choose(self) -> Tensor:
+        """Number of the answer to each question, -1 where its image cannot be read: the same on all ranks."""
+        was_training = self.model.training
+        self.model.eval()
+        self.skipped.count = 0  # the same images at each call
+        chosen = torch.zeros(len(self.asked), dtype=torch.long)  # of each rank's questions, from 1
+        encoded = {name: tensor.to(self.fabric.device) for name, tensor in self.encoded.items()}
+        try:
+            for batch in self._progress(self.batches):
+                self.skipped.add(batch.pop("skipped", ()))
+                if batch:
+                    chosen[batch["number"]] = 1 + self._rank(batch, encoded).cpu()
+        finally:
+            self.model.train(was_training)
+        if self.fabric.world_size > 1:
+            chosen = self.fabric.all_reduce(chosen.to(self.fabric.device), reduce_op="sum").cpu()
+        return chosen - 1
+
+    def _rank(self, batch: Mapping[str, Any], encoded: Mapping[str, Tensor]) -> Tensor:
+        batch = self.fabric.to_device(batch)
+        image = self.model.encode_image(batch["image"])[batch["image_of"]]
+        states = self.model.ask(image, batch["text_ids"], batch["text_atts"])
+        return self.model.rank(states, batch["text_atts"], encoded["answer_ids"], encoded["answer_atts"], self.k_test)
+
+    def _progress(self, batches: DataLoader) -> Any:
+        return tqdm(batches, desc="questions", unit="batch", leave=False, disable=not self.fabric.is_global_zero)

@@ -1,0 +1,207 @@
+"""Command lines: a parser whose every complaint is one line, types of arguments, and the options that scripts share."""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparsity.allocation.budget import SCHEDULES
+
+USER_ERROR = 2
+EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
+ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
+CALIBRATION_MODES = ("dense", "sequential")
+OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Description as it is written, no abbreviations; an error is one line, without the usage, and exit code 2."""
+
+    def __init__(self, description: str | None):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """The arguments; an option that is not known is an error that suggests the nearest one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(given, self._option_string_actions, n=1) if given.startswith("-") else []
+            self.error(f"unrecognized argument {given}" + (f", did you mean {near[0]}?" if near else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {message} (python {self.prog} --help lists all options)\n")
+
+
+def _checked(convert: Callable[[str], Any], ok: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """argparse type: what `convert` makes of the text, where it is `ok`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not ok(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive_int = _checked(int, lambda v: v >= 1, "an integer of at least 1")
+positive_float = _checked(float, lambda v: 0 < v < math.inf, "a number above 0")
+count = _checked(int, lambda v: v >= 0, "an integer of at least 0")
+share = _checked(float, lambda v: 0 <= v <= 1, "a fraction between 0 and 1")
+seed = _checked(int, lambda v: 0 <= v < 2**32, "an integer from 0 to 2^32 - 1")
+
+
+def seeds(text: str) -> list[int]:
+    """argparse type: a comma separated list of seeds, each once."""
+    return list(dict.fromkeys(seed(item) for item in text.split(",")))
+
+
+def byte_count(text: str) -> int:
+    """argparse type: bytes, as "4GB" or "500 MB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def add_pruner_options(parser: argparse.ArgumentParser) -> None:
+    """The options of single pruners: `--epochs`, `--schedule`, `--lambda_`, `--memory_budget`, `--row_dtype`,
+    `--mask_lr`, `--mask_decay`, `--enable_update`, `--calibration_mode`, `--offload`.
+    """
+    add = parser.add_argument
+    add("-e", "--epochs", type=positive_int, default=1, help="rounds of iterative pruners (default: %(default)s)")
+    add("--schedule", choices=SCHEDULES, default="exp", help="of iterative pruners (default: %(default)s)")
+    add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
+    held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
+    add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
+    add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
+    add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
+    add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
+    update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
+    add("--enable_update", "--enable-update", action="store_true", help=update)
+    mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
+    add("--calibration_mode", "--calibration-mode", choices=CALIBRATION_MODES, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
+
+
+def globs(text: str) -> list[str]:
+    """argparse type: comma separated globs."""
+    found = [glob.strip() for glob in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected globs like *.mlp.*,*.attn.*, got {text!r}")
+    return found
+
+
+def group_globs(text: str) -> dict[str, list[str]]:
+    """argparse type: comma separated name=glob; a name that is given again has more globs."""
+    groups: dict[str, list[str]] = {}
+    for item in text.split(","):
+        name, _, glob = (part.strip() for part in item.partition("="))
+        if not (name and glob):
+            raise argparse.ArgumentTypeError(f"expected name=glob,name=glob, got {item!r} in {text!r}")
+        groups.setdefault(name, []).append(glob)
+    return groups
+
+
+def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
+    """What a model that is not the project's own can be told, named as the keys of its configuration.
+
+    forms: how such a model is given.
+    """
+    add = parser.add_argument_group(f"any other model ({forms})").add_argument
+    add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
+    add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
+    add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
+    add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
+    add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
+    add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
+
+
+def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
+    """ValueError where an option of the project's own models (`names`) is given with another (`forms`), or the other
+    way round.
+    """
+    for option in EXTERNAL:
+        if not external and getattr(args, option) is not None:
+            raise ValueError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
+    if external and args.variant != "auto":
+        raise ValueError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
+
+
+def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """What is read: `--config`, `--variant`, `--weights`, `--max_skipped` (see configs.loading)."""
+    add = parser.add_argument_group("configuration").add_argument
+    add("--config", type=Path, help=f"default: configs/<model>/{task}_<variant>.yaml")
+    variants = "auto (default): base where its weights are, else mini"
+    add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
+    add("--weights", help="checkpoint file, or 'random'; default: the configuration's")
+    add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
+
+
+def add_finetuning_options(parser: argparse.ArgumentParser, task: str, models: Sequence[str]) -> None:
+    """What every script that fine-tunes has: model and mask, configuration, where a run is kept, logs, devices.
+
+    `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
+    be named.
+    """
+    add = parser.add_argument
+    only = models[0] if len(models) == 1 else None
+    listed = f"default: {only}" if only else ", ".join(models)
+    add("--model", required=only is None, default=only, metavar="MODEL", help=listed)
+    add("-m", "--mask", type=Path, help="mask file of the pretrained model; default: none, with --dense")
+    add("--dense", action="store_true", help="train the dense model, whatever --mask says (default: no)")
+    add("--output_dir", type=Path, default=Path("output", task), help="default: %(default)s")
+    add("--snapshot", type=Path, help="checkpoint to go on from, and to write; default: last.pt in --output_dir")
+    add("--incremental", action="store_true", help="stop after one epoch; the same command goes on (default: no)")
+    add("--skip_eval", action="store_true", help="train only; the last weights are the result (default: no)")
+    add("--debug", action="store_true", help="a few steps per epoch, a few images to evaluate (default: no)")
+    add = parser.add_argument_group("configuration").add_argument
+    add("--config", type=Path, help=f"default: configs/<model>/{task}.yaml, or {task}_mini.yaml of the bundled model")
+    variants = "auto (default): base where its weights are, else mini"
+    add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
+    weights = "pretrained checkpoint file, or 'random'; default: the configuration's"
+    add("-pre", "--pretraining_weights", dest="weights", metavar="WEIGHTS", help=weights)
+    add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
+    add = parser.add_argument_group("logs, besides log.csv in --output_dir").add_argument
+    add("-wdb", "--wandb", action="store_true", help="log to Weights & Biases (default: no)")
+    add("--wdb_offline", action="store_true", help="keep what --wandb logs, for `wandb sync` (default: no)")
+    add("-exp", "--experiment_name", help="of the run on Weights & Biases; default: the configuration's")
+    add("--tensorboard", action="store_true", help="log to TensorBoard, in --output_dir (default: no)")
+    add_device_options(parser, "-p")
+    parser.set_defaults(precision="bf16-mixed")
+
+
+def add_device_options(parser: argparse.ArgumentParser, *short: str) -> None:
+    """`--devices`, `--num_nodes`, `--accelerator`, `--strategy`, `--precision`, `--seed`, as every script has them.
+
+    short: other names of `--precision`.
+    """
+    add = parser.add_argument_group("devices").add_argument
+    add("-d", "--devices", type=positive_int, default=1, help="devices per node (default: %(default)s)")
+    add("--num_nodes", type=positive_int, default=1, help="nodes, under SLURM or torchrun (default: %(default)s)")
+    add("--strategy", default="auto", choices=("auto", "ddp"), help="default: %(default)s")
+    _add_arithmetic(add, *short)
+    add("--seed", type=seed, default=42, help="of all randomness (default: %(default)s)")
+
+
+def add_one_device(parser: argparse.ArgumentParser) -> None:
+    """`--accelerator` and `--precision`: for scripts that run on one device, with seeds of their own."""
+    _add_arithmetic(parser.add_argument_group("device").add_argument)
+    parser.set_defaults(devices=1, num_nodes=1, strategy="auto", seed=42)
+
+
+def _add_arithmetic(add: Callable[..., Any], *short: str) -> None:
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "mps"), help="default: %(default)s")
+    precisions = ("32-true", "bf16-mixed", "16-mixed")
+    arithmetic = "arithmetic of the forward (default: %(default)s)"
+    add(*short, "--precision", default="32-true", choices=precisions, help=arithmetic)

@@ -1,0 +1,71 @@
+"""The options of the one-shot pruning scripts; needs no torch, so that they are checked at once."""
+
+import argparse
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from engine.options.command_line import CALIBRATION_MODES, OFFLOAD, positive_int
+from sparsity.allocation.budget import parse_sparsities
+from sparsity.pattern import NM, parse_pattern
+
+PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
+
+
+USUAL = 2, 4  # N:M where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be zero: a pattern says it, or a share of the prunable weights, a fraction."""
+
+    pattern: NM | None
+    sparsity: Decimal | None = None
+
+    def __str__(self) -> str:
+        return str(self.pattern) if self.pattern else f"{self.stem} %"
+
+    @property
+    def stem(self) -> str:
+        """In names of files."""
+        return f"{self.pattern.n}of{self.pattern.m}" if self.pattern else f"{float(100 * self.sparsity):.12g}"
+
+
+def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
+    """`--pruner`, `--N`, `--M`, `--sparsity`, `--nsamples`, `--enable-update`, `--calibration-mode`, `--offload`,
+    `--save-model`.
+
+    nsamples: the default.
+    """
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruner", default="sparsegpt", choices=PRUNERS, help="default: %(default)s")
+    add("--N", type=positive_int, help=f"weights kept of every M (default: {USUAL[0]})")
+    add("--M", type=positive_int, help=f"consecutive weights of a row (default: {USUAL[1]})")
+    add("--sparsity", help="per cent of the weights that go, anywhere, instead of N:M (default: N:M)")
+    add("--nsamples", type=positive_int, default=nsamples, help="calibration samples (default: %(default)s)")
+    update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
+    add("--enable-update", action="store_true", help=update)
+    mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
+    add("--calibration-mode", choices=CALIBRATION_MODES, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
+    add("--save-model", type=Path, help="file for the pruned weights, .safetensors, or as torch.save writes them")
+
+
+def check_oneshot(args: argparse.Namespace) -> Target:
+    """What is asked for. Raises ValueError for options that do not go together."""
+    if args.enable_update and args.pruner != "sparsegpt":
+        raise ValueError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
+    if args.calibration_mode and args.pruner not in ("wanda", "sparsegpt"):
+        raise ValueError(f"--calibration-mode is for wanda and sparsegpt, got --pruner {args.pruner}")
+    if args.sparsity is not None:
+        if args.N or args.M:
+            raise ValueError("--sparsity is for zeros anywhere, --N and --M are for those in a pattern: leave one out")
+        sparsities = parse_sparsities(args.sparsity)
+        if len(sparsities) > 1:
+            raise ValueError(f"--sparsity {args.sparsity}: give one; prune.py takes several")
+        return Target(None, sparsities[0])
+    n, m = args.N or USUAL[0], args.M or USUAL[1]
+    if not n < m:
+        raise ValueError(f"--N {n} --M {m}: N weights are kept of every M, so N must be below M")
+    return Target(parse_pattern(f"{n}:{m}"))

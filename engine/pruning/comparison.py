@@ -1,0 +1,253 @@
+"""Many pruners on one model: a row of `results.csv` for each run, and tables of the means over seeds.
+
+Statistics are shared: the pruners that need the same one are scored from one pass over the calibration data of a seed.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.pruning import PrunedModel
+from engine.pruning.run import Metrics, percent, timed
+from engine.reports.report import append_csv, markdown_table
+from sparsity.allocation.budget import Sparsity
+from sparsity.files import write_atomic
+from sparsity.masks import Masks, state_digest
+from sparsity.view import PrunableView
+
+Row = dict[str, str]
+Run = tuple[str, str, str]  # pruner, sparsity in per cent, seed
+DENSE = "dense"
+ANY_SEED = "-"  # seed of a run in which nothing is drawn
+DENSE_RUN: Run = (DENSE, "0", ANY_SEED)
+
+
+def digests(
+    view: PrunableView, sizes: Any, config: PrunedModel, options: Mapping[str, Any], pruners: Mapping[str, Any]
+) -> dict[str, str]:
+    """Pruner (or "dense") -> short name of all that decides its results, but for sparsity and seed.
+
+    sizes: of the model, a dataclass. options: of the command line, with `precision` and `num_batches`; an option of a
+    pruner, and what the calibration reads, count for the pruners that have use of it. Where the weights lie does not
+    count, what they are does.
+    """
+    read = dataclasses.asdict(config)
+    common = {"weights": state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
+    common |= {"evaluation": read["evaluation"], "precision": options["precision"]}
+    data = {key: read[key] for key in config.CALIBRATION}
+    data["num_batches"] = options["num_batches"]
+    result = {DENSE: _digest(common)}
+    for name, pruner in pruners.items():
+        own = {key: options[key] for key in inspect.signature(type(pruner)).parameters}
+        result[name] = _digest(common | own | (data if pruner.statistic else {}))
+    return result
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """`results.csv`, a row for each run, written as soon as the run is done; rows of other configurations stay.
+
+    A line that a killed process left unfinished is removed. Raises ValueError for a file with other columns.
+
+    Args:
+        groups: of the model's weights; their sparsity is recorded.
+        columns: column of the table -> metric.
+        digests: of the configuration, for every pruner that will be asked about.
+    """
+
+    def __init__(
+        self, path: Path, model: str, groups: Iterable[str], columns: Mapping[str, str], digests: Mapping[str, str]
+    ):
+        self.path, self.model, self.metrics, self.digests = path, model, columns, digests
+        self.measures = [*(f"{name} %" for name in (*groups, "all")), *columns]
+        self.columns = ["config", "date", "model", "pruner", "sparsity", "seed", *self.measures, "selection_seconds"]
+        self.rows = self._read()
+
+    def _read(self) -> list[Row]:
+        if not self.path.is_file():
+            return []
+        text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_atomic(self.path, whole.encode())
+        reader = csv.DictReader(io.StringIO(whole))
+        if whole and reader.fieldnames != self.columns:
+            raise ValueError(f"{self.path}: has the columns of another model or version; choose another --output_dir")
+        return [row for row in reader if row["config"] == self.digests.get(row["pruner"])]
+
+    def find(self, pruner: str, sparsity: str, seed: str) -> Row | None:
+        """The row of a run, where it is done."""
+        run = (pruner, sparsity, seed)
+        return next((row for row in self.rows if (row["pruner"], row["sparsity"], row["seed"]) == run), None)
+
+    def add(
+        self, pruner: str, sparsity: str, seed: str, shares: Mapping[str, float], metrics: Metrics, seconds: float
+    ) -> None:
+        """shares: sparsity of every group, and of "all", as fractions."""
+        row: dict[str, Any] = {"config": self.digests[pruner], "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        row |= {"model": self.model, "pruner": pruner, "sparsity": sparsity, "seed": seed}
+        row |= {f"{name} %": f"{100 * share:.4f}" for name, share in shares.items()}
+        row |= {name: f"{metrics[key]:.4f}" for name, key in self.metrics.items()}
+        row["selection_seconds"] = f"{seconds:.2f}"
+        append_csv(self.path, [row])
+        self.rows.append(row)
+
+
+def seeds_of(pruner: Any, seeds: Sequence[int]) -> list[str]:
+    """The seeds, as they stand in the table, under which a pruner gives different masks: one where nothing is drawn."""
+    return [str(seed) for seed in seeds] if pruner.statistic or pruner.draws else [ANY_SEED]
+
+
+def sharing(pruners: Mapping[str, Any]) -> list[list[str]]:
+    """The names of the pruners, those together that measure the same in the same way."""
+    together: dict[Any, list[str]] = {}
+    for name, pruner in pruners.items():
+        together.setdefault((pruner.statistic, type(pruner).measure), []).append(name)
+    return list(together.values())
+
+
+def compare(
+    view: PrunableView,
+    pruners: Mapping[str, Any],
+    sparsities: Sequence[Sparsity],
+    seeds: Sequence[int],
+    ledger: Ledger,
+    *,
+    measure: Callable[..., dict[str, Tensor]],
+    evaluate: Callable[[], Metrics],
+) -> None:
+    """Every pruner at every sparsity under every seed, and the dense model, but for what the ledger has already.
+
+    pruners: name -> pruner. measure: (pruner, seed, epoch, what the pruner gives its `again`) -> its statistic.
+    evaluate: metrics of the model as it is.
+    """
+    with tqdm(total=len(wanted(pruners, sparsities, seeds)), desc="runs", unit="run", leave=False) as bar:
+        bar.update(sum(ledger.find(*run) is not None for run in wanted(pruners, sparsities, seeds)))
+        if ledger.find(*DENSE_RUN) is None:
+            ledger.add(*DENSE_RUN, dict.fromkeys([*view.groups, "all"], 0.0), evaluate(), 0.0)
+            bar.update()
+        for seed, todo in _passes(pruners, sparsities, seeds, ledger):
+            for run, masks, seconds in _masks(view, pruners, seed, todo, measure):
+                report = masks.report(view)
+                shares = {name: count.sparsity for name, count in report.groups.items()}
+                with masks.applied(view):
+                    metrics = evaluate()
+                ledger.add(*run, shares | {"all": report.overall.sparsity}, metrics, seconds)
+                bar.update()
+
+
+def wanted(pruners: Mapping[str, Any], sparsities: Sequence[Sparsity], seeds: Sequence[int]) -> list[Run]:
+    """The runs of a comparison: the dense model, then by sparsity, pruner and seed."""
+    runs = [(name, percent(s), own) for s in sparsities for name, p in pruners.items() for own in seeds_of(p, seeds)]
+    return [DENSE_RUN, *runs]
+
+
+def _passes(
+    pruners: Mapping[str, Any], sparsities: Sequence[Sparsity], seeds: Sequence[int], ledger: Ledger
+) -> Iterator[tuple[int, list[tuple[str, str, list[Sparsity]]]]]:
+    """(seed, [(pruner, seed in the table, sparsities not yet done)]): what one statistic of a seed is needed for."""
+    for number, seed in enumerate(seeds):
+        for names in sharing(pruners):
+            own = [(name, seeds_of(pruners[name], seeds)[number : number + 1]) for name in names]
+            labelled = [(name, label) for name, labels in own for label in labels]
+            todo = [(n, own, [s for s in sparsities if not ledger.find(n, percent(s), own)]) for n, own in labelled]
+            todo = [(name, label, missing) for name, label, missing in todo if missing]
+            if todo:
+                yield seed, todo
+
+
+def _masks(
+    view: PrunableView,
+    pruners: Mapping[str, Any],
+    seed: int,
+    todo: Sequence[tuple[str, str, Sequence[Sparsity]]],
+    measure: Callable[..., dict[str, Tensor]],
+) -> Iterator[tuple[Run, Masks, float]]:
+    """(run, its masks, seconds that it took to choose them), all from one statistic."""
+    measured = measure(pruners[todo[0][0]], seed, 0)
+    for name, label, missing in todo:
+        again = partial(measure, pruners[name], seed)
+        for sparsity, masks, seconds in timed(pruners[name].masks(view, measured, missing, seed=seed, again=again)):
+            yield (name, percent(sparsity), label), masks, seconds
+
+
+def summarise(ledger: Ledger, runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Over the seeds of these runs, of those that are done: rows {"pruner", "sparsity", "seeds" (how many), and for
+    each measure (mean, standard error or None)}.
+    """
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for pruner, sparsity, seed in runs:
+        row = ledger.find(pruner, sparsity, seed)
+        if row is not None:
+            cells.setdefault((pruner, sparsity), []).append(row)
+    return [
+        {"pruner": pruner, "sparsity": sparsity, "seeds": ANY_SEED if rows[0]["seed"] == ANY_SEED else str(len(rows))}
+        | {key: mean_and_error([float(row[key]) for row in rows]) for key in ledger.measures}
+        for (pruner, sparsity), rows in cells.items()
+    ]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error: the sample's standard deviation / sqrt(n), None for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a Markdown table."""
+    return markdown_table([{key: _text(value, " ± ") for key, value in row.items()} for row in rows])
+
+
+def latex(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a LaTeX tabular, for the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cells) + r" \\"
+
+    body, last = [], None
+    for row in rows:
+        if last not in (None, row["sparsity"]):
+            body.append(r"\midrule")
+        last = row["sparsity"]
+        body.append(line([_escaped(_text(value, r" $\pm$ ")) for value in row.values()]))
+    begin = rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}"
+    head = line([_escaped(key) for key in rows[0]])
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def write_tables(folder: Path, model: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """`table.md` and `table.tex`; returns the summary for the reader of the terminal."""
+    table = markdown(rows)
+    what = "Quality without training and sparsity of each group, in per cent: mean ± standard error over the seeds."
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    write_atomic(folder / "table.md", f"# Pruners of {model}\n\n{what}\n\n{listed}\n\n{table}\n".encode())
+    write_atomic(folder / "table.tex", latex(rows).encode())
+    files = "\n".join(f"  {folder / name}" for name in ("results.csv", "table.md", "table.tex"))
+    return f"\n{table}\n\nresults:\n{files}"
+
+
+def _text(value: Any, sign: str) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    mean, error = value
+    return f"{mean:.1f}" if error is None else f"{mean:.1f}{sign}{error:.1f}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_")

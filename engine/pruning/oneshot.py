@@ -1,0 +1,63 @@
+"""One-shot N:M pruning around its pruner: what a run asks for, reports and writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.export import save_weights
+from engine.options.oneshot import Target
+from engine.pruning.run import Metrics, calibrate
+from engine.reports.report import markdown_table
+from sparsity.files import replacing
+from sparsity.masks import Masks
+from sparsity.view import PrunableView
+
+
+def divisible(view: PrunableView, target: Target) -> None:
+    """ValueError where M divides the inputs of no layer, so that nothing would be pruned."""
+    pattern = target.pattern
+    if pattern and not any(pattern.fits(weight.shape[1]) for weight in view.weights.values()):
+        widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
+        raise ValueError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
+
+
+def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Target, seed: int, **kept: Any) -> Masks:
+    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. kept:
+    `folder` and `config` of `calibrate`, for a run that is to go on after a kill.
+    """
+
+    def measure(epoch: int = 0, **options: Any) -> Any:
+        return calibrate(pruner, view, data, fabric, seed, epoch, **kept, **options)
+
+    sparsities, pattern = None if target.pattern else [target.sparsity], target.pattern
+    pruner.preflight(view, sparsities, pattern=pattern)
+    ((_, masks),) = pruner.masks(view, measure(), sparsities, pattern=pattern, seed=seed, again=measure)
+    return masks
+
+
+def report(lines: Sequence[tuple[str, Metrics]], view: PrunableView, written: Sequence[Path]) -> str:
+    """A table of accuracies, the share of zeros in the model as it is, and the files."""
+    metrics = {"top1": "top-1", "top5": "top-5"}
+    rows = [
+        {"model": name, **{told: f"{m[key]:.2f}" for key, told in metrics.items() if key in m}} for name, m in lines
+    ]
+    zero = view.numel - sum(int(torch.count_nonzero(weight.parameter)) for weight in view.weights.values())
+    share = f"{zero:,} of {view.numel:,} prunable weights are zero ({100 * zero / view.numel:.2f} %)"
+    return "\n".join(["", markdown_table(rows), "", share, *(f"written: {path}" for path in written)])
+
+
+def save(model: nn.Module, path: Path, masks: Masks | None) -> list[Path]:
+    """The state dict, as safetensors where the name says so, else as torch writes it, and the masks beside it."""
+    if path.suffix == ".safetensors":
+        save_weights(model, path)
+    else:
+        with replacing(path) as temporary:
+            torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
+    if masks is None:
+        return [path]
+    beside = path.with_name(f"{path.name.removesuffix('.tar').rpartition('.')[0]}_pruning_masks.safetensors")
+    masks.save(beside)
+    return [path, beside]

@@ -1,0 +1,234 @@
+"""The course of a pruning run around its pruner: calibration pass, evaluation of masks, files and tables of results."""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from configs.loading import save_config
+from datasets.calibration.data_kinds import Calibration
+from engine.export import save_model
+from engine.pruning.tensor_stream import stream_tensors
+from engine.reports.pictures import Pictures
+from engine.reports.report import append_csv, markdown_table, write_report
+from sparsity.masks import Masks
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.gradients import batch_generator
+from sparsity.view import PrunableView
+
+Metrics = Mapping[str, float]
+RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
+
+
+def calibrate(
+    pruner: Any,
+    view: PrunableView,
+    data: Calibration | None,
+    fabric: Any,
+    seed: int,
+    epoch: int = 0,
+    *,
+    folder: Path | None = None,
+    config: Any = None,
+    **options: Any,
+) -> Any:
+    """The pruner's statistic over the batches of an epoch, summed over ranks; {} where there is no data to read.
+
+    What a loss draws is a function of the seed and the batch. folder: for what is too large for memory; `config`, a
+    dataclass, then says what is read. options: further ones of the pruner's `measure`.
+    """
+    if data is None:
+        return {}
+    data = data.at(epoch)
+    numbers = data.numbers
+
+    def progress(batches: Iterable) -> Iterable:
+        quiet = not fabric.is_global_zero
+        return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
+
+    def total(tensor: Tensor) -> Tensor:
+        return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
+
+    if folder:
+        read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)
+        options["scratch"] = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
+
+    with fabric.autocast(), logging_redirect_tqdm():
+        return pruner.measure(
+            view,
+            (fabric.to_device(batch) for batch in data),
+            progress=progress,
+            reduce=total if fabric.world_size > 1 else None,
+            generators=lambda i: batch_generator(seed, numbers[i]),
+            rounds=data.rounds,
+            **options,
+        )
+
+
+def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
+    """(sparsity, masks, seconds that it took to choose them)."""
+    begin = time.perf_counter()
+    for sparsity, chosen in masks:
+        yield sparsity, chosen, time.perf_counter() - begin
+        begin = time.perf_counter()
+
+
+def file_name(model: str) -> str:
+    """The name of a model as names of files begin: of a folder its last part, and nothing but letters, digits, . and -
+    between underscores.
+    """
+    source, _, rest = model.partition(":")
+    rest = Path(os.path.abspath(rest)).name if source == "hf" and Path(rest).is_dir() else rest
+    return re.sub(r"[^\w.-]+", "_", f"{source}_{rest}" if rest else source)
+
+
+def percent(sparsity: Any) -> str:
+    """A sparsity in per cent, as files and tables have it."""
+    return f"{float(100 * sparsity):.12g}"
+
+
+class Results:
+    """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
+
+    folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
+    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
+    this rank writes files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        view: PrunableView,
+        options: Mapping[str, Any],
+        config: Any,
+        columns: Mapping[str, str],
+        writes: bool = True,
+    ):
+        self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
+        self.columns = columns
+        model = file_name(options["model"])
+        self.stem = f"{model}_{options['pruner']}"
+        self.calibration_seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self.times: list[dict[str, Any]] = []
+        self.pictures = Pictures(folder, view, model, self.stem)
+        self.warnings: list[str] = []
+        self.written: list[Path] = []
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Takes the time of what is done inside."""
+        begin = time.perf_counter()
+        yield
+        self.calibration_seconds = time.perf_counter() - begin
+
+    def dense(self, metrics: Metrics) -> None:
+        """The first row: the model before pruning."""
+        self.rows.append(self._row("dense", dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
+
+    def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
+        """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
+        label = str(self.options["pattern"] or percent(sparsity))
+        path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
+        masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
+        if self.writes:
+            masks.save(path)
+        self.written.append(path)
+        if masks.weights:
+            self._save_weights(masks, path.with_name(path.name.replace("_pruning_masks", "_weights")))
+        report = masks.report(self.view)
+        self.warnings += [f"{label}: {line}" for line in report.warnings]
+        self.pictures.add(label, masks, report, path)
+        metrics: Metrics = {}
+        if evaluate or self.options["save_model"]:
+            with masks.applied(self.view):
+                if self.options["save_model"]:
+                    self._save_model(path.with_name(path.name.replace("_pruning_masks.safetensors", "_model")))
+                metrics = evaluate() if evaluate else {}
+        groups = {name: 100 * count.sparsity for name, count in report.groups.items()}
+        self.rows.append(self._row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
+        self.times.append(
+            {
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                **{name: self.options[name] for name in ("model", "pruner")},
+                "sparsity": label,
+                "seed": self.options["seed"],
+                "calibration_seconds": f"{self.calibration_seconds:.2f}",
+                "selection_seconds": f"{seconds:.2f}",
+                "pruned": masks.total - masks.kept,
+                "prunable": masks.total,
+            }
+        )
+
+    def _save_weights(self, masks: Masks, path: Path) -> None:
+        """The updated weights alone, under every name that they have in the model."""
+        named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        if self.writes:
+            stream_tensors(path, {key: tuple(weight.shape) for key, weight in named}, named)
+        self.written.append(path)
+
+    def _save_model(self, path: Path) -> None:
+        """The model as it is, as its own library loads it."""
+        if self.writes:
+            self.written.append(save_model(self.view.model, path))
+
+    def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
+        """The pruner's scores, (out, in) for each weight, streamed layer by layer."""
+        path = self.path(f"{self.stem}_seed{self.options['seed']}_scores.safetensors")
+        if self.writes:
+            stream_tensors(path, {name: tuple(weight.shape) for name, weight in self.view.weights.items()}, scores)
+        self.written.append(path)
+
+    def finish(self) -> str:
+        """Write configuration, run times, plot and report; returns the summary for the reader of the terminal."""
+        facts = {
+            "weights": self.config.weights,
+            "prunable weights": f"{self.view.numel:,} in {len(self.view.weights)} layers",
+            "seed": self.options["seed"],
+            "calibration": f"{self.calibration_seconds:.1f} s, once for all sparsities",
+        }
+        if self.writes:
+            self._write(facts)
+        lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]
+        lines += [f"calibration: {facts['calibration']}", "results:"]
+        lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
+        return "\n".join(lines)
+
+    def _row(
+        self, label: str, groups: Mapping[str, float], total: float, metrics: Metrics, seconds: str
+    ) -> dict[str, Any]:
+        row = {"sparsity": label, **{f"{name} %": f"{value:.2f}" for name, value in (groups | {"all": total}).items()}}
+        return row | {name: metrics[key] for name, key in self.columns.items() if key in metrics} | {"seconds": seconds}
+
+    def _write(self, facts: Mapping[str, Any]) -> None:
+        arguments = {name: plain(value) for name, value in self.options.items()}
+        save_config({"arguments": arguments, "config": dataclasses.asdict(self.config)}, self.path("config.yaml"))
+        append_csv(self.path("runtimes.csv"), self.times)
+        groups = {weight.name: weight.group for weight in self.view.weights.values()}
+        title = f"{self.options['model']} pruned with {self.options['pruner']}"
+        layers = [
+            {"layer": n, "group": g, "weights": self.view.weights[n].numel}
+            | {f"{label} %": f"{sparsities[n]:.2f}" for label, sparsities in self.pictures.layers.items()}
+            for n, g in groups.items()
+        ]
+        parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
+        write_report(self.path("report.md"), title=title, facts=facts, **parts)
+
+
+def plain(value: Any) -> Any:
+    """An argument of the command line as YAML writes it."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value if isinstance(value, int | float | str | None) else str(value)

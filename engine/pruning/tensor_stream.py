@@ -1,0 +1,31 @@
+"""Safetensors written one tensor at a time, for results larger than should be held in memory."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsity.files import replacing
+
+_HEADER_ALIGNMENT = 8
+
+
+def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write float32 tensors in the order of `shapes`, each as soon as it is there: a safetensors file, whole or not at
+    all. ValueError where a tensor is not the one that comes next.
+    """
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
+            if name != given or tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"expected {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
+            file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())

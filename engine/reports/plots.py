@@ -1,0 +1,184 @@
+"""Plots of a pruning run, as PNG files that are whole or not there.
+
+Sparsities are in per cent; a label names a mask of the run, such as "63" or "2:4".
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.reports.weight_places import EXPONENTS, place
+from sparsity.files import replacing
+
+_TAIL = 1e-4  # share of the smallest weights that histograms leave out
+_GAP = "#e8e8e8"  # where a block has no such weight
+
+
+def plot_sparsity(
+    path: Path,
+    layers: Mapping[str, Mapping[str, float]],
+    groups: Mapping[str, Mapping[str, float]],
+    group_of: Mapping[str, str],
+    title: str,
+) -> None:
+    """The sparsity of every layer and every group.
+
+    layers, groups: for each label, name of a layer (in prunable order) or of a group -> its sparsity. group_of: layer
+    -> group.
+    """
+    figure = _figure(13, 4.5)
+    by_layer, by_group = figure.subplots(1, 2, width_ratios=(4, 1))
+    names = list(group_of)
+    for label, sparsities in layers.items():
+        by_layer.plot([sparsities[name] for name in names], ".-", label=_named(label), linewidth=0.8, markersize=4)
+    order = list(dict.fromkeys(group_of.values()))
+    for first, name in enumerate(names):
+        if first and group_of[name] != group_of[names[first - 1]]:
+            by_layer.axvline(first - 0.5, color="grey", linewidth=0.8)
+    for group in order:
+        places = [i for i, name in enumerate(names) if group_of[name] == group]
+        by_layer.text(sum(places) / len(places), 103, group, ha="center", fontsize=9)
+    by_layer.set(xlabel="prunable layer, in the model's order", ylabel="sparsity (%)", ylim=(-3, 110))
+    by_layer.legend(loc="lower right", fontsize=8)
+    by_layer.grid(alpha=0.3)
+    width = 0.8 / len(layers)
+    for i, sparsities in enumerate(groups.values()):
+        heights = [sparsities[group] for group in order]
+        by_group.bar([x + i * width for x in range(len(order))], heights, width)
+    by_group.set_xticks([x + 0.4 - width / 2 for x in range(len(order))], order)
+    by_group.set(ylim=(0, 100), ylabel="sparsity of the group's weights (%)")
+    by_group.grid(alpha=0.3, axis="y")
+    _save(figure, path, title)
+
+
+def plot_heat(path: Path, layers: Mapping[str, Mapping[str, float]], group_of: Mapping[str, str], title: str) -> None:
+    """The sparsity of every weight matrix: for each label and group a map of blocks (rows) and kinds (columns).
+
+    layers: for each label, layer -> its sparsity. group_of: layer -> group.
+    """
+    order = list(dict.fromkeys(group_of.values()))
+    names = {group: [name for name in group_of if group_of[name] == group] for group in order}
+    blocks = {group: list(dict.fromkeys(place(name)[0] for name in names[group])) for group in order}
+    kinds = {group: list(dict.fromkeys(place(name)[1] for name in names[group])) for group in order}
+    tallest, widths = max(map(len, blocks.values())), [max(4, len(kinds[group])) for group in order]
+    panel = max(1.0, 0.2 * tallest)
+    figure = _figure(1.2 + sum(0.42 * width + 0.4 for width in widths), 2.2 + (panel + 0.15) * len(layers))
+    axes = figure.subplots(len(layers), len(order), width_ratios=widths, squeeze=False)
+    for number, (label, sparsities) in enumerate(layers.items()):
+        for axis, group in zip(axes[number], order, strict=True):
+            cells = np.full((tallest, len(kinds[group])), np.nan)
+            for name in names[group]:
+                block, kind = place(name)
+                cells[blocks[group].index(block), kinds[group].index(kind)] = sparsities[name]
+            image = _map(axis, cells, _percent, vmin=0, vmax=100)
+            axis.set_facecolor(_GAP)
+            axis.axhspan(len(blocks[group]) - 0.5, tallest, color="white")  # below the last block
+            axis.set_ylim(tallest - 0.5, -0.5)
+            axis.spines[:].set_visible(False)
+            prefix = _shared_prefix(blocks[group])
+            axis.set_yticks(range(len(blocks[group])), [block.removeprefix(prefix) for block in blocks[group]])
+            axis.set_xticks(range(len(kinds[group])), [])
+            if not number:
+                axis.xaxis.tick_top()
+                axis.set_xticks(range(len(kinds[group])), kinds[group], rotation=90)
+                axis.set_title(f"{group}\n{prefix}*" if prefix else group, fontsize=8)
+        axes[number, 0].set_ylabel(_named(label), fontsize=10, fontweight="bold")
+    figure.colorbar(image, ax=axes, label="sparsity (%)", fraction=0.03, pad=0.01, aspect=30)
+    _save(figure, path, title)
+
+
+def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Histograms of the weights' magnitudes, both axes logarithmic, a panel for each group.
+
+    counts: label -> group -> counts as `engine.reports.weight_places.magnitudes` gives them; the first label is the
+    dense model.
+    """
+    edges = 10 ** np.linspace(*EXPONENTS, len(next(iter(next(iter(counts.values())).values()))) + 1)
+    dense = next(iter(counts.values()))
+    below = np.cumsum(sum(np.asarray(values) for values in dense.values()))
+    low, high = (int(np.searchsorted(below, share * below[-1])) for share in (_TAIL, 1))
+    top = max(1.0, *(float(max(values)) for values in dense.values()))
+    figure = _figure(1 + 4 * len(dense), 3.8)
+    axes = figure.subplots(1, len(dense), sharey=True, squeeze=False)[0]
+    for axis, group in zip(axes, dense, strict=True):
+        for i, (label, values) in enumerate(counts.items()):
+            left = values[group].sum() / max(dense[group].sum(), 1)
+            share = f"{_named(label)}: {100 * left:.1f} % left" if i else label
+            filled = {"fill": True, "color": "lightgrey"} if not i else {"color": f"C{i - 1}", "linewidth": 1.2}
+            axis.stairs(np.asarray(values[group]), edges, label=share, **filled)
+        axis.set(xlim=edges[[low, high + 1]], ylim=(max(top / 1e6, 0.5), 2 * top), title=group)
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel("magnitude of the weight")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left", fontsize=8)
+    axes[0].set_ylabel("weights in the bin")
+    _save(figure, path, title)
+
+
+def plot_overlap(
+    path: Path, overlaps: Mapping[str, tuple[Sequence[str], np.ndarray, np.ndarray, float]], title: str
+) -> None:
+    """How far masks agree: intersection over union of kept and of pruned weights.
+
+    overlaps: label -> (names of the masks, (n, n) of the kept, (n, n) of the pruned, share of weights kept).
+    """
+    most = max(len(names) for names, *_ in overlaps.values())
+    side = 1.2 + 0.5 * most
+    figure = _figure(2 * side + 1.2, 0.7 + (side + 0.4) * len(overlaps))
+    axes = figure.subplots(len(overlaps), 2, squeeze=False)
+    for row, (label, (names, kept, pruned, share)) in zip(axes, overlaps.items(), strict=True):
+        for axis, what, values, part in zip(row, ("kept", "pruned"), (kept, pruned), (share, 1 - share), strict=True):
+            image = _map(axis, values, "{:.2f}".format, vmin=0, vmax=1)
+            axis.set_aspect("equal")
+            axis.set_xticks(range(len(names)), names, rotation=90)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_title(f"{_named(label)}: {what} weights\nby chance {part / (2 - part):.2f}", fontsize=9)
+    figure.colorbar(image, ax=axes, label="intersection over union", fraction=0.03, pad=0.02, aspect=30)
+    _save(figure, path, title)
+
+
+def _named(label: str) -> str:
+    """A sparsity with its unit, or a pattern."""
+    return label if ":" in label else f"{label} %"
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of a size in inches that no window knows of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _map(axis: Any, values: np.ndarray, write: Any, **limits: float) -> Any:
+    """A map with its numbers written into the cells; NaN cells stay empty."""
+    image = axis.imshow(values, aspect="auto", cmap="viridis", **limits)
+    middle = (limits["vmin"] + limits["vmax"]) / 2
+    for (y, x), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            axis.text(x, y, write(value), ha="center", va="center", fontsize=7, color="wk"[int(value > middle)])
+    axis.tick_params(labelsize=7, length=0)
+    return image
+
+
+def _percent(value: float) -> str:
+    """Whole per cent, and tenths near the end, so that 100 means that nothing is left."""
+    return f"{value:.0f}" if value <= 99 or value == 100 else f"{math.floor(10 * value) / 10:.1f}"
+
+
+def _shared_prefix(blocks: Sequence[str]) -> str:
+    """What the names of all the blocks begin with, up to a dot."""
+    shared = os.path.commonprefix(blocks).rpartition(".")[0]
+    return f"{shared}." if shared else ""

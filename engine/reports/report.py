@@ -1,0 +1,80 @@
+"""What a pruning run tells its reader: tables as Markdown and text, pictures, a CSV of run times."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsity.files import write_atomic
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table whose columns also line up as plain text."""
+    header = list(rows[0])
+    cells = [header, *([_cell(row[key]) for key in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    lines = [cells[0], rule, *cells[1:]]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV in one write, so that runs that share a folder do not cut into each other's lines.
+
+    A file with other columns is renamed to `<name>_old.csv`.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    header = text.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        with path.open(newline="") as file:
+            known = file.readline()
+        if known == header:
+            text.truncate(text.seek(0))
+        elif known:
+            path.replace(path.with_stem(f"{path.stem}_old"))
+    writer.writerows(rows)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, text.getvalue().encode())
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A section of a report: an image file beside it ("" for none), and what there is to say of it."""
+
+    heading: str
+    file: str
+    notes: Sequence[str] = ()
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
+    pictures: Sequence[Picture],
+    layers: Sequence[Mapping[str, Any]],
+) -> None:
+    """`report.md`: how the run was made, the table of results, warnings, the pictures and the layers."""
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", markdown_table(rows), ""]
+    lines += ["## Warnings", "", *(f"- {line}" for line in warnings), ""] if warnings else []
+    for picture in pictures:
+        parts = (*picture.notes, *([f"![{picture.heading}]({picture.file})"] if picture.file else []))
+        lines += [f"## {picture.heading}", "", *(line for part in parts for line in (part, ""))]
+    lines += ["## Layers", "", markdown_table(layers), ""]
+    write_atomic(path, "\n".join(lines).encode())

@@ -1,0 +1,42 @@
+"""Training checkpoints: one file that is always whole, and says which configuration it belongs to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsity.files import replacing
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers and texts so that a kill at any moment leaves the old file or the new one."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, to the CPU, without unpickling code.
+
+    ValueError names a file that is unreadable or lacks one of `keys`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: checkpoint not found")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of a training run, it has no {', '.join(map(repr, missing))}")
+    return state
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two configurations of plain values differ, as "training.lr 0.1 -> 0.2"."""
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys((*old, *new))
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name} {old!r} -> {new!r}"]

@@ -1,0 +1,232 @@
+"""Fine-tuning of a task model, pruned or dense: everything between building it and its results."""
+
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
+
+from configs.finetuning import TaskConfig
+from configs.loading import save_config
+from datasets.calibration.data_kinds import skipped_path
+from datasets.collate import SkippedImages, collate
+from datasets.loaders import loader
+from engine.export import save_weights
+from engine.ranks import on_leader
+from engine.reports.model_card import model_card
+from engine.training.fit import Run, fit
+from engine.training.loggers import Logger, TensorBoardLog, WandbLog
+from engine.training.optimizer import finetuning_optimizer
+from engine.training.schedule import warmup_cosine, warmup_linear
+from sparsity.files import write_atomic
+from sparsity.masks import Masks
+from sparsity.view import PrunableView
+
+RATES = {"linear": warmup_linear, "cosine": warmup_cosine}
+Metrics = dict[str, float]
+
+
+class Finetuning:
+    """A task model in training: its mask, optimizer, steps, logs and results.
+
+    args: of `engine.options.command_line.add_finetuning_options`, prepared by `engine.options.finetuning.prepare`.
+    task: module of the task model, see models/parts/task_model.py. model: as its `build` makes it; with a mask, its
+    weights are zero from here on. sizes: what it was built from, a dataclass. train: indexed by running numbers, see
+    `datasets.sampler.ResumableSampler`. gather: items to a batch. read: `train` to batches, as
+    `datasets.loaders.loader` does it.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        config: TaskConfig,
+        fabric: Any,
+        task: ModuleType,
+        model: nn.Module,
+        sizes: Any,
+        train: Dataset,
+        gather: Callable[[list[Any]], dict[str, Any]] = collate,
+        read: Callable[..., Iterable[dict[str, Any]]] = loader,
+    ):
+        self.args, self.config, self.fabric, self.model = args, config, fabric, model
+        self.train, self.gather, self.read = train, gather, read
+        self.title = task.__name__.rpartition(".")[2]
+        self.view = task.prunable_view(model)
+        self.masks = read_masks(args.mask, self.view, task.task_names, model.heirs) if args.mask else None
+        if self.masks:
+            self.masks.apply(self.view)
+        model.on_pruned()
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model.blocks())
+        optimizer = finetuning_optimizer(model, config.optimizer, task.NEW, args.precision)
+        wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+        self.epoch_steps = config.steps_per_epoch(len(train), args.debug)
+        steps = self.epoch_steps * config.scheduler.epochs
+        self.run = Run(
+            fabric=fabric,
+            model=wrapped,
+            optimizer=wrapped_optimizer,
+            rate=partial(rate, config, steps),
+            steps=steps,
+            output_dir=args.output_dir,
+            identity=self._identity(sizes),
+            seed=args.seed,
+            clip_norm=config.clip_norm,
+            log_every=config.log_every,
+            save_every=config.save_every or self.epoch_steps,
+            validate_every=self.epoch_steps,
+            accumulate=config.accumulation(fabric.world_size),
+            hold=self.masks.hold(self.view, optimizer) if self.masks else None,
+            snapshot=args.snapshot,
+        )
+
+    def _identity(self, sizes: Any) -> dict[str, Any]:
+        given = {name: getattr(self.args, name) for name in ("seed", "precision", "devices", "num_nodes", "debug")}
+        mask = self.masks.digest() if self.masks else None
+        parts = {"model": dataclasses.asdict(sizes), "training": self.config.identity(), "mask": mask}
+        return {"task": self.title, **parts, **given}
+
+    def fit(self, validate: Callable[[], Metrics] | None = None, select: str | None = None) -> bool:
+        """Train on from the snapshot; whether all epochs are done, since `--incremental` does one.
+
+        validate: called after each epoch, but for `--skip_eval`. select: its metric that says which weights are the
+        best; the last ones are where None.
+        """
+        run, epochs = self.run, self.config.scheduler.epochs
+        if validate is not None and not self.args.skip_eval:
+            run.validate, run.select = partial(self.evaluate, validate), select
+        start = run.resume()
+        stop = (
+            min(run.steps, (start // self.epoch_steps + 1) * self.epoch_steps) if self.args.incremental else run.steps
+        )
+        if start < stop:
+            run.loggers = on_leader(self.fabric, partial(self._begin, start)) or ()
+            fit(run, self._batches(start, stop), start, stop)
+        if stop < run.steps:
+            self._close({})
+            if self.fabric.is_global_zero:
+                print(f"epoch {stop // self.epoch_steps} of {epochs} is done; the same command does the next")
+        return stop == run.steps
+
+    def evaluate(self, evaluation: Callable[[], Metrics]) -> Metrics:
+        """Its metrics, computed at the precision of the run."""
+        with self.fabric.autocast():
+            return evaluation()
+
+    def finish(self, tests: Mapping[str, Callable[[], Metrics]], unscored: Iterable[Callable[[], Any]] = ()) -> None:
+        """Evaluate the best weights and write `<output_dir>/result/`: weights with zeros, mask, metrics, model card.
+
+        unscored: what `--skip_eval` does in place of the tests.
+        """
+        self.run.load_best()
+        for produce in unscored if self.args.skip_eval else ():
+            self.evaluate(produce)
+        metrics = {} if self.args.skip_eval else {name: self.evaluate(test) for name, test in tests.items()}
+        self._close(metrics)
+        folder = on_leader(self.fabric, partial(self._write, metrics))
+        if folder is not None:
+            lines = [
+                f"{test}: {', '.join(f'{k} {v:.1f}' for k, v in found.items())}" for test, found in metrics.items()
+            ]
+            print("\n".join([*lines, f"results: {folder}"]))
+        self.fabric.barrier()
+
+    def _write(self, metrics: Mapping[str, Metrics]) -> Path:
+        folder = self.args.output_dir / "result"
+        save_weights(self.model, folder / "model.safetensors")
+        if self.masks:
+            self.masks.save(folder / "mask.safetensors")
+        write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        save_config(self._settings(), folder / "config.yaml")
+        best, epochs = self.run.best, self.config.scheduler.epochs
+        facts = {"base model": self.config.weights, "task": self.title, "epochs": epochs}
+        facts |= {"weights of epoch": best["step"] / self.epoch_steps} if best else {}
+        facts |= {name: getattr(self.args, name) for name in ("seed", "precision")}
+        card = model_card(self.title, facts, self.masks, self.view, metrics, self.args.command)
+        write_atomic(folder / "README.md", card.encode())
+        return folder
+
+    def _settings(self) -> dict[str, Any]:
+        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        return {"arguments": arguments, "config": dataclasses.asdict(self.config)}
+
+    def _begin(self, start: int) -> list[Logger]:
+        """Write the configuration; the loggers of a run from step `start` on."""
+        args, wandb, loggers = self.args, self.config.wandb_data, []
+        save_config(self._settings(), args.output_dir / "config.yaml")
+        if args.wandb:
+            named = {"project": wandb.project, "name": args.experiment_name or wandb.name, "tags": wandb.tags}
+            loggers.append(WandbLog(args.output_dir, **named, offline=args.wdb_offline, config=self._settings()))
+        if args.tensorboard:
+            loggers.append(TensorBoardLog(args.output_dir, start))
+        return loggers
+
+    def _close(self, metrics: Mapping[str, Metrics]) -> None:
+        """The last that the loggers get: the metrics of each test."""
+        values = {f"{test}/{name}": value for test, found in metrics.items() for name, value in found.items()}
+        for logger in self.run.loggers:
+            logger.write(self.run.steps, values)
+            logger.close()
+
+    def _batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """What the model is called with in the steps from `start` to `stop`, on this rank.
+
+        Raises ValueError where too many images cannot be read, or none of a batch.
+        """
+        config, fabric, parts = self.config, self.fabric, self.run.accumulate
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        order = {"seed": self.args.seed, "start": start * parts, "stop": stop * parts, "workers": config.workers}
+        batches = self.read(self.train, config.batch_size_train, self.gather, **order, **ranks)
+        epoch = self.epoch_steps * parts
+        path = skipped_path(self.args.output_dir, fabric.global_rank)
+        skipped = SkippedImages(path, epoch * config.batch_size_train, config.max_skipped)
+        for number, batch in enumerate(batches, start * parts):
+            skipped.count = skipped.count if number % epoch else 0
+            skipped.add(batch.pop("skipped", ()))
+            if not batch:
+                raise ValueError(f"{path}: no image of a batch could be read; get these images again")
+            yield {"batch": batch, "epoch": number / epoch}
+
+
+def rate(config: TaskConfig, steps: int, step: int) -> float:
+    """Factor of the peak rate at a step."""
+    schedule, optimizer = config.scheduler, config.optimizer
+    floor = optimizer.min_lr / optimizer.lr if optimizer.lr else 0.0
+    return RATES[schedule.sched](step, steps, int(steps * schedule.num_warmup_steps), floor)
+
+
+def read_masks(
+    path: Path,
+    view: PrunableView,
+    task_names: Callable[[str], Sequence[str]],
+    heirs: Callable[[str], Sequence[str]] = lambda name: (),
+) -> Masks:
+    """The masks of a file, of the pretrained model or of the task's, under the names that the task model has; its
+    `heirs` take the masks of the weights that they are copies of.
+
+    Raises ValueError, naming the file and the first names, where they are another model's.
+    """
+    loaded = Masks.load(path)
+    keys = [
+        (key, mask) for name, mask in loaded.items() for key in dict.fromkeys((name, *loaded.aliases.get(name, ())))
+    ]
+    named = [(new, mask) for key, mask in keys for new in task_names(key)]
+    renamed = Masks({key: mask for new, mask in named for key in (new, *heirs(new))}, loaded.provenance)
+    try:
+        resolved = renamed.resolve(view)
+    except ValueError as error:
+        raise ValueError(f"--mask {path}: {error}") from error
+    return Masks(resolved, loaded.provenance, {weight.name: weight.aliases for weight in view.weights.values()})
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Have each block compute its forward pass again in the backward pass, instead of keeping what is in between."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,397 @@
+"""Training of a model with learnable masks (sparsity.maskllm): what is trained, on what, and what is written."""
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from configs.loading import save_config
+from datasets.calibration.data_kinds import skipped_path
+from datasets.collate import SkippedImages, collate
+from datasets.labelled.data_path import BUNDLED
+from datasets.labelled.public import check_classes
+from datasets.labelled.timm_images import open_images
+from datasets.loaders import loader
+from engine.evaluation.classification import Accuracy, Classifier
+from engine.export import save_weights
+from engine.pruning.data_kinds import Subject
+from engine.ranks import on_leader
+from engine.training.checkpoint import save_checkpoint
+from engine.training.fit import Run, fit
+from engine.training.loggers import Logger, WandbLog
+from engine.training.timm_training import Labelled, build_optimizer, build_rate
+from sparsity.files import remove_leftovers, write_atomic
+from sparsity.learned.schedule import Recipe, progress
+from sparsity.maskllm import LearnableMasks, fold, folded
+from sparsity.masks import Masks, state_digest
+from sparsity.statistics.gradients import batch_generator
+from sparsity.view import PrunableView
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+BEST, MASK, WEIGHTS, METRICS = "model_best.pth.tar", "mask.safetensors", "model.safetensors", "metrics.json"
+
+
+class Task(Protocol):
+    """What is learned: a model, its data and its loss.
+
+    epoch_steps: batches of this rank in an epoch. select: the metric of `evaluate` that says which masks are the best;
+    None where there is no evaluation.
+    """
+
+    view: PrunableView
+    epoch_steps: int
+    select: str | None
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        """The batches of this rank in the steps from `start` to `stop`."""
+
+    def loss(self, batch: Any, step: int) -> Tensor: ...
+
+    def evaluate(self) -> Metrics:
+        """Of the model as it is, by which the best masks are chosen."""
+
+    def test(self) -> Metrics:
+        """Of the model as it is, at the end."""
+
+
+class ImageTask:
+    """A classifier of timm on labelled images.
+
+    model: on the device of `fabric`. settings: of timm's data, `input_size`, `mean`, `std`, `crop_pct` and
+    `interpolation`. Raises OSError or ValueError where the data is not there, or has other classes than the model.
+    """
+
+    select = "top1"
+
+    def __init__(self, args: Namespace, fabric: Any, model: nn.Module, view: PrunableView, settings: dict[str, Any]):
+        self.args, self.fabric, self.model, self.view = args, fabric, model, view
+        self.compiled = torch.compile(model) if args.torchcompile else model
+        side = settings["input_size"][-1]
+        trained = {"auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "hflip": args.hflip}
+        trained |= {"color_jitter": args.color_jitter, "scale": args.scale, "ratio": args.ratio}
+        opened = partial(open_images, args.data_path, side=side)
+        lengths = {"train": args.train_images, "val": args.val_images, "test": args.test_images}
+        self.train = opened("train", length=lengths["train"], augment=settings | trained, seed=args.seed)
+        names = ("val", "test") if args.data_path == BUNDLED else ("val",)
+        sets = {name: opened(name, length=lengths[name], augment=settings, seed=0) for name in names}
+        check_classes(len(self.train.class_names), model.num_classes)
+        self.labelled = Labelled(args, model.num_classes)
+        self.epoch_steps = len(self.train) // (args.batch_size * fabric.world_size)
+        if not self.epoch_steps:
+            raise ValueError(f"--batch-size {args.batch_size}: the training set has {len(self.train)} images")
+        self.accuracies = {name: self._accuracy(data, lengths[name]) for name, data in sets.items()}
+
+    def _accuracy(self, data: Any, length: int | None) -> Accuracy:
+        part = Subset(data, range(min(length or len(data), len(data))))
+        reading = {"workers": self.args.workers, "max_skipped": self.args.max_skipped}
+        return Accuracy(Classifier(self.model), part, self.fabric, self.args.folder, **reading)
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        ranks = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        order = {"seed": self.args.seed, "start": start, "stop": stop, "workers": self.args.workers}
+        read = loader(self.train, self.args.batch_size, collate, **order, **ranks)
+        path = skipped_path(self.args.folder, self.fabric.global_rank)
+        skipped = SkippedImages(path, (stop - start) * self.args.batch_size, self.args.max_skipped)
+        for step, batch in enumerate(skipped.watch(read), start):
+            yield self.labelled.prepared(batch, step * self.fabric.world_size + self.fabric.global_rank)
+
+    def loss(self, batch: Any, step: int) -> Tensor:
+        return self.labelled.loss(self.compiled(batch["image"]), batch)
+
+    def evaluate(self) -> Metrics:
+        return self.accuracies["val"]()
+
+    def test(self) -> Metrics:
+        return self.accuracies["test"]() if "test" in self.accuracies else {}
+
+
+class SubjectTask:
+    """A model of prune.py with its calibration batches, its own loss, and its evaluation where it has one.
+
+    num_batches: of an epoch, on all ranks.
+    """
+
+    def __init__(self, args: Namespace, fabric: Any, subject: Subject, view: PrunableView, num_batches: int):
+        self.subject, self.view, self.seed, self.fabric = subject, view, args.seed, fabric
+        self.data = subject.calibration(args.folder, num_batches, args.seed)
+        self.epoch_steps = len(self.data.numbers) if fabric.world_size == 1 else self.data.batches // fabric.world_size
+        self.metric = next(iter(subject.metrics.values()), None) if args.evaluate else None
+        self.evaluation = subject.evaluation(args.folder) if args.evaluate else None
+        self.select = self.metric
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        """An epoch that is entered in the middle is read from its beginning."""
+        step = start
+        while step < stop:
+            epoch, skip = divmod(step, self.epoch_steps)
+            count = min(self.epoch_steps - skip, stop - step)
+            yield from islice(self.data.at(epoch), skip, skip + count)
+            step += count
+
+    def loss(self, batch: Any, step: int) -> Tensor:
+        number = step * self.fabric.world_size + self.fabric.global_rank
+        return self.view.loss(batch, batch_generator(self.seed, number))
+
+    def evaluate(self) -> Metrics:
+        return dict(self.evaluation())
+
+    def test(self) -> Metrics:
+        return {}
+
+
+class MaskedModel(nn.Module):
+    """What is trained: a model with its masks, if it has any, and the moving average of both, if there is one.
+
+    steps, unit: the course of tau and scaling, in steps of the run or in epochs of `unit` steps. regulariser: r of
+    loss - r * ||W * mask||^2.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        masks: LearnableMasks | None,
+        recipe: Recipe,
+        *,
+        steps: int,
+        unit: int,
+        regulariser: float = 0.0,
+        decay: float | None = None,
+    ):
+        super().__init__()
+        self.model = task.view.model
+        self.average = None if decay is None else ModelEmaV3(self.model, decay=decay)
+        if self.average is not None:
+            self.average.requires_grad_(False)
+        self._task, self._masks, self._recipe = task, masks, recipe
+        self._units, self._unit, self._regulariser = max(1, steps // unit), unit, regulariser
+
+    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """The losses of a batch; "loss" is what is minimised."""
+        if self._masks is None:
+            return {"loss": self._task.loss(batch, step)}
+        scaling, tau, strength = self._recipe.at(progress(min(step // self._unit, self._units - 1), self._units))
+        self._masks.anneal(scaling, tau)
+        self._masks.draw(step)
+        loss = self._task.loss(batch, step)
+        if not self._regulariser:
+            return {"loss": loss}
+        squared = self._masks.squared_weight()
+        return {"loss": loss - self._regulariser * strength * squared, "task": loss, "kept": squared}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model is the moving average, where there is one."""
+        pairs = [] if self.average is None else list(self._pairs())
+        _exchange(pairs)
+        try:
+            yield
+        finally:
+            _exchange(pairs)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(self.model.parameters(), self.average.module.parameters(), strict=True)
+        for name, other in self.average.module.named_buffers():  # what is drawn for a step comes later than the copy
+            yield self.model.get_buffer(name), other
+
+    def update_average(self, *_: Any) -> None:
+        if self.average is not None:
+            self.average.update(self.model)
+
+
+def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for own, other in pairs:
+        own.data, other.data = other.data, own.data
+
+
+@dataclass
+class LearningRun(Run):
+    """A run whose best weights are written as its results are."""
+
+    export: Callable[[int, Metrics], None] | None = None
+
+    @property
+    def best_path(self) -> Path:
+        return self.output_dir / BEST
+
+    def offer(self, step: int, metrics: Metrics) -> None:
+        value = metrics[self.select]
+        if self.best is None or value > self.best["value"]:
+            self._verify()
+            self.best = {"step": step, "value": value}
+            on_leader(self.fabric, partial(self.export, step, metrics))
+
+
+def read_prior(path: Path, view: PrunableView, read: Callable[[Path], dict[str, Tensor]]) -> Masks:
+    """The masks of a mask file, or of the zeros of a checkpoint, which `read` gives as a state dict.
+
+    Raises ValueError, naming the file, where they are another model's or there are no zeros.
+    """
+    try:
+        prior = Masks.load(path)
+    except ValueError:
+        prior = _zeros_of(path, view, fold(read(path)))
+    try:
+        prior.check(view)
+    except ValueError as error:
+        raise ValueError(f"--sparse-checkpoint {path}: {error}") from error
+    return prior
+
+
+def _zeros_of(path: Path, view: PrunableView, state: dict[str, Tensor]) -> Masks:
+    found = {}
+    for weight in view.weights.values():
+        name = next((alias for alias in weight.aliases if alias in state), None)
+        if name is not None:
+            found[weight.name] = state[name] != 0
+    if not found or all(mask.all() for mask in found.values()):
+        what = "has no zeros in the layers of this model" if found else "is of another model"
+        raise ValueError(f"--sparse-checkpoint {path}: {what}; give a mask file, or a checkpoint that is pruned")
+    return Masks(found, {"zeros of": path.name})
+
+
+class MaskLearning:
+    """A model with learnable masks (or a fixed one, or none) in training: steps, logs and results.
+
+    args: of maskllm_train.py. prior: masks to begin from; with args.sparsity_mode "sparse", to keep.
+    """
+
+    def __init__(self, args: Namespace, fabric: Any, task: Task, recipe: Recipe, prior: Masks | None):
+        self.args, self.fabric, self.task, self.recipe, view = args, fabric, task, recipe, task.view
+        self.identity = self._identity(prior)  # of the weights as they are before
+        self.masks, hold = None, None
+        if args.sparsity_mode == "maskllm":
+            self.masks = LearnableMasks(view, args.pattern, hard=args.hard, gate_std=recipe.gate_std, seed=args.seed)
+            if prior is not None:
+                self.masks.start_from(prior, args.prior_strength)
+            if args.mask_only:
+                self.masks.freeze_weights()
+        elif prior is not None:
+            prior.apply(view)
+        optimizer = build_optimizer(view.model, args)
+        if args.sparsity_mode == "sparse":
+            hold = prior.hold(view, optimizer)
+        self.steps = args.steps or args.epochs * task.epoch_steps
+        by_step = args.schedule_unit == "step"
+        course = {"steps": self.steps, "unit": 1 if by_step else task.epoch_steps}
+        decay = args.model_ema_decay if args.model_ema else None
+        model = MaskedModel(task, self.masks, recipe, **course, regulariser=args.sparse_weight_reg, decay=decay)
+        self.model = model
+        self._watch(optimizer)
+        wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+        epochs = max(1, -(-self.steps // task.epoch_steps))
+        self.run = LearningRun(
+            fabric=fabric,
+            model=wrapped,
+            optimizer=wrapped_optimizer,
+            rate=build_rate(args, epochs, min(task.epoch_steps, self.steps), by_step),
+            steps=self.steps,
+            output_dir=args.folder,
+            identity=self.identity,
+            seed=args.seed,
+            clip_norm=args.clip_grad or 0.0,
+            log_every=args.log_interval,
+            save_every=args.save_every or task.epoch_steps,
+            validate_every=task.epoch_steps,
+            validate=self._validate if task.select else None,
+            select=task.select,
+            hold=hold,
+            snapshot=args.resume,
+            export=self._export,
+        )
+
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """The first step checks that every gate learns; each step moves the average."""
+        optimizer.register_step_post_hook(self.model.update_average)
+        if self.masks is not None:
+
+            def check(*_: Any) -> None:
+                self.masks.check_gradients()
+                handle.remove()
+
+            handle = optimizer.register_step_pre_hook(check)
+
+    def _identity(self, prior: Masks | None) -> dict[str, Any]:
+        ignored = ("folder", "output", "experiment", "resume", "log_interval", "save_every", "workers", "command")
+        ignored += ("log_wandb", "wandb_project", "wandb_offline", "pattern", "config", "accelerator", "strategy")
+        given = {name: _plain(value) for name, value in vars(self.args).items() if name not in ignored}
+        weights = state_digest(self.task.view.model)
+        return {"arguments": given, "weights": weights, "prior": prior.digest() if prior is not None else None}
+
+    def fit(self) -> None:
+        """Train on from the last checkpoint, to the end."""
+        start = self.run.resume()
+        if start < self.steps:
+            self.run.loggers = on_leader(self.fabric, self._begin) or ()
+            fit(self.run, self._batches(start), start)
+
+    def _batches(self, start: int) -> Iterator[dict[str, Any]]:
+        for step, batch in enumerate(self.task.batches(start, self.steps), start):
+            yield {"batch": batch, "step": step}
+
+    def finish(self) -> str:
+        """Test the best masks, write the metrics; returns what was found, in a line for each test."""
+        if self.run.best is None:
+            on_leader(self.fabric, partial(self._export, self.steps, {}))
+        found = {"best": dict(self.run.best or {})}
+        best = torch.load(self.run.best_path, map_location="cpu", weights_only=True)
+        self.model.model.load_state_dict(best["state_dict"])
+        with folded(self.model.model), self.fabric.autocast():
+            found["test"] = self.task.test()
+        found |= {"val": best["metrics"]}
+        for logger in self.run.loggers:
+            logger.write(self.steps, {f"test/{name}": value for name, value in found["test"].items()})
+            logger.close()
+        on_leader(self.fabric, partial(write_atomic, self.args.folder / METRICS, json.dumps(found, indent=1).encode()))
+        lines = [f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for name, of in found.items() if of]
+        return "\n".join([*lines, f"results: {self.args.folder}"])
+
+    def _validate(self) -> Metrics:
+        with self.model.averaged(), folded(self.model.model), self.fabric.autocast():
+            return self.task.evaluate()
+
+    def _export(self, step: int, metrics: Metrics) -> None:
+        """timm's checkpoint with gates, the mask file, and weights with zeros that need no code of ours."""
+        args, folder, model = self.args, self.args.folder, self.model.model
+        with self.model.averaged():
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            facts = {"epoch": step // self.task.epoch_steps, "arch": args.model, "version": 2, "metric": None}
+            facts |= {"metric": metrics.get(self.task.select), "metrics": metrics, "args": _settings(args)}
+            remove_leftovers(folder / BEST)
+            save_checkpoint(folder / BEST, {**facts, "state_dict": state})
+            with folded(model):
+                save_weights(model, folder / WEIGHTS, without=("*.gate",))
+            if self.masks is not None:
+                recorded = {"method": "maskllm", "step": step, "metrics": metrics, **self.identity}
+                self.masks.masks(recorded).save(folder / MASK)
+
+    def _begin(self) -> list[Logger]:
+        args = self.args
+        save_config(_settings(args), args.folder / "config.yaml")
+        if not args.log_wandb:
+            return []
+        named = {"project": args.wandb_project, "name": args.experiment, "tags": [str(args.pattern)]}
+        return [WandbLog(args.folder, **named, offline=args.wandb_offline, config=_settings(args))]
+
+
+def _settings(args: Namespace) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in vars(args).items()}
+
+
+def _plain(value: Any) -> Any:
+    """What YAML, JSON and checkpoints hold without a class of ours."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

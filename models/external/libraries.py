@@ -1,0 +1,131 @@
+"""How models of timm, of transformers and of neither are dealt with: the output head, how a batch goes in, the loss."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.external.layer_names import TEXT, is_head, text_field, tower
+
+WAY_OUT = "give --loss package.module:function, a function of (model, batch) that returns the loss"
+
+
+class Library:
+    """Any nn.Module. A batch is a dict of keyword arguments, a tuple or list of positional ones, or the only one."""
+
+    group = "model"  # of the layers whose names say nothing
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def heads(self) -> set[str]:
+        """Names of the modules that make the output."""
+        return {name for name, _ in self.model.named_modules() if is_head(name)}
+
+    def group_of(self, layer: str) -> str:
+        return tower(layer) or self.group
+
+    def text_field(self, key: str) -> str | None:
+        """The field of a batch with the real tokens of a text layer's input, see `layer_names.text_field`."""
+        return text_field(key, encoder_decoder=False)
+
+    def forward(self, batch: Any) -> Any:
+        """The model's output for a batch, which it must be able to take (ValueError)."""
+        args, kwargs = _arguments(batch)
+        try:
+            inspect.signature(self.model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"a calibration batch does not fit the model's forward: {error}; a dict becomes keyword arguments, a"
+                " tuple or list positional ones"
+            ) from None
+        return self.model(*args, **kwargs)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss that the model returns itself, under "loss"."""
+        output = self.forward(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"the model returns no loss for a calibration batch; {WAY_OUT}")
+        return loss
+
+
+class Timm(Library):
+    """timm: a batch is the images, or (images, labels)."""
+
+    group = "vision"
+
+    def heads(self) -> set[str]:
+        return _names_of(self.model, self.model.get_classifier())
+
+    def group_of(self, layer: str) -> str:
+        return self.group
+
+    def forward(self, batch: Any) -> Any:
+        return super().forward(batch[:1] if isinstance(batch, tuple | list) else batch)
+
+    def loss(self, batch: Any) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                "a timm model has its loss, cross-entropy, from labels: let --calibration be a folder with a subfolder"
+                f" of images for each class, or a loader of (images, labels); or {WAY_OUT}"
+            )
+        logits = self.forward(batch)
+        if int(batch[1].max()) >= logits.shape[-1]:
+            raise ValueError(f"label {int(batch[1].max())} does not exist: the model has {logits.shape[-1]} classes")
+        return F.cross_entropy(logits.float(), batch[1])
+
+
+class Transformers(Library):
+    """transformers: a batch is a dict, as processors make it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        text = model.config.get_text_config(decoder=True)
+        both = {"text_encoder", "text_decoder"} <= {name for name, _ in model.named_children()}  # BLIP's answers
+        self.encoder_decoder = bool(model.config.is_encoder_decoder or text.is_encoder_decoder or both)
+        self.group = "vision" if model.main_input_name == "pixel_values" else TEXT
+
+    def heads(self) -> set[str]:
+        return super().heads() | _names_of(self.model, self.model.get_output_embeddings())
+
+    def text_field(self, key: str) -> str | None:
+        return text_field(key, self.encoder_decoder)
+
+
+LIBRARIES: dict[str, type[Library]] = {"timm": Timm, "transformers": Transformers}
+
+
+def library_of(model: nn.Module) -> Library:
+    """Found by the package that the model's class, or one that it derives from, was defined in."""
+    packages = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
+    return next((LIBRARIES[package] for package in packages if package in LIBRARIES), Library)(model)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random numbers inside the block are those of the seed, and go on afterwards as if it had not been."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _arguments(batch: Any) -> tuple[tuple, Mapping[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def _names_of(model: nn.Module, head: Any) -> set[str]:
+    """Every name of a module, of the modules in a tuple, or none."""
+    modules = {id(module) for module in (head if isinstance(head, tuple | list) else (head,))}
+    return {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules}

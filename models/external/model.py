@@ -1,0 +1,223 @@
+"""Any model: `timm:NAME`, `hf:NAME_OR_FOLDER` (transformers), `package.module:function` (returns an nn.Module).
+
+Prunable is every nn.Linear and every Conv1D of transformers but the output head; nothing else is asked of a model. What
+is known of the libraries stands in models/external/libraries.py, what names of layers say in
+models/external/layer_names.py.
+"""
+
+import difflib
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import load_weights
+from models.external.layer_names import TEXT, blocks_of, match_group
+from models.external.libraries import library_of, seeded
+from models.external.preprocessing import preprocessing as preprocessing
+from models.hub import first_line, hub_answers, local_only
+from sparsity.view import PrunableView
+
+log = logging.getLogger(__name__)
+
+PUBLISHED, RANDOM = "published", "random"  # values of `weights` that are no file
+OTHER_WEIGHTS = "give --weights FILE or --weights random"
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def build(name: str, weights: str | Path = PUBLISHED) -> nn.Module:
+    """The model of a name, in evaluation mode and float32.
+
+    weights: "published" (those that the library downloads, or that lie in the folder; a function gives its own),
+    "random", or a file with a state dict. Raises ValueError, one line, for a name that is none and weights that are not
+    to be had.
+    """
+    file = None if str(weights) in (PUBLISHED, RANDOM) else Path(weights)
+    if file and not file.is_file():
+        raise FileNotFoundError(f"--weights {file}: there is no such file")
+    source, _, rest = name.partition(":")
+    make = {"timm": timm_model, "hf": _transformers}.get(source)
+    model = make(rest, published=str(weights) == PUBLISHED) if make else _made_by(name)
+    if file:
+        load_weights(model, file)
+    return model.float().eval()
+
+
+def timm_model(
+    name: str, published: bool, *, option: str = "-m timm:", way_out: str = OTHER_WEIGHTS, **options: Any
+) -> nn.Module:
+    """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
+
+    ValueError, which begins with `option` and the name, where there is no such model, or, with a way out, where its
+    weights are not to be had.
+    """
+    import timm
+
+    importlib.import_module("models.dino.timm_mini")  # makes itself known to timm
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
+        prefix = "timm:" if option.endswith("timm:") else ""
+        raise ValueError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
+    options["pretrained"] = published
+    try:
+        if published and not hub_answers():
+            options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
+        return timm.create_model(name, **options)
+    except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind
+        raise ValueError(f"{option}{name}: {first_line(error)}; {way_out}") from error
+
+
+def _cached(timm: Any, name: str) -> str:
+    """The weights of a timm model that were downloaded before."""
+    from huggingface_hub import hf_hub_download
+
+    config = timm.models.get_pretrained_cfg(name)
+    if config and config.file:
+        return config.file
+    for file in ("model.safetensors", "pytorch_model.bin") if config and config.hf_hub_id else ():
+        try:
+            return hf_hub_download(config.hf_hub_id, file, local_files_only=True)
+        except OSError:
+            continue
+    raise ValueError("the hub cannot be reached, and these weights have not been downloaded before")
+
+
+def _transformers(name: str, published: bool) -> nn.Module:
+    import transformers
+
+    local = {"local_files_only": local_only(name)}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **local)
+    except Exception as error:  # of the network, of the hub, of files: each its own kind
+        where = "cannot be read" if Path(name).is_dir() else "no folder, and not to be had from the hub or its cache"
+        way_out = "give a folder that save_pretrained wrote, or the name of a model on the hub"
+        raise ValueError(f"-m hf:{name}: {where}: {first_line(error)}; {way_out}") from error
+    kind = _class_of(transformers, config, name)
+    if not published:
+        return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    try:
+        model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **local)
+    except Exception as error:
+        raise ValueError(f"-m hf:{name}: no weights: {first_line(error)}; {OTHER_WEIGHTS}") from error
+    if found["missing_keys"]:
+        log.warning("hf:%s has no weights for %s: they are random", name, _some(sorted(found["missing_keys"])))
+    return model
+
+
+def _class_of(transformers: Any, config: Any, name: str) -> Any:
+    """The class that the configuration names; code that comes with a checkpoint is never run."""
+    if not config.architectures:
+        return transformers.AutoModel
+    kind = getattr(transformers, config.architectures[0], None)
+    if kind is None:
+        raise ValueError(
+            f"-m hf:{name}: transformers has no {config.architectures[0]}, and code that comes with a checkpoint"
+            " (trust_remote_code) is not run: give -m package.module:function, a function of yours that returns it"
+        )
+    return kind
+
+
+def _made_by(name: str) -> nn.Module:
+    model = resolve(name, "-m")()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"-m {name}: expected a function that returns an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def resolve(name: str, option: str) -> Callable:
+    """The function `package.module:function`; ValueError, naming the option, where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # of what the module itself imports
+        raise ValueError(f"{option} {name}: there is no module {error.name!r} here or in PYTHONPATH") from None
+    chosen = vars(found).get(function)
+    if not callable(chosen):
+        near = difflib.get_close_matches(function, [n for n, value in vars(found).items() if callable(value)], n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{option} {name}: {module} has no function {function!r}{hint}")
+    return chosen
+
+
+def prunable_view(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    loss: Loss | None = None,
+) -> PrunableView:
+    """The linear layers of any model, but for its output head.
+
+    include, exclude: globs over names of layers; only those that match `include` (all without any), and none that
+    matches `exclude`, with all that is in them. groups: name -> globs, the first that matches takes a layer and "other"
+    takes the rest; by default as `models.external.layer_names.tower` has it. loss: (model, batch) -> scalar; by default
+    the model's own (see models/external/libraries.py). Batches are keyword arguments (a dict), positional ones (a tuple
+    or list), or the one argument.
+
+    Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
+    `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
+
+    Raises ValueError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
+    """
+    library = library_of(model)
+    names = [name for name, _ in model.named_modules()]
+    grouped = [glob for globs in (groups or {}).values() for glob in globs]
+    for option, globs in {"--include": include, "--exclude": exclude, "--groups": grouped}.items():
+        _check_globs(option, globs, names)
+    heads = library.heads()
+    dense = (*heads, *exclude, *_not_included(names, include))
+
+    def group_of(key: str) -> str:
+        layer = key.removesuffix(".weight")
+        return (match_group(layer, groups) or "other") if groups else library.group_of(layer)
+
+    def valid_tokens(key: str, batch: Any) -> Tensor | None:
+        field = library.text_field(key) if group_of(key) == TEXT and isinstance(batch, Mapping) else None
+        mask = batch.get(field) if field else None
+        return None if mask is None else mask != 0
+
+    def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        with seeded(generator.initial_seed() if generator else 0, _device(model)):
+            return loss(model, batch) if loss else library.loss(batch)
+
+    def reproducible_forward(batch: Any) -> Any:
+        with seeded(0, _device(model)):
+            return library.forward(batch)
+
+    run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
+    view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), **run)
+    log.info("kept dense: %s", _some(view.dense) or "none, since no layer is known as the output head (--exclude)")
+    return view
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _check_globs(option: str, globs: Sequence[str], names: Sequence[str]) -> None:
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            tops = _some(sorted({name.partition(".")[0] for name in names} - {""}))
+            raise ValueError(f"{option}: no layer of the model matches {glob!r}; its names begin with {tops}")
+
+
+def _not_included(names: Sequence[str], include: Sequence[str]) -> list[str]:
+    """The modules outside of what `include` matches that hold nothing of it."""
+    if not include:
+        return []
+    chosen = {name for name in names if any(fnmatchcase(name, glob) for glob in include)}
+    around = {".".join(name.split(".")[:i]) for name in chosen for i in range(name.count(".") + 1)}
+    inside = tuple(f"{name}." for name in chosen)
+    return [name for name in names if name not in chosen | around and not name.startswith(inside)]
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + f" and {len(names) - limit} more" * (len(names) > limit)

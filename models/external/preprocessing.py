@@ -1,0 +1,166 @@
+"""Images, captions and classes to batches of a model, by the model's own preprocessing (timm's data configuration, the
+processor of transformers).
+
+`preprocessing(model)` is a callable: a list of B RGB images, B captions or None, B labels or None -> batch. Its
+`labels(names)` are the labels of classes with these names.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from models.external.libraries import Timm, Transformers, library_of, takes
+from models.hub import first_line, local_only
+
+PROMPT = "Describe the image."  # what a generative model is asked
+CAPTION = "a photo"  # the text of images without captions, for models that need one
+IGNORED = -100  # label of tokens that are not predicted
+OWN_LOADER = "give --calibration package.module:loader, a function of yours that returns the batches"
+
+
+class TimmImages:
+    """Batches (images,) or (images, labels)."""
+
+    def __init__(self, model: nn.Module):
+        from timm.data import create_transform, resolve_data_config
+
+        self.transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+
+    def labels(self, names: Sequence[str]) -> list[int]:
+        return list(range(len(names)))  # as ImageNet's folders are counted
+
+    def __call__(
+        self, images: Sequence[Image.Image], captions: Any, labels: Sequence[int] | None
+    ) -> tuple[Tensor, ...]:
+        pixels = torch.stack([self.transform(image) for image in images])  # (B, 3, H, W)
+        return (pixels,) if labels is None else (pixels, torch.tensor(labels))
+
+
+class Images:
+    """transformers models of images alone: what the image processor makes, and labels."""
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.processor = processor
+        self.known = {name: int(label) for label, name in model.config.id2label.items()}
+
+    def labels(self, names: Sequence[str]) -> list[int]:
+        """The model's own labels where it has names for all of these classes, else their places."""
+        own = [self.known.get(name) for name in names]
+        return list(range(len(names))) if None in own else own
+
+    def __call__(self, images: Sequence[Image.Image], captions: Any, labels: Sequence[int] | None) -> dict[str, Tensor]:
+        batch = dict(self.processor(images=list(images), return_tensors="pt"))
+        return batch if labels is None else batch | {"labels": torch.tensor(labels)}
+
+
+class Pairs:
+    """Models that compare images and texts (CLIP, SigLIP); their loss needs captions."""
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.processor, tokenizer = processor, processor.tokenizer
+        positions = model.config.get_text_config().max_position_embeddings
+        self.length = min(tokenizer.model_max_length, positions)
+        # Tokenizers that make no attention mask belong to models trained on texts padded to the full length.
+        self.padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
+        self.contrastive = takes(model, "return_loss")
+
+    def labels(self, names: Sequence[str]) -> None:
+        return None
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
+        texts = [CAPTION] * len(images) if captions is None else list(captions)
+        options = {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        batch = dict(self.processor(images=list(images), text=texts, **options))
+        return batch | ({"return_loss": True} if self.contrastive and captions is not None else {})
+
+
+class Generative:
+    """Models that write a text about an image (BLIP-2, LLaVA, Qwen-VL): asked `PROMPT`, they answer the caption, and
+    the loss is that of the answer's tokens.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.processor, tokenizer = processor, processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        decoder = model.config.get_text_config(decoder=True)
+        self.encoder_decoder = bool(decoder.is_encoder_decoder)
+        self.start = decoder.decoder_start_token_id if self.encoder_decoder else None
+        self.image = "" if processor.chat_template else self._image_token(getattr(model.config, "image_token_id", None))
+
+    def labels(self, names: Sequence[str]) -> None:
+        return None
+
+    def _image_token(self, token: int | None) -> str:
+        """What stands for the image in a text: nothing where the processor puts it there, or no token does."""
+        if token is None:
+            return ""
+        try:
+            ids = self.processor(images=[Image.new("RGB", (64, 64))], text=[PROMPT], return_tensors="pt")["input_ids"]
+        except ValueError:  # an image without a place
+            return self.processor.tokenizer.convert_ids_to_tokens(token)
+        return "" if (ids == token).any() else self.processor.tokenizer.convert_ids_to_tokens(token)
+
+    def text(self, caption: str | None) -> str:
+        """The prompt, with the caption as the answer where there is one."""
+        if not self.processor.chat_template:
+            return f"{self.image}{PROMPT}" + ("" if caption is None else f" {caption}")
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
+        if caption is not None:
+            chat.append({"role": "assistant", "content": [{"type": "text", "text": caption}]})
+        return self.processor.apply_chat_template(chat, add_generation_prompt=caption is None, tokenize=False)
+
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
+        answers = [None] * len(images) if captions is None or self.encoder_decoder else captions
+        texts = [self.text(answer) for answer in answers]
+        batch = dict(self.processor(images=list(images), text=texts, padding=True, return_tensors="pt"))
+        if self.encoder_decoder:
+            return batch | self._decoded(captions, len(images))
+        if captions is None:
+            return batch
+        prompt = self._tokens(self.text(None))
+        length = torch.tensor([max(1, self._tokens(text) - prompt) for text in texts])  # of each answer
+        real = batch["attention_mask"]
+        left = real.flip(1).cumsum(1).flip(1)  # (B, T): real tokens from here to the end
+        answered = (real != 0) & (left <= length[:, None])
+        return batch | {"labels": batch["input_ids"].masked_fill(~answered, IGNORED)}
+
+    def _tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text)["input_ids"])
+
+    def _decoded(self, captions: Sequence[str] | None, count: int) -> dict[str, Tensor]:
+        """What a decoder beside an encoder reads: the captions, or the first token alone."""
+        if captions is None:
+            return {"decoder_input_ids": torch.full((count, 1), self.start)}
+        texts = self.processor.tokenizer(list(captions), padding=True, return_tensors="pt")
+        real = texts["attention_mask"]
+        shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
+        return {"labels": texts["input_ids"].masked_fill(real == 0, IGNORED), "decoder_attention_mask": shifted}
+
+
+def preprocessing(model: nn.Module) -> TimmImages | Images | Pairs | Generative:
+    """ValueError where a model has no preprocessing of its own, or none for images."""
+    library = library_of(model)
+    if isinstance(library, Timm):
+        return TimmImages(model)
+    if not isinstance(library, Transformers):
+        raise ValueError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
+    processor = load_processor(model.name_or_path)
+    if not takes(model, "pixel_values"):
+        raise ValueError(f"--calibration: {type(model).__name__} takes no images; {OWN_LOADER}")
+    if getattr(processor, "tokenizer", None) is None:
+        return Images(model, processor)
+    return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
+
+
+def load_processor(name: str) -> Any:
+    """The processor that belongs to a model of transformers; ValueError where it is not to be had."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(name, local_files_only=local_only(name))
+    except Exception as error:  # whatever a missing or foreign file makes of it
+        raise ValueError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error

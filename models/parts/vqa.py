@@ -1,0 +1,130 @@
+"""Visual question answering: a decoder that writes answers to the states of a question, its loss, and the choice from a
+closed list.
+
+Shapes: Q questions, T their tokens, K answers, A their tokens, L image tokens, V vision width, D text width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.checkpoint import load_weights
+from models.parts.bert import Bert, BertForMaskedLM
+from models.parts.task_model import TaskModel
+
+ROWS = 2048  # answers that are scored together
+_HEAD = "text_decoder.cls.predictions.decoder.weight"  # tied to the decoder's word embeddings
+
+
+class Answering(TaskModel):
+    """Adds what the models share to their `encode_image` and `ask`.
+
+    text_encoder: reads the question with the image. text_decoder: attends to its states. inherit_mask: the decoder has
+    the masks of the layers that it begins as. label_smoothing: of the language model's loss.
+    """
+
+    label_smoothing = 0.0
+    text_encoder: Bert
+    text_decoder: BertForMaskedLM
+
+    def __init__(self, config: Any, inherit_mask: bool):
+        super().__init__()
+        self.config, self.inherit_mask = config, inherit_mask
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(Q, 3, H, W) -> tokens (Q, L, V)."""
+        raise NotImplementedError
+
+    def ask(self, image: Tensor, ids: Tensor, atts: Tensor) -> Tensor:
+        """Image tokens (Q, L, V), ids and padding mask of the questions (Q, T) -> their states (Q, T, D)."""
+        raise NotImplementedError
+
+    def begun(self, answer_ids: Tensor) -> Tensor:
+        """Ids (K, A) as the decoder begins them."""
+        return answer_ids
+
+    def score(self, first: Tensor, losses: Tensor) -> Tensor:
+        """What an answer is ranked by, from log p of its first token and its loss, all (Q, k)."""
+        raise NotImplementedError
+
+    def copies(self) -> dict[str, str]:
+        """Parameter of the decoder -> the one of the text encoder that it begins as, by their names."""
+        raise NotImplementedError
+
+    def heirs(self, name: str) -> tuple[str, ...]:
+        return tuple(heir for heir, source in self.copies().items() if source == name) if self.inherit_mask else ()
+
+    @torch.no_grad()
+    def begin_decoder(self) -> None:
+        """Copy what it begins as; ValueError where the widths differ."""
+        vision, text = self.config.vision.width, self.config.text.width
+        if vision != text:
+            raise ValueError(
+                f"vision.width {vision} and text.width {text} must be equal: the decoder attends to text with the "
+                "weights that attend to the image in the pretrained model"
+            )
+        for name, source in self.copies().items():
+            self.get_parameter(name).copy_(self.get_parameter(source))
+
+    def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
+        """Of `image`, `text_ids`, `text_atts` (Q, T) and the answers `answer_ids`, `answer_atts` (K, A), their
+        `answer_weights` (K,) and the numbers `answer_owner` (K,) of their questions: sum of weight x loss, over Q.
+        """
+        owner, atts = batch["answer_owner"], batch["text_atts"]
+        states = self.ask(self.encode_image(batch["image"]), batch["text_ids"], atts)
+        losses = self.answer_losses(batch["answer_ids"], batch["answer_atts"], states[owner], atts[owner])
+        return {"loss": (batch["answer_weights"] * losses).sum() / len(states)}
+
+    def answer_losses(self, ids: Tensor, atts: Tensor, states: Tensor, state_atts: Tensor) -> Tensor:
+        """Cross-entropy of each answer, the sum over its tokens after the first: (K,).
+
+        ids, atts: (K, A). states, state_atts: of its question, (K, T, D) and (K, T); or of a question for each K / Q
+        answers one after the other, (Q, T, D) and (Q, T).
+        """
+        hidden = self.text_decoder.bert(self.begun(ids), atts, states, state_atts)[:, :-1]
+        real = atts[:, 1:].bool()  # the vocabulary is large: padding is not predicted
+        logits, labels = self.text_decoder.cls(hidden[real]).float(), ids[:, 1:][real]
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return losses.new_zeros(real.shape).masked_scatter(real, losses).sum(1)
+
+    def first_tokens(self, states: Tensor, state_atts: Tensor, ids: Tensor) -> Tensor:
+        """log p (Q, N) of the first token, after the one that all begin with, of N answers (N, A)."""
+        start = self.begun(ids[:1, :1]).expand(len(states), 1)
+        hidden = self.text_decoder.bert(start, torch.ones_like(start), states, state_atts)
+        return self.text_decoder.cls(hidden[:, 0]).float().log_softmax(1)[:, ids[:, 1]]
+
+    @torch.no_grad()
+    def rank(self, states: Tensor, state_atts: Tensor, ids: Tensor, atts: Tensor, k_test: int) -> Tensor:
+        """Number (Q,) of the best of N answers (N, A) to each question (Q, T, D).
+
+        The `k_test` whose first token is the most probable are scored, of equal ones those that stand first. A batch of
+        them holds whole questions, so that their states are neither repeated nor projected again for each answer.
+        """
+        first = self.first_tokens(states, state_atts, ids)
+        kept = first.sort(dim=1, descending=True, stable=True).indices[:, :k_test]  # (Q, k)
+        best = []
+        for rows in torch.arange(len(states), device=states.device).split(max(1, ROWS // kept.shape[1])):
+            chosen = kept[rows].flatten()
+            longest = int(atts[chosen].sum(1).max())
+            answers = ids[chosen, :longest], atts[chosen, :longest]
+            losses = self.answer_losses(*answers, states[rows], state_atts[rows]).view(len(rows), -1)
+            best.append(self.score(first[rows].gather(1, kept[rows]), losses).argmax(1))
+        return kept.gather(1, torch.cat(best)[:, None]).squeeze(1)
+
+
+def load(model: Answering, weights: str | Path, **options: Any) -> Answering:
+    """The weights of a file into a model, and copies where the file has nothing for what the decoder begins as a copy.
+
+    options: of `load_weights`. Raises ValueError as that does, or where the decoder cannot begin as a copy.
+    """
+    copies = model.copies()
+    left_out = load_weights(model, weights, optional=(*copies, _HEAD), **options)
+    missing = [name for name in left_out if name in copies]
+    if missing and len(missing) < len(copies):
+        raise ValueError(f"{weights}: weights of another model: {len(missing)} missing: {', '.join(missing[:3])}")
+    if missing:
+        model.begin_decoder()
+    return model

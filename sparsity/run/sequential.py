@@ -1,0 +1,183 @@
+"""Layer-wise methods block by block: each block is calibrated on what the already pruned blocks before it put out.
+
+A block costs a pass over the calibration data through the whole model, with the statistics of its layers alone: nothing
+is captured, so it works for any model (towers, cross-attention, tied weights), and memory holds the statistics of one
+block. What is done with a block is written beside the results, so that a run that was killed goes on after it.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from sparsity.masks import state_digest, write_atomically
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
+
+
+def stages(view: PrunableView) -> list[list[str]]:
+    """The names of the weights that are pruned together, in execution order.
+
+    They are the view's blocks; a weight that several blocks use (tied) belongs to the first of them, and where blocks
+    lie in each other, to the inner one. Layers outside every block come where they stand in the model: before all
+    blocks, or after the block of the weight before them. Without blocks, all weights are one.
+    """
+    home = {id(module): i for i, block in enumerate(view.blocks or ()) for module in block.modules()}
+    found: dict[tuple[int, int], list[str]] = {}
+    last = -1
+    for name, weight in view.weights.items():
+        inside = [home[id(module)] for module in weight.modules if id(module) in home]
+        last = min(inside, default=last)
+        found.setdefault((last, 0 if inside else 1), []).append(name)
+    return [names for _, names in sorted(found.items())]
+
+
+@dataclass
+class Done:
+    """A pruned weight, (out, in): which of it is kept, and what it has become where the method updates."""
+
+    kept: Tensor
+    updated: Tensor | None
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """What a sequential method measures before it begins: nothing. origin: see `Progress`. reduce: sums over ranks."""
+
+    origin: Scratch | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+
+def device_of(view: PrunableView) -> torch.device:
+    """Of the first weight."""
+    return next(iter(view.weights.values())).parameter.device
+
+
+def defer(view: PrunableView, data: Scratch | None, reduce: Callable[[Tensor], Tensor] | None) -> Deferred:
+    """data: identity of the data, and a path; the model, and the arithmetic at the time of this call, are added."""
+    device = device_of(view).type
+    arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
+    facts = data and json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
+    return Deferred(data and Scratch(data.path, facts), reduce)
+
+
+def by_blocks(
+    view: PrunableView,
+    measure: Callable[..., Mapping[str, Tensor]],
+    prune: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    progress: "Progress",
+) -> dict[str, Done]:
+    """Name -> what has become of the weight.
+
+    measure: names=... -> their statistics in the model as it is then. prune: (name, weight (out, in), its statistic) ->
+    kept, and updated weight or None.
+    """
+    order = stages(view)
+    finished = progress.load(order)
+    with replaced(view, finished) as put:
+        for number, names in enumerate(order):
+            if names[0] in finished:
+                continue
+            logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
+            statistics = dict(measure(names=names))
+            block = {}
+            for name in names:
+                block[name] = Done(*prune(name, view.weights[name].matrix(), statistics.pop(name)))
+            progress.save(number, block)
+            put(block)
+            finished |= block
+    return finished
+
+
+@contextmanager
+def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Callable[[Mapping[str, Done]], None]]:
+    """The model with pruned weights inside the block, where more can be put in; afterwards each parameter has its own
+    storage back, which was never written to.
+    """
+    before: list[tuple[torch.nn.Parameter, Tensor]] = []
+
+    def put(done: Mapping[str, Done]) -> None:
+        for name, what in done.items():
+            weight = view.weights[name]
+            matrix = weight.matrix() * what.kept if what.updated is None else what.updated
+            before.append((weight.parameter, weight.parameter.data))
+            weight.parameter.data = weight.as_stored(matrix).to(weight.parameter).contiguous()
+
+    try:
+        put(finished)
+        yield put
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+class Progress:
+    """Files with the blocks that are done, one each, for a run that was killed.
+
+    origin: identity of data, model and method, and a path beside which the files lie; None: nothing is kept. label: of
+    the target, in the names of the files. Several ranks go on after the last block that all of them have.
+    """
+
+    def __init__(self, deferred: Deferred, label: str, method: Mapping[str, Any], device: torch.device | str):
+        self._origin, self._reduce, self._label, self._device = deferred.origin, deferred.reduce, label, device
+        self._identity = json.dumps([deferred.origin and deferred.origin.identity, method], sort_keys=True, default=str)
+
+    def load(self, order: Sequence[Sequence[str]]) -> dict[str, Done]:
+        """What is there of these blocks, from the first on."""
+        found: dict[str, Done] = {}
+        count = 0
+        for names in order if self._origin else ():
+            block = self._read(count, names)
+            if block is None:
+                break
+            count += 1
+            found |= block
+        if self._reduce:
+            reached = torch.zeros(len(order) + 1, device=self._device)
+            reached[count] = 1
+            count = int(self._reduce(reached).nonzero()[0])
+        if count:
+            logger.info("going on after block %d of %d", count, len(order))
+        return {name: found[name] for names in order[:count] for name in names}
+
+    def _read(self, number: int, names: Sequence[str]) -> dict[str, Done] | None:
+        try:
+            with safe_open(self._path(number), framework="pt", device=str(self._device)) as file:
+                if file.metadata()["identity"] != self._identity:
+                    return None
+                stored = set(file.keys())
+                if not {f"mask {name}" for name in names} <= stored:
+                    return None
+                tensor = {key: file.get_tensor(key) for key in stored}
+        except (OSError, SafetensorError):  # there is none, or a damaged one
+            return None
+        return {name: Done(tensor[f"mask {name}"], tensor.get(f"weight {name}")) for name in names}
+
+    def save(self, number: int, block: Mapping[str, Done]) -> None:
+        """The file of a block, whole or not at all."""
+        if self._origin is None:
+            return
+        tensors = {f"mask {name}": done.kept.contiguous() for name, done in block.items()}
+        tensors |= {f"weight {n}": done.updated.contiguous() for n, done in block.items() if done.updated is not None}
+        write_atomically(self._path(number), serialize(tensors, {"identity": self._identity}))
+
+    def forget(self) -> None:
+        """Removes the files."""
+        for path in self._origin.path.parent.glob(self._name("*")) if self._origin else ():
+            path.unlink(missing_ok=True)
+
+    def _name(self, number: int | str) -> str:
+        return f"{self._origin.path.name}_{self._label}.block{number}"
+
+    def _path(self, number: int) -> Path:
+        return self._origin.path.with_name(self._name(number))

@@ -1,0 +1,75 @@
+"""Gradients of the loss on the prunable weights, averaged over calibration batches, without a trace in the model."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.statistics.inputs import untouched
+from sparsity.view import PrunableView
+
+
+def mean_gradients(
+    view: PrunableView,
+    batches: Iterable[Any],
+    *,
+    seed: int = 42,
+    generators: Callable[[int], torch.Generator] | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Name -> the gradient (out, in) of the mean loss over the batches, in evaluation mode.
+
+    With two sources read in lockstep, this is the gradient of (L_general + L_region) / 2. generators: batch number ->
+    the generator of what the loss draws (ITM negatives); by default a function of `seed` and the number alone. reduce:
+    sums a tensor over ranks, each of which reads its own batches.
+
+    Raises ValueError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
+    """
+    generators = generators or (lambda number: batch_generator(seed, number))
+    with untouched(view.model, view.moved_by_loss), only_prunable(view):
+        count = 0
+        for count, batch in enumerate(batches, 1):
+            with torch.enable_grad():
+                view.loss(batch, generators(count - 1)).backward()
+        gradients = {name: weight.parameter.grad for name, weight in view.weights.items()}
+    device = next(iter(view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
+    seen = torch.tensor([count, *(gradient is not None for gradient in gradients.values())], dtype=torch.float32)
+    total, *reached = (reduce(seen.to(device)) if reduce else seen).tolist()
+    if not total:
+        raise ValueError("there are no calibration batches")
+    result = {}
+    for (name, gradient), ranks in zip(gradients.items(), reached, strict=True):
+        if not ranks:
+            raise ValueError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
+        if reduce:
+            gradient = reduce(torch.zeros_like(view.weights[name].parameter) if gradient is None else gradient)
+        if not gradient.isfinite().all():
+            raise ValueError(f"the gradient of layer {name!r} holds NaN or Inf")
+        matrix = gradient.t() if view.weights[name].transposed else gradient
+        result[name] = matrix.div_(total)
+    return result
+
+
+def batch_generator(seed: int, number: int) -> torch.Generator:
+    """Generator of what the loss draws in one batch: the same for any number of workers and ranks."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+@contextmanager
+def only_prunable(view: PrunableView) -> Iterator[None]:
+    """Gradients for the prunable weights alone; flags and gradients are put back, also after an exception."""
+    prunable = {id(weight.parameter) for weight in view.weights.values()}
+    before: list[tuple[nn.Parameter, bool, Tensor | None]] = [
+        (p, p.requires_grad, p.grad) for p in view.model.parameters()
+    ]
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in prunable)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, flag, gradient in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient

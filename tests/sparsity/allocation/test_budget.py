@@ -1,0 +1,63 @@
+"""Budgets in decimal arithmetic, sparsities of the command line, and pools."""
+
+import subprocess
+import sys
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from sparsity.allocation.budget import budget, parse_sparsities, pools
+
+
+@pytest.mark.parametrize("sparsity", ["0.57", 0.57, Decimal("0.57"), Fraction(57, 100), np.float64(0.57)])
+def test_057_of_100_is_57(sparsity):
+    assert budget(sparsity, 100) == 57
+
+
+def test_budgets_are_decimal_floors():
+    for percent in range(1, 100):
+        for numel in (100, 200, 1000, 184_025_088):
+            assert budget(percent / 100, numel) == budget(f"0.{percent:02d}", numel) == percent * numel // 100
+    assert budget(0, 10) == 0
+    assert budget("0.9999", 10) == 9
+    assert budget(Fraction(1, 3), 10) == 3
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, "abc", float("nan"), float("inf"), 63, None, "1/0", ""])
+def test_a_sparsity_outside_0_to_1_is_an_error(sparsity):
+    with pytest.raises(ValueError, match="fraction between 0 and 1"):
+        budget(sparsity, 10)
+
+
+def test_percentages_and_fractions_are_parsed():
+    assert parse_sparsities("63,75,90") == [Decimal("0.63"), Decimal("0.75"), Decimal("0.9")]
+    assert parse_sparsities(" 0.5, 99.99 ,1") == [Decimal("0.5"), Decimal("0.9999"), Decimal("0.01")]
+    assert [budget(s, 100) for s in parse_sparsities("57,0.29")] == [57, 29]
+
+
+@pytest.mark.parametrize("text", ["0", "100", "-5", "abc", "nan", "inf", "63,,75", "", "63,", "99.991", "63;75"])
+def test_a_bad_sparsity_is_one_clear_line(text):
+    with pytest.raises(ValueError, match="sparsit") as error:
+        parse_sparsities(text)
+    assert "\n" not in str(error.value)
+
+
+def test_pools_cover_all_weights_in_order():
+    groups = {"a": "x", "b": "y", "c": "x"}
+    assert pools(groups, "global") == [["a", "b", "c"]]
+    assert pools(groups, "group") == [["a", "c"], ["b"]]
+    assert pools(groups, "layer") == [["a"], ["b"], ["c"]]
+    with pytest.raises(ValueError, match="pool must be one of"):
+        pools(groups, "rows")
+
+
+def test_arguments_are_parsed_without_torch():
+    code = (
+        "import sys, pruners, sparsity.allocation.budget, sparsity.pattern\n"
+        "pruners.available(); sparsity.allocation.budget.parse_sparsities('63')\n"
+        "sparsity.pattern.parse_pattern('2:4')\n"
+        "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,122 @@
+"""Files are whole or not there."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparsity.files import check_writable, remove_leftovers, replacing, write_atomic
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    for content in (b"first", b"second"):
+        write_atomic(path, content)
+        assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_atomic(path, b"old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.txt'"), replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    write_atomic(tmp_path / "a", b"")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_kill_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.bin"
+    write_atomic(path, b"old")
+    code = (
+        "import sys, time\nfrom sparsity.files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    with temporary.open('wb') as file:\n"
+        "        file.write(b'x' * 100_000); file.flush(); print('half', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env={"PYTHONPATH": "."})
+    assert process.stdout.readline() == b"half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_other_files_stay(tmp_path):
+    for name in (".b.pt.tmp-1", ".a.pt.tmp-1", "a.pt", "a.pt.tmp-2"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "a.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".b.pt.tmp-1", "a.pt", "a.pt.tmp-2"]
+
+
+def test_a_writable_folder_passes_and_nothing_is_made(tmp_path):
+    check_writable(tmp_path / "x" / "y", "--output_dir")
+    check_writable(tmp_path, "--output_dir")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_relative_folder_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable("out/deep", "--output_dir")
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "f").touch()
+    for folder in (tmp_path / "f", tmp_path / "f" / "x" / "y"):
+        with pytest.raises(ValueError, match=f"--output_dir {folder}: {tmp_path}/f is not a folder"):
+            check_writable(folder, "--output_dir")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a folder"):
+        check_writable(tmp_path / "dangling", "--output_dir")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.geteuid() == 0:  # whom permissions do not stop; this file system takes files from nobody
+        folder = "/proc/pruned"
+    with pytest.raises(ValueError, match=f"--output_dir {folder}: cannot be written to"):
+        check_writable(folder, "--output_dir")
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
+    code = (
+        "import sys, time\nfrom sparsity.files import replacing\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    print('half', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PYTHONPATH": "."})
+    assert process.stdout.readline() == b"half\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_readable_by_whom_the_umask_says(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode
