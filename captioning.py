@@ -19,6 +19,7 @@ from datasets.tasks.captioning_metrics import check_package
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
+from sparsity.errors import UserError
 
 TASK = "captioning"
 
@@ -37,7 +38,7 @@ def check(args: argparse.Namespace, arguments: list[str] | None) -> CaptioningCo
     if args.load_capt_pretrain:
         models.check_task(args.model, "captioning_pretrain")
         if args.weights is None:
-            raise ValueError("--load_capt_pretrain needs --pretraining_weights: last.pt of captioning_pretrain.py")
+            raise UserError("--load_capt_pretrain needs --pretraining_weights: last.pt of captioning_pretrain.py")
     if not args.skip_eval:
         check_package()
     return prepare(args, TASK, CaptioningConfig, arguments)

@@ -3,10 +3,16 @@
     python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
     python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
     python compare.py -m xvlm -p omp,itersnip --epochs 10
+    python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
+    python compare.py --nm output/nm_table/results
 
 One pass over the calibration data of a seed serves all pruners that need the same statistic, at all sparsities. The
 runs are in <output_dir>/results.csv, a row as soon as each is done; the same command again only does what is missing.
 Means and standard errors over the seeds are in table.md and table.tex.
+
+--finetuned and --nm only put finished runs beside each other, and write the table to FOLDER/table.md, of
+FOLDER/<run>/dense/result/metrics.json and FOLDER/<run>/<sparsity>/result/metrics.json of the fine-tuning scripts, or
+FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 """
 
 import argparse
@@ -20,34 +26,34 @@ import pruners
 from configs.loading import configure, read_yaml, save_config
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run
-from engine.options.command_line import (
-    Parser,
-    add_config_options,
-    add_one_device,
-    add_pruner_options,
-    count,
-    positive_int,
-    seeds,
-)
+from engine.options import command_line as options
+from engine.reports.finetuning_table import write_table as runs_table
+from engine.reports.nm_table import write_table as nm_table
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.files import check_writable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = options.Parser(__doc__)
     add = parser.add_argument
     names = ", ".join(pruners.available())
     add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
-    add("-m", "--model", required=True, metavar="MODEL", help=", ".join(models.NAMES))
+    add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
-    add("--seeds", type=seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
-    add("--num_batches", type=positive_int, default=3000, help="calibration batches (default: %(default)s)")
-    add("--k_test", type=count, default=0, help="candidates that are re-ranked; 0: none (default: %(default)s)")
-    add_pruner_options(parser)
+    add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
+    add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
+    add("--k_test", type=options.count, default=0, help="candidates that are re-ranked; 0: none (default: %(default)s)")
+    options.add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("comparison"), help="default: ./%(default)s")
-    add_config_options(parser, "prune")
-    add_one_device(parser)
-    return parser.parse_args(arguments)
+    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
+    add("--metrics", type=options.globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
+    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
+    options.add_config_options(parser, "prune")
+    options.add_one_device(parser)
+    args = parser.parse_args(arguments)
+    if sum(given is not None for given in (args.model, args.finetuned, args.nm)) != 1:
+        parser.error("give one of -m/--model, --finetuned and --nm")
+    return args
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
@@ -68,10 +74,13 @@ def check(args: argparse.Namespace) -> PrunedModel:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.finetuned or args.nm:
+        path, table = runs_table(args.finetuned, args.metrics) if args.finetuned else nm_table(args.nm)
+        print(f"{table}\n\nresults: {path}")
+        return
     config = check(args)
     args.pruners = args.pruners or [name for name in pruners.available() if pruners.one_shot(name)]
-    options = {name: {key: vars(args)[key] for key in pruners.options(name)} for name in args.pruners}
-    chosen = {name: pruners.build(name, **own) for name, own in options.items()}
+    chosen = {name: pruners.build(name, **pruners.own_options(name, vars(args))) for name in args.pruners}
     if any(pruner.statistic for pruner in chosen.values()):
         config.check_calibration(str(args.config))
 

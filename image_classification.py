@@ -14,7 +14,8 @@ import argparse
 from dataclasses import replace
 
 import models
-from configs.finetuning import CLASSIFICATION, SCHEDULES, ClassificationConfig
+from configs.finetuning import CLASSIFICATION, ClassificationConfig
+from configs.task import SCHEDULES
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_finetuning_options, count, positive_float, positive_int, share
 from engine.options.finetuning import prepare

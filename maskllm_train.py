@@ -7,18 +7,18 @@
 
 PRIOR is a mask file of prune.py, or a checkpoint with zeros of oneshot_pruning_timm.py. <output>/<experiment>/ gets
 model_best.pth.tar (timm's layout, with gates), mask.safetensors, and model.safetensors, which timm loads by itself. A
-run that was stopped goes on when the same command is given again. scripts/maskllm_*.sh have whole recipes.
+run that was stopped goes on when the same command is given again. scripts/maskllm.sh has whole recipes.
 """
 
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from typing import Any
 
 import models
 from configs.loading import configure, read_yaml
-from configs.pruning import PRUNE_CONFIGS, images_of
+from configs.pruning import PRUNE_CONFIGS
+from configs.sources import images_of
 from engine.launch import launch, run
 from engine.options.command_line import (
     Parser,
@@ -27,11 +27,15 @@ from engine.options.command_line import (
     add_external_options,
     check_external,
 )
-from engine.options.mask_learning import add_learning_options, add_training_options, fill_from_preset, image_settings
-from engine.training.loggers import check_loggers
-from sparsity.files import check_writable
+from engine.options.mask_learning import (
+    add_learning_options,
+    add_training_options,
+    check_learning,
+    fill_from_preset,
+    image_settings,
+)
+from sparsity.errors import UserError
 from sparsity.learned.schedule import RECIPES, Recipe
-from sparsity.pattern import parse_pattern
 
 WAY_OUT = "give --initial-checkpoint FILE, without --pretrained"
 OF_OWN_LOSS = ("config", "variant", "weights", "groups", "calibration", "loss")  # options of models that have one
@@ -61,27 +65,11 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     """The course of tau and scaling, and the configuration of the data of a model that is not timm's; refuses what can
     be refused before heavy imports.
     """
-    args.pattern = parse_pattern(f"{args.N}:{args.M}")
-    given = {"tau": args.tau_range, "scaling": args.scaling_range, "gate_std": args.gate_std}
-    recipe = replace(RECIPES[args.preset], **{name: value for name, value in given.items() if value is not None})
-    for option, path in {
-        "sparse-checkpoint": args.sparse_checkpoint,
-        "initial-checkpoint": args.initial_checkpoint,
-    }.items():
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"--{option} {path}: file not found")
-    if args.sparsity_mode == "sparse" and args.sparse_checkpoint is None:
-        raise ValueError("--sparsity-mode sparse trains under a fixed mask: give it with --sparse-checkpoint")
-    if args.amp:
-        args.precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[args.amp_dtype]
-    args.experiment = args.experiment or f"{args.model.replace('/', '_').replace(':', '_')}.{args.N}of{args.M}"
-    args.folder = args.output / args.experiment
-    check_writable(args.folder, "--output")
-    check_loggers({"wandb": args.log_wandb, "tensorboard": False})
+    recipe = check_learning(args)
     if not own(args.model):
         for option in OF_OWN_LOSS:
             if vars(args)[option] not in (None, "auto"):
-                raise ValueError(f"--{option} is not for classifiers of timm: leave it out with {args.model}")
+                raise UserError(f"--{option} is not for classifiers of timm: leave it out with {args.model}")
         args.model = args.model.removeprefix("timm:")
         args.data_path = args.data_path or images_of(args.model)
         args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped

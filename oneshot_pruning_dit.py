@@ -20,6 +20,7 @@ from engine.options.command_line import Parser, add_one_device, count, positive_
 from engine.options.diffusion import add_generator_options, choose
 from engine.options.oneshot import PRUNERS, Target, add_oneshot_options, check_oneshot
 from models.dit import sizes as dit_sizes
+from sparsity.errors import UserError
 from sparsity.files import check_writable
 
 
@@ -46,7 +47,7 @@ def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, NoisePruneConfig,
     target = check_oneshot(args)
     check_writable(args.output_dir, "--output-dir")
     if not 2 <= args.num_sampling_steps <= 1000:
-        raise ValueError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
+        raise UserError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
     sizes, weights = choose(args, dit_sizes)  # after what is checked at once: it may download them
     bundled = sizes.pixels and not args.data_path
     config = NoisePruneConfig(

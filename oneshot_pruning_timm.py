@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import pruners
-from configs.pruning import IMAGENET, images_of
+from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, count, positive_int, share
 from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
 SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
@@ -60,10 +61,10 @@ def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
     args.target = check_oneshot(args)
     if args.ckpt and not args.ckpt.is_file():
-        raise FileNotFoundError(f"--ckpt {args.ckpt}: there is no such file")
+        raise MissingFileError(f"--ckpt {args.ckpt}: there is no such file")
     if args.save_model:
         if not args.save_model.name.endswith(SUFFIXES):
-            raise ValueError(f"--save-model {args.save_model}: its name must end with {', '.join(SUFFIXES)}")
+            raise UserError(f"--save-model {args.save_model}: its name must end with {', '.join(SUFFIXES)}")
         check_writable(args.save_model.parent, "--save-model")
 
 

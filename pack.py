@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.launch import run
 from engine.options.command_line import Parser
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,11 +32,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
     if not args.source.is_file():
-        raise FileNotFoundError(f"{args.source}: there is no such file")
+        raise MissingFileError(f"{args.source}: there is no such file")
     if args.target.suffix != ".safetensors":
-        raise ValueError(f"{args.target}: the file to write must be a .safetensors file")
+        raise UserError(f"{args.target}: the file to write must be a .safetensors file")
     if args.target.resolve() == args.source.resolve():
-        raise ValueError(f"{args.target}: is the checkpoint itself: give another file to write")
+        raise UserError(f"{args.target}: is the checkpoint itself: give another file to write")
     check_writable(args.target.parent, "target")
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from engine.export import save_state
     from models.checkpoint import read_weights
-    from sparsity.maskllm import fold
+    from sparsity.learned.checkpoint import fold
 
     state = fold(read_weights(args.source))
     if args.dtype:

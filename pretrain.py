@@ -13,7 +13,7 @@ from pathlib import Path
 
 import models
 from configs.loading import load_config, read_yaml, save_config
-from configs.pruning import PRETRAIN_CONFIGS, TrainingConfig
+from configs.pretraining import PRETRAIN_CONFIGS, TrainingConfig
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options
 from sparsity.files import check_writable

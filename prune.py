@@ -21,16 +21,9 @@ import pruners
 from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run
-from engine.options.command_line import (
-    Parser,
-    add_config_options,
-    add_device_options,
-    add_external_options,
-    add_pruner_options,
-    check_external,
-    positive_int,
-)
+from engine.options import command_line as options
 from sparsity.allocation.budget import POOLS, parse_sparsities
+from sparsity.errors import UserError
 from sparsity.files import check_writable
 from sparsity.pattern import parse_pattern
 
@@ -38,13 +31,13 @@ SPARSITIES = "63,75,90"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = options.Parser(__doc__)
     add = parser.add_argument
     add("-p", "--pruner", metavar="PRUNER", help=", ".join(pruners.available()))
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
-    add("--num_batches", type=positive_int, default=3000, help="calibration batches (default: %(default)s)")
-    add_pruner_options(parser)
+    add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
+    options.add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--pool", choices=POOLS, help="weights that compete with each other; default: the pruner's own")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
@@ -52,9 +45,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
     add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
-    add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
-    add_device_options(parser)
+    options.add_config_options(parser, "prune")
+    options.add_external_options(parser, models.ANY)
+    options.add_device_options(parser)
     args = parser.parse_args(arguments)
     if not (args.pruner or args.check_data):
         parser.error("the following arguments are required: -p/--pruner")
@@ -78,7 +71,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     args.pattern = parse_pattern(args.pattern)
     for option in ("sparsities", "pool"):
         if args.pattern and getattr(args, option) is not None:
-            raise ValueError(f"--pattern decides which weights go and how many: leave --{option} out")
+            raise UserError(f"--pattern decides which weights go and how many: leave --{option} out")
     given = SPARSITIES if args.sparsities is None else args.sparsities
     args.sparsities = None if args.pattern else parse_sparsities(given)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
@@ -93,13 +86,13 @@ def check(args: argparse.Namespace) -> PrunedModel:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
-    pruner = pruners.build(args.pruner, **{name: vars(args)[name] for name in pruners.options(args.pruner)})
+    pruner = pruners.build(args.pruner, **pruners.own_options(args.pruner, vars(args)))
     if args.save_scores and not pruner.scored:
-        raise ValueError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
+        raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
     if pruner.statistic:
         config.check_calibration(str(args.config))
 

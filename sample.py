@@ -16,6 +16,7 @@ from engine.launch import launch, run
 from engine.options.command_line import Parser, add_one_device, positive_float, positive_int, seed
 from engine.options.diffusion import add_generator_options, choose
 from models.dit import sizes as dit_sizes
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
 PAPER = (207, 360, 387, 974, 88, 979, 417, 279)  # the classes of ImageNet that the official script draws
@@ -40,9 +41,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> tuple[dit_sizes.Config, str | None]:
     """Everything that can be refused before heavy imports; also resolves the defaults that follow from the model."""
     if args.num_sampling_steps is not None and not 2 <= args.num_sampling_steps <= 1000:
-        raise ValueError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
+        raise UserError(f"--num-sampling-steps must be from 2 to 1000, got {args.num_sampling_steps}")
     if args.mask and not args.mask.is_file():
-        raise FileNotFoundError(f"--mask {args.mask}: there is no such file")
+        raise MissingFileError(f"--mask {args.mask}: there is no such file")
     check_writable(args.output.parent, "--output")
     sizes, weights = choose(args, dit_sizes)  # last: it may download them
     args.cfg_scale = args.cfg_scale or (2.0 if sizes.pixels else 4.0)

@@ -14,9 +14,10 @@ import argparse
 import json
 from pathlib import Path
 
-from configs.pruning import IMAGENET, images_of
+from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, count, positive_int, share
+from sparsity.errors import MissingFileError, UserError
 
 MODES = ("dense", "sparse", "maskllm")
 
@@ -44,13 +45,13 @@ def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
     args.data_path = args.data_path or images_of(args.model)
     if bool(args.checkpoint) == args.pretrained:
-        raise ValueError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
+        raise UserError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
     if args.pretrained and args.sparsity_mode != "dense":
-        raise ValueError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
+        raise UserError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
     for option in ("checkpoint", "mask"):
         path = vars(args)[option]
         if path and not path.is_file():
-            raise FileNotFoundError(f"--{option} {path}: there is no such file")
+            raise MissingFileError(f"--{option} {path}: there is no such file")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,7 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets.annotations import load_image
-from datasets.bundled.scenes import draw_scene, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import draw_scene
 from datasets.collate import collate
 from datasets.loaders import loader
 from datasets.pairs.pretraining import ImageTextDataset

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.finetuning import OptimizerConfig
 from configs.loading import load_config
+from configs.task import OptimizerConfig
 from engine.training.fit import attention
 from engine.training.optimizer import finetuning_optimizer
 from models.xvlm import model as xvlm

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine.training.fit import attention
 from models.external.model import prunable_view
 from sparsity.learned.gates import candidates
-from sparsity.maskllm import LearnableMasks
+from sparsity.learned.learnable_masks import LearnableMasks
 from sparsity.pattern import NM
 
 PATTERN, REGULARISER, SETTING = NM(2, 4), 1e-5, {"scaling": 10.0, "tau": 4.0}

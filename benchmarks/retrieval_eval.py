@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.loading import load_config
-from datasets.bundled.scenes import BundledRetrieval, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledRetrieval
 from datasets.collate import trim_text
 from datasets.text import TextEncoder
 from engine.evaluation.retrieval import NOT_RANKED, retrieval_scores

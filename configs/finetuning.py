@@ -1,142 +1,14 @@
 """What the fine-tuning scripts read, as it stands in configs/<model>/<task>.yaml. Needs no torch: checked at once."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from configs.pruning import BUNDLED_SPLITS, HOW_TO_GET, Evaluation, Files, LabelledImages, at_least, is_hosted
-
-OPTIMIZERS = ("adamW", "sgd")
-SCHEDULES = ("linear", "cosine")
-DEBUG_STEPS = 4  # of an epoch
-DEBUG_IMAGES = 32  # that are evaluated
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have. min_lr: where a
-    cosine ends. betas: of AdamW; the first is the momentum of SGD.
-    """
-
-    lr: float
-    opt: str = "adamW"
-    weight_decay: float = 0.01
-    lr_mult: float = 1.0
-    min_lr: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.98)
-
-    def __post_init__(self):
-        at_least(self, 0, "lr", "weight_decay", "lr_mult", "min_lr")
-        if self.opt not in OPTIMIZERS:
-            raise ValueError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {self.opt!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr must be at most lr = {self.lr:g}, got {self.min_lr!r}")
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """sched: "linear" or "cosine", down from the peak. num_warmup_steps: share of all steps in which the rate rises."""
-
-    epochs: int
-    sched: str = "linear"
-    num_warmup_steps: float = 0.0
-
-    def __post_init__(self):
-        at_least(self, 0, "epochs")
-        if self.sched not in SCHEDULES:
-            raise ValueError(f"sched must be one of {', '.join(SCHEDULES)}, got {self.sched!r}")
-        if not 0 <= self.num_warmup_steps <= 1:
-            raise ValueError(f"num_warmup_steps is a share from 0 to 1 of all steps, got {self.num_warmup_steps!r}")
-
-
-@dataclass(frozen=True)
-class WandbData:
-    """Of a run on Weights & Biases; `--experiment_name` takes the place of `name`."""
-
-    project: str = "sparse-finetuning"
-    name: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What all tasks have. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at a time on
-    each device, as often as needed.
-
-    image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
-    steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.
-    """
-
-    # What does not change the result of a run: a snapshot may be resumed with other values.
-    FREE: ClassVar = ("workers", "max_skipped", "save_every", "log_every", "wandb_data")
-
-    model_config: str
-    weights: str
-    optimizer: OptimizerConfig
-    scheduler: SchedulerConfig
-    batch_size_train: int
-    batch_size_target: int
-    image_res: int | None = None
-    max_tokens: int | None = None
-    clip_norm: float = 0.0
-    gradient_checkpointing: bool = False
-    workers: int = 1
-    max_skipped: float = 0.01
-    save_every: int | None = None
-    log_every: int = 20
-    wandb_data: WandbData = field(default_factory=WandbData)
-
-    def __post_init__(self):
-        at_least(self, 1, "batch_size_train", "batch_size_target", "image_res", "max_tokens", "save_every", "log_every")
-        at_least(self, 0, "clip_norm", "workers")
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"max_skipped must be a fraction between 0 and 1, got {self.max_skipped!r}")
-
-    @property
-    def checkpoint(self) -> str | None:
-        """The file with the pretrained weights; None for random ones."""
-        return None if self.weights == "random" else self.weights
-
-    def overridden(self, options: Mapping[str, Any]) -> "TaskConfig":
-        """With what options of the task's own on the command line say where they are given, that is, not None."""
-        return self
-
-    def check_weights(self) -> None:
-        """Raises FileNotFoundError where the file is not there."""
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
-            raise FileNotFoundError(f"{self.checkpoint}: weights file not found; give --pretraining_weights PATH")
-
-    def check_data(self, where: str) -> None:
-        """Raises ValueError or FileNotFoundError where the data of the task is not configured or not there."""
-        raise NotImplementedError
-
-    def accumulation(self, devices: int) -> int:
-        """Batches of each device in a step; ValueError unless they make up `batch_size_target` samples."""
-        at_once = self.batch_size_train * devices
-        if self.batch_size_target % at_once:
-            raise ValueError(
-                f"batch_size_target {self.batch_size_target} is no multiple of batch_size_train "
-                f"{self.batch_size_train} x {devices} device{'s' * (devices > 1)} = {at_once}: change one of them"
-            )
-        return self.batch_size_target // at_once
-
-    def steps_per_epoch(self, samples: int, debug: bool = False) -> int:
-        steps = math.ceil(samples / self.batch_size_target)
-        return min(steps, DEBUG_STEPS) if debug else steps
-
-    def sizes(self, pretrained: Any) -> Any:
-        """Those of the pretrained model, a dataclass with `vision.image_size` and `max_tokens`, made the task's."""
-        tokens = pretrained.max_tokens if self.max_tokens is None else self.max_tokens
-        side = pretrained.vision.image_size if self.image_res is None else self.image_res
-        return replace(pretrained, max_tokens=tokens, vision=replace(pretrained.vision, image_size=side))
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the result of a run."""
-        return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+from configs.pruning import BUNDLED_SPLITS, Evaluation
+from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
+from configs.task import DEBUG_IMAGES, TaskConfig
+from sparsity.errors import MissingFileError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +25,7 @@ class BundledSplits:
         at_least(self, 1, "val_scenes", "test_scenes")
         for split in self.test:
             if split not in BUNDLED_SPLITS:
-                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
+                raise UserError(f"bundled.test must be of {', '.join(BUNDLED_SPLITS)}, got {split!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,14 +52,14 @@ class CaptionedConfig(TaskConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.bundled and (self.train_file or self.val_file or self.test_file or self.image_root):
-            raise ValueError("set bundled, or train_file, val_file, test_file and image_root, not both")
+            raise UserError("set bundled, or train_file, val_file, test_file and image_root, not both")
 
     def check_data(self, where: str) -> None:
         if self.bundled:
             return
         for name in ("train_file", "val_file", "test_file", "image_root"):
             if not getattr(self, name):
-                raise ValueError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled")
         for annotations in (*self.train_file, self.val_file, self.test_file):
             Files(annotations, self.image_root).check()
 
@@ -253,18 +125,18 @@ class VQAConfig(TaskConfig):
         super().__post_init__()
         at_least(self, 1, "k_test", "batch_size_test")
         if self.bundled and (self.train_file or self.val_file or self.test_file or self.answer_list):
-            raise ValueError("set bundled, or train_file, val_file, test_file and answer_list, not both")
+            raise UserError("set bundled, or train_file, val_file, test_file and answer_list, not both")
 
     def check_data(self, where: str) -> None:
         if self.bundled:
             return
         for name in ("train_file", "test_file", "answer_list", "vqa_root"):
             if not getattr(self, name):
-                raise ValueError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled")
         for annotations in (*self.train_file, *self.val_file, *self.test_file, self.answer_list):
             Files(annotations, self.vqa_root).check()
         if self.vg_root and not Path(self.vg_root).is_dir():
-            raise FileNotFoundError(f"{self.vg_root}: image folder not found; {HOW_TO_GET}")
+            raise MissingFileError(f"{self.vg_root}: image folder not found; {HOW_TO_GET}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +162,7 @@ class CaptioningConfig(CaptionedConfig):
         at_least(self, 1, "num_beams", "min_length", "batch_size_test")
         at_least(self, self.min_length, "max_length")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
+            raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
 
     def check_data(self, where: str) -> None:
         super().check_data(where)
@@ -304,16 +176,14 @@ class CaptioningConfig(CaptionedConfig):
         return {"num_beams": self.num_beams, "max_length": self.max_length, "min_length": self.min_length}
 
     def check_lengths(self, prompt: int, tokens: int, positions: int) -> None:
-        """ValueError unless captions have room beside a prompt of so many tokens: in training in texts of at most
+        """UserError unless captions have room beside a prompt of so many tokens: in training in texts of at most
         `tokens`, in generation in a model of so many positions.
         """
         if prompt + 1 >= tokens:
-            raise ValueError(
-                f"max_tokens must be above the {prompt + 1} tokens of the prompt and [SEP], got {tokens!r}"
-            )
+            raise UserError(f"max_tokens must be above the {prompt + 1} tokens of the prompt and [SEP], got {tokens!r}")
         if not prompt < self.max_length <= positions:
             limits = f"above the {prompt} tokens of the prompt and at most {positions} positions"
-            raise ValueError(f"max_length must be {limits}, got {self.max_length!r}")
+            raise UserError(f"max_length must be {limits}, got {self.max_length!r}")
 
 
 @dataclass(frozen=True)
@@ -337,13 +207,13 @@ class CaptioningPretrainConfig(TaskConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
+            raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
         if self.bundled and self.train:
-            raise ValueError("set bundled or train, not both")
+            raise UserError("set bundled or train, not both")
 
     def check_data(self, where: str) -> None:
         if not self.bundled and not self.train:
-            raise ValueError(f"{where}: no data: set train, or bundled")
+            raise UserError(f"{where}: no data: set train, or bundled")
         for files in self.train:
             files.check()
 
@@ -374,7 +244,7 @@ class BundledImages:
         at_least(self, 1, "train_images", "val_images", "test_images")
         for split in self.test:
             if split not in BUNDLED_IMAGES:
-                raise ValueError(f"bundled.test must be of {', '.join(BUNDLED_IMAGES)}, got {split!r}")
+                raise UserError(f"bundled.test must be of {', '.join(BUNDLED_IMAGES)}, got {split!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,11 +261,11 @@ class ClassificationConfig(TaskConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.dataset not in CLASSIFICATION:
-            raise ValueError(f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}")
+            raise UserError(f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
+            raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
         if self.max_tokens is not None:
-            raise ValueError(f"max_tokens is for models of texts: leave it out, got {self.max_tokens!r}")
+            raise UserError(f"max_tokens is for models of texts: leave it out, got {self.max_tokens!r}")
 
     @property
     def folder(self) -> str:
@@ -410,7 +280,7 @@ class ClassificationConfig(TaskConfig):
         if "batch_size_target" in sizes:
             sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
             if left:
-                raise ValueError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
+                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
         schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
         optimizer, scheduler = replace(self.optimizer, **given(lr="lr")), replace(self.scheduler, **schedule)
         return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from sparsity.errors import UserError
+
 DATASETS = ("cc3m", "sbu", "coco", "vg")
 IN_DOMAIN = ("coco", "vg")  # the second source of a model that learns from no regions
 ONE_VALUE = (  # keys that say what this project does in any case
@@ -66,13 +68,13 @@ class GeneralLoader:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in ONE_VALUE and value != f.default:
-                raise ValueError(f"{f.name} is always {f.default!r} here, got {value!r}: leave it out")
+                raise UserError(f"{f.name} is always {f.default!r} here, got {value!r}: leave it out")
         for name in ("batch_size", "image_res", "patch_size", "max_tokens", "max_words"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+                raise UserError(f"{name} must be at least 1, got {value!r}")
         if self.root and self._pairs(DATASETS):
-            raise ValueError("set root, for models that classify, or files of image-text pairs, not both")
+            raise UserError("set root, for models that classify, or files of image-text pairs, not both")
 
     @property
     def roots(self) -> dict[str, str]:
@@ -94,13 +96,13 @@ class GeneralLoader:
         return [Annotated(file, root) for file, root in files if file]
 
     def check_sizes(self, model: Mapping[str, Any], where: str) -> None:
-        """ValueError where a size is another than in the model's configuration; `where` begins the message."""
+        """UserError where a size is another than in the model's configuration; `where` begins the message."""
         vision = model.get("vision")
         sizes = {**model, **(vision if isinstance(vision, dict) else {})}
         for key, name in OF_THE_MODEL.items():
             value = getattr(self, key)
             if value is not None and value != sizes.get(name, value):
-                raise ValueError(f"{where}: {key} is {value}, but {name} of the model is {sizes[name]}")
+                raise UserError(f"{where}: {key} is {value}, but {name} of the model is {sizes[name]}")
         longest = sizes.get("max_tokens", 0)
         if self.max_words is not None and self.max_words < longest:
-            raise ValueError(f"{where}: max_words must be at least the model's max_tokens = {longest}")
+            raise UserError(f"{where}: max_words must be at least the model's max_tokens = {longest}")

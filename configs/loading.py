@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ T = TypeVar("T")
 def load_config(path: str | Path, schema: type[T]) -> T:
     """Read a YAML mapping into the dataclass `schema`; keys that are left out keep their defaults.
 
-    Raises FileNotFoundError or ValueError (malformed YAML, unknown or missing key, wrong type, a value that the schema
+    Raises FileNotFoundError or UserError (malformed YAML, unknown or missing key, wrong type, a value that the schema
     itself refuses), each one line that names the file.
     """
     return build(schema, read_yaml(path), str(path))
@@ -31,15 +32,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Mapping in a YAML file, by the safe loader."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: configuration file not found; see configs/ for those that exist")
+        raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     return content
 
 
@@ -75,23 +76,23 @@ def find_variant(folder: Path, task: str, variant: str, weights: str | None, bas
 def build(schema: type[T], values: Any, where: str) -> T:
     """Dataclass `schema` from a mapping; `where` (a file, then the keys that lead there) begins every message."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping of keys to values, got {values!r}")
+        raise UserError(f"{where}: expected a mapping of keys to values, got {values!r}")
     kinds = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(f"{where}: key {name!r} is missing")
+            raise UserError(f"{where}: key {name!r} is missing")
     converted = {key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
         return schema(**converted)
     except ValueError as error:  # from __post_init__
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -107,17 +108,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return build(kind, value, where)
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise ValueError(f"{where}: expected a list, got {value!r}")
+            raise UserError(f"{where}: expected a list, got {value!r}")
         return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a mapping, got {value!r}")
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
         return {key: _convert(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
     if kind is float:
         return _number(value, where)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         expected = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
-        raise ValueError(f"{where}: expected {expected}, got {value!r}")
+        raise UserError(f"{where}: expected {expected}, got {value!r}")
     return value
 
 
@@ -128,7 +129,7 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{where}: expected a number, got {value!r}")
+        raise UserError(f"{where}: expected a number, got {value!r}")
     return number
 
 

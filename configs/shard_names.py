@@ -5,6 +5,8 @@ from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from sparsity.errors import MissingFileError, UserError
+
 HOW_TO_GET = "img2dataset --output_format webdataset writes such shards, see README.md"
 
 
@@ -19,20 +21,20 @@ def shard_names(images: str) -> list[str]:
     Braces name shards whether they are there or not; globs and folders give those that are there, sorted.
 
     Raises:
-        ValueError: unbalanced braces, something that is no .tar, or a shard named twice.
+        UserError: unbalanced braces, something that is no .tar, or a shard named twice.
     """
     if Path(images).is_dir():
         return sorted(glob.glob(f"{glob.escape(images)}/*.tar"))
     try:
         patterns = list(braceexpand(images, escape=False))
     except UnbalancedBracesError:
-        raise ValueError(f"{images}: unbalanced braces; expected e.g. images/cc3m/{{00000..00331}}.tar") from None
+        raise UserError(f"{images}: unbalanced braces; expected e.g. images/cc3m/{{00000..00331}}.tar") from None
     names = [name for pattern in patterns for name in (sorted(glob.glob(pattern)) if _magic(pattern) else [pattern])]
     for i, name in enumerate(sorted(names)):
         if not name.endswith(".tar"):
-            raise ValueError(f"{name}: expected .tar files (of {images}); {HOW_TO_GET}")
+            raise UserError(f"{name}: expected .tar files (of {images}); {HOW_TO_GET}")
         if i and name == sorted(names)[i - 1]:
-            raise ValueError(f"{name}: named twice by {images}")
+            raise UserError(f"{name}: named twice by {images}")
     return names
 
 
@@ -44,9 +46,9 @@ def shard_paths(images: str) -> list[Path]:
     """The shards of `shard_names`, at least one; raises FileNotFoundError, naming one that is missing."""
     paths = [Path(name) for name in shard_names(images)]
     if not paths:
-        raise FileNotFoundError(f"{images}: no shard (.tar) found; {HOW_TO_GET}")
+        raise MissingFileError(f"{images}: no shard (.tar) found; {HOW_TO_GET}")
     missing = [path for path in paths if not path.is_file()]
     if missing:
         others = f", nor {len(missing) - 1} more of the {len(paths)} of {images}" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{missing[0]}: shard not found{others}; {HOW_TO_GET}")
+        raise MissingFileError(f"{missing[0]}: shard not found{others}; {HOW_TO_GET}")
     return paths

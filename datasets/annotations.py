@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.collate import Skipped
+from sparsity.errors import MissingFileError, UserError
 
 HOW_TO_GET = "README.md says how to get the annotations and images"
 _PROBES = 64  # image paths that are looked up at start-up
@@ -43,18 +44,18 @@ def read_records(path: str | Path, parse: Callable[[dict], Any], expected: str) 
 
     Args:
         path: the annotation file.
-        parse: turns one object into what is kept of it; its ValueErrors are reported with file and record number.
+        parse: turns one object into what is kept of it; its UserErrors are reported with file and record number.
         expected: what a record looks like, for the error messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON list of objects, it is empty, or a record lacks something.
+        UserError: it is not a JSON list of objects, it is empty, or a record lacks something.
     """
     records = read_json(Path(path), expected)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a JSON list of {expected}, got {type(records).__name__}; {HOW_TO_GET}")
+        raise UserError(f"{path}: expected a JSON list of {expected}, got {type(records).__name__}; {HOW_TO_GET}")
     if not records:
-        raise ValueError(f"{path}: no record in this file; expected a JSON list of {expected}; {HOW_TO_GET}")
+        raise UserError(f"{path}: no record in this file; expected a JSON list of {expected}; {HOW_TO_GET}")
     for i, record in enumerate(tqdm(records, desc=Path(path).name, delay=2, leave=False)):
         records[i] = _parsed(path, i, record, parse, expected)  # in place: millions of records exist once
     return records
@@ -78,49 +79,49 @@ def read_by_folder(
 def read_json(path: Path, expected: str) -> Any:
     """What a JSON file holds, which is to be a list of what is `expected`.
 
-    Raises FileNotFoundError, or ValueError where it is not JSON.
+    Raises FileNotFoundError, or UserError where it is not JSON.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: annotation file not found; expected a JSON list of {expected}; {HOW_TO_GET}")
+        raise MissingFileError(f"{path}: annotation file not found; expected a JSON list of {expected}; {HOW_TO_GET}")
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:  # also what is not UTF-8
-        raise ValueError(f"{path}: not a JSON file ({error}); expected a list of {expected}; {HOW_TO_GET}") from None
+        raise UserError(f"{path}: not a JSON file ({error}); expected a list of {expected}; {HOW_TO_GET}") from None
 
 
 def _parsed(path: str | Path, i: int, record: Any, parse: Callable[[dict], Any], expected: str) -> Any:
     if not isinstance(record, dict):
-        raise ValueError(f"{path}: record {i} is {record!r:.60}; expected {expected}")
+        raise UserError(f"{path}: record {i} is {record!r:.60}; expected {expected}")
     try:
         return parse(record)
     except ValueError as error:
-        raise ValueError(f"{path}: record {i}: {error}; expected {expected}") from None
+        raise UserError(f"{path}: record {i}: {error}; expected {expected}") from None
 
 
 def get_text(record: dict, key: str) -> str:
-    """Text under a key; raises ValueError where there is none."""
+    """Text under a key; raises UserError where there is none."""
     if key not in record:
-        raise ValueError(f"no key {key!r} (it has {', '.join(map(repr, record)) or 'none'})")
+        raise UserError(f"no key {key!r} (it has {', '.join(map(repr, record)) or 'none'})")
     if not isinstance(record[key], str):
-        raise ValueError(f"{key!r} must be a text, got {record[key]!r:.60}")
+        raise UserError(f"{key!r} must be a text, got {record[key]!r:.60}")
     return record[key]
 
 
 def get_texts(record: dict, key: str) -> list[str]:
-    """Texts under a key that holds one or a list of them, at least one; raises ValueError otherwise."""
+    """Texts under a key that holds one or a list of them, at least one; raises UserError otherwise."""
     value = record.get(key)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         return value
     if isinstance(value, list):
-        raise ValueError(f"{key!r} must be a text or a list of at least one text, got {value!r:.60}")
+        raise UserError(f"{key!r} must be a text or a list of at least one text, got {value!r:.60}")
     return [get_text(record, key)]
 
 
 def get_box(value: Any) -> tuple[float, float, float, float]:
-    """The box [x, y, width, height] in pixels; raises ValueError where it is none."""
+    """The box [x, y, width, height] in pixels; raises UserError where it is none."""
     numbers = isinstance(value, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
     if not numbers or len(value) != 4:
-        raise ValueError(f"a box 'bb' must be [x, y, width, height] in pixels, got {value!r:.60}")
+        raise UserError(f"a box 'bb' must be [x, y, width, height] in pixels, got {value!r:.60}")
     return tuple(map(float, value))
 
 
@@ -133,7 +134,7 @@ class ImageRoot:
     def __init__(self, root: str | Path):
         self.root = Path(os.path.abspath(root))
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{root}: image folder not found; {HOW_TO_GET}")
+            raise MissingFileError(f"{root}: image folder not found; {HOW_TO_GET}")
 
     def find(self, path: str) -> Path:
         """Where an image lies; the path in this folder where it lies nowhere."""
@@ -151,7 +152,7 @@ class ImageRoot:
         """Raise FileNotFoundError where none of the images of an annotation file (a few are looked up) is here."""
         probes = paths[:: max(1, len(paths) // _PROBES)]
         if not any(self.find(path).is_file() for path in probes):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.root}: none of {len(probes)} images of {annotation_file} is in this folder, "
                 f"for example {probes[0]}; {HOW_TO_GET}"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datasets.transforms import Pixels
+from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class SkippedImages:
 
     def __init__(self, list_path: str | Path, expected: int, max_skipped: float = 0.01):
         if not 0 <= max_skipped <= 1:
-            raise ValueError(f"max_skipped must be a fraction between 0 and 1, got {max_skipped!r}")
+            raise UserError(f"max_skipped must be a fraction between 0 and 1, got {max_skipped!r}")
         self.list_path, self.expected, self.max_skipped = Path(list_path), expected, max_skipped
         self.count = 0
         self._listed: set[str] = set()
@@ -94,7 +95,7 @@ class SkippedImages:
         """Pass the batches on without their "skipped" field, and without those that are empty.
 
         Raises:
-            ValueError: more than `max_skipped` of the expected samples are lost.
+            UserError: more than `max_skipped` of the expected samples are lost.
         """
         for batch in batches:
             self.add(batch.pop("skipped", ()))
@@ -102,7 +103,7 @@ class SkippedImages:
                 yield batch
 
     def add(self, skipped: Sequence[Skipped]) -> None:
-        """Count and list these; raises ValueError as `watch`."""
+        """Count and list these; raises UserError as `watch`."""
         self.count += len(skipped)
         new = {item.path: item.reason for item in skipped if item.path not in self._listed}
         if new and self.list_path.is_file():  # another account of this run has listed some
@@ -115,7 +116,7 @@ class SkippedImages:
                 file.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
             log.warning("%d images could not be read and were skipped, see %s", len(self._listed), self.list_path)
         if self.count > self.max_skipped * self.expected:
-            raise ValueError(
+            raise UserError(
                 f"{self.list_path}: {self.count} of {self.expected} samples were skipped because their images cannot be"
                 f" read, more than max_skipped = {self.max_skipped:g}: get these images again, or raise --max_skipped"
             )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from sparsity.errors import UserError
+
 
 class ResumableSampler(Sampler[int]):
     """Running numbers n = epoch * size + index, epoch after epoch, each epoch in its own order.
@@ -39,11 +41,11 @@ class ResumableSampler(Sampler[int]):
         world_size: int = 1,
     ):
         if size < 1 or batch_size < 1:
-            raise ValueError(f"size and batch_size must be at least 1, got {size!r} and {batch_size!r}")
+            raise UserError(f"size and batch_size must be at least 1, got {size!r} and {batch_size!r}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
+            raise UserError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
         if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"start and stop must not be negative, got {start!r} and {stop!r}")
+            raise UserError(f"start and stop must not be negative, got {start!r} and {stop!r}")
         self.size, self.seed, self.batch_size, self.shuffle = size, seed, batch_size, shuffle
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
 

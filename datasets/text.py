@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sparsity.errors import UserError
+
 _DROPPED = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
 _SPECIAL = re.compile(r"\[.+\]")  # [PAD], [MASK], [unused17]: never drawn as a random word
 _SIDE = re.compile(r"\b(left|right)")
@@ -71,13 +73,13 @@ class TextEncoder:
         add_sep: bool = False,
     ):
         if max_tokens < 2 + add_sep:
-            raise ValueError(f"max_tokens must leave room for [CLS] and a word, got {max_tokens!r}")
+            raise UserError(f"max_tokens must leave room for [CLS] and a word, got {max_tokens!r}")
         if max_masks < 1:
-            raise ValueError(f"max_masks must be at least 1, got {max_masks!r}")
+            raise UserError(f"max_masks must be at least 1, got {max_masks!r}")
         if not 0 < mask_prob <= 1:
-            raise ValueError(f"mask_prob must be a fraction above 0 and at most 1, got {mask_prob!r}")
+            raise UserError(f"mask_prob must be a fraction above 0 and at most 1, got {mask_prob!r}")
         if max_ngram < 2:
-            raise ValueError(f"max_ngram must be at least 2, got {max_ngram!r}")
+            raise UserError(f"max_ngram must be at least 2, got {max_ngram!r}")
         self.tokenizer, self.max_tokens, self.max_masks, self.mask_prob = tokenizer, max_tokens, max_masks, mask_prob
         self.ngram_prob, self.max_ngram, self.add_sep = ngram_prob, max_ngram, add_sep
         self.max_words = max_tokens if max_words is None else max_words

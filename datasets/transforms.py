@@ -16,6 +16,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional as F
 
+from sparsity.errors import UserError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FINETUNING_SCALE = (0.5, 1.0)  # share of an image's area that a crop keeps; (0.2, 1) in pretraining
@@ -102,7 +104,7 @@ class TrainTransform:
         statistics: Statistics = CLIP,
     ):
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be two rising fractions between 0 and 1, got {scale!r}")
+            raise UserError(f"scale must be two rising fractions between 0 and 1, got {scale!r}")
         self.image_res, self.scale, self.flip = _positive(image_res), scale, flip
         self.augment = RandAugment() if augment is None else augment
         self.statistics = statistics
@@ -142,7 +144,7 @@ class RandAugment:
 
     def __init__(self, num_ops: int = 2, level: float = 7, prob: float = 0.5):
         if not 0 <= level <= 10:
-            raise ValueError(f"the level of RandAugment must be between 0 and 10, got {level!r}")
+            raise UserError(f"the level of RandAugment must be between 0 and 10, got {level!r}")
         self.num_ops, self.level, self.prob = num_ops, level, prob
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -210,7 +212,7 @@ class RegionTransform:
 
     def __init__(self, image_res: int, min_inside: float = 0.5):
         if not 0 <= min_inside < 1:
-            raise ValueError(f"min_inside must be a fraction from 0 to below 1, got {min_inside!r}")
+            raise UserError(f"min_inside must be a fraction from 0 to below 1, got {min_inside!r}")
         self.image_res, self.min_inside = _positive(image_res), min_inside
 
     def __call__(
@@ -265,5 +267,5 @@ def box_attention(boxes: np.ndarray, grid: int) -> torch.Tensor:
 
 def _positive(image_res: int) -> int:
     if image_res < 1:
-        raise ValueError(f"image_res must be at least 1 pixel, got {image_res!r}")
+        raise UserError(f"image_res must be at least 1 pixel, got {image_res!r}")
     return image_res

@@ -3,18 +3,14 @@
 import argparse
 import logging
 import os
-import re
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from engine.options.command_line import USER_ERROR
+from engine.exit_codes import BAD_INPUT, INTERRUPTED
+from sparsity.errors import UserError
 
-INTERRUPTED = 130
-PACKAGES = ("datasets", "engine", "models", "pruners", "sparsity")
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("configs", "datasets", "engine", "models", "pruners", "sparsity")
 WORKER = "Original Traceback (most recent call last)"  # in the message of an error from a DataLoader worker
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # the first that is set counts
 
@@ -23,7 +19,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; what the user can mend ends the program with one line on stderr and exit code 2, a bug with its
     traceback.
 
-    The user's errors are files (OSError) and every ValueError of this project's own code, none of a library's.
+    The user's errors are `UserError` and files (OSError).
     """
     # Before torch is loaded: threads that wait by spinning slow a run more than tenfold where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,11 +29,9 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
     try:
         main()
-    except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not _ours(error):
-            raise
+    except (UserError, OSError) as error:
         print(f"error{f' (rank {rank})' if rank else ''}: {_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         if not rank:
             print("\ninterrupted", file=sys.stderr)  # below a progress bar
@@ -47,15 +41,6 @@ def run(main: Callable[[], None]) -> None:
 def _rank() -> int:
     """Number of this process, known before anything is launched: 0 in the one that the user started."""
     return int(next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), 0))
-
-
-def _ours(error: ValueError) -> bool:
-    """Whether the last call before the error was in a file of this project."""
-    if WORKER in str(error):
-        file = re.findall(r'File "(.+)", line \d+, in ', str(error))[-1]
-    else:
-        file = traceback.extract_tb(error.__traceback__)[-1].filename
-    return ROOT in Path(file).resolve().parents[:2]
 
 
 def _line(error: Exception) -> str:
@@ -69,7 +54,7 @@ def _line(error: Exception) -> str:
 def launch(args: argparse.Namespace, *, unused_parameters: bool = False) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded.
 
-    unused_parameters: some parameters get no gradient in some steps (DDP must look for them). Raises ValueError where
+    unused_parameters: some parameters get no gradient in some steps (DDP must look for them). Raises UserError where
     there are no such devices.
     """
     from lightning.fabric import Fabric, seed_everything
@@ -90,7 +75,7 @@ def launch(args: argparse.Namespace, *, unused_parameters: bool = False) -> Any:
         )
     except Exception as error:  # each accelerator raises its own kind
         wanted = f"--accelerator {args.accelerator} --devices {args.devices} --num_nodes {args.num_nodes}"
-        raise ValueError(f"{wanted}: {error}") from error
+        raise UserError(f"{wanted}: {error}") from error
     fabric.launch()
     seed_everything(args.seed, verbose=False)
     return fabric

@@ -6,6 +6,8 @@ import importlib.util
 import re
 from types import ModuleType
 
+from sparsity.errors import UserError
+
 KINDS = {"xvlm": "pairs", "blip": "pairs", "dino": "labels", "dit": "noise"}  # name -> the data that a model takes
 NAMES = tuple(KINDS)
 ANY = "timm:NAME, hf:NAME_OR_FOLDER, package.module:function"  # any other model, of the kind "external"
@@ -13,24 +15,24 @@ _ANY = re.compile(r"(timm|hf):.+|\w+(\.\w+)*:\w+")
 
 
 def kind(name: str) -> str:
-    """The kind of data that a model takes; ValueError, with the nearest name, unless there is a model of this name."""
+    """The kind of data that a model takes; UserError, with the nearest name, unless there is a model of this name."""
     if ":" not in name:
         check(name)
         return KINDS[name]
     if not _ANY.fullmatch(name):
-        raise ValueError(f"there is no model {name!r}; there are {', '.join(NAMES)}, and any other as {ANY}")
+        raise UserError(f"there is no model {name!r}; there are {', '.join(NAMES)}, and any other as {ANY}")
     return "external"
 
 
 def check(name: str) -> None:
-    """ValueError, with the nearest name, unless there is a model of this name."""
+    """UserError, with the nearest name, unless there is a model of this name."""
     if name not in NAMES:
         (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
-        raise ValueError(f"there is no model {name!r}, did you mean {nearest!r}? There are: {', '.join(NAMES)}")
+        raise UserError(f"there is no model {name!r}, did you mean {nearest!r}? There are: {', '.join(NAMES)}")
 
 
 def find(name: str) -> ModuleType:
-    """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; ValueError as `kind`. Of
+    """Module of a model, with `Config`, `build(config, weights)` and `prunable_view(model)`; UserError as `kind`. Of
     any other, models.external.model.
     """
     return importlib.import_module(f"models.{'external' if kind(name) == 'external' else name}.model")
@@ -42,13 +44,13 @@ def of_task(task: str) -> tuple[str, ...]:
 
 
 def check_task(name: str, task: str) -> None:
-    """ValueError unless there is this task of this model."""
+    """UserError unless there is this task of this model."""
     check(name)
     if name not in of_task(task):
-        raise ValueError(f"there is no {task} with the model {name!r}; there is with: {', '.join(of_task(task))}")
+        raise UserError(f"there is no {task} with the model {name!r}; there is with: {', '.join(of_task(task))}")
 
 
 def find_task(name: str, task: str) -> ModuleType:
-    """Module of a task model, see models/parts/task_model.py; ValueError as `check_task`."""
+    """Module of a task model, see models/parts/task_model.py; UserError as `check_task`."""
     check_task(name, task)
     return importlib.import_module(f"models.{name}.{task}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
+from sparsity.errors import MissingFileError, UserError
 from sparsity.packing import unpack
 from sparsity.view import canonical
 
@@ -33,7 +34,7 @@ def find_weights(name: str | Path) -> Path:
     if path.is_dir():
         found = [path / file for file in SAVED_FILES if (path / file).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path}: no weights in this folder; expected {' or '.join(SAVED_FILES)}")
+            raise MissingFileError(f"{path}: no weights in this folder; expected {' or '.join(SAVED_FILES)}")
         return found[0]
     return path if path.is_file() or path.suffix in SUFFIXES else _download(str(name))
 
@@ -51,34 +52,34 @@ def _download(repository: str) -> Path:
         except Exception as error:  # of the network, of the hub, of a name that is none
             raise OSError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
-    raise FileNotFoundError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
+    raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
 
 
 def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """State dict of a safetensors file, packed or not, or a pickle (no code is unpickled), under canonical names.
 
     wrappers: keys under which the weights may stand, the first that is there counts. Raises FileNotFoundError, or
-    ValueError where the file holds no weights.
+    UserError where the file holds no weights.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: weights file not found")
+        raise MissingFileError(f"{path}: weights file not found")
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
         content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)
     except Exception as error:  # a damaged file makes both readers raise almost anything
-        raise ValueError(f"{path}: not a readable weights file: {_reason(error)}") from error
+        raise UserError(f"{path}: not a readable weights file: {_reason(error)}") from error
     if metadata:
         try:
             content = unpack(content, metadata)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
     for key in wrappers:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, wrappers))}")
+        raise UserError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, wrappers))}")
     return {canonical(name): tensor for name, tensor in content.items()}
 
 
@@ -121,7 +122,7 @@ def load_weights(
     of names that may be missing or superfluous on either side. optional: globs of names that the file may lack; those
     that it lacks are returned. rename: name in the file -> name in the model. wrappers: of `read_weights`. weights:
     what has been made of the file already, which is not read then. A tied tensor may stand under any of its names.
-    Raises ValueError naming the first tensors that don't fit; the model is not changed then.
+    Raises UserError naming the first tensors that don't fit; the model is not changed then.
     """
     weights = read_weights(path, wrappers) if weights is None else weights
     weights = {rename(name): t for name, t in weights.items()}
@@ -133,7 +134,7 @@ def load_weights(
     misfits = {kind: names for kind, names in _misfits(weights, state, (*ignored, *optional)).items() if names}
     if misfits:
         told = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in misfits.items())
-        raise ValueError(f"{path}: weights of another model: {told}")
+        raise UserError(f"{path}: weights of another model: {told}")
     for name, tensor in weights.items():
         state[name].data.copy_(tensor)
     return [name for name in state if name not in weights and _matches(name, optional)]
@@ -174,7 +175,7 @@ def interpolate_positions(table: Tensor, tokens: int) -> Tensor:
     """Position table (1 + g^2, width) -> (tokens, width): bicubic over the grid, the class token apart."""
     old, new = _grid(len(table)), _grid(tokens)
     if not old or not new:
-        raise ValueError(
+        raise UserError(
             f"position tables must hold a class token and a square grid, got {len(table)} and {tokens} rows"
         )
     grid = table[1:].float().t().reshape(1, -1, old, old)

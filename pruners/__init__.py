@@ -6,8 +6,11 @@
 import difflib
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from sparsity.errors import UserError
 
 if TYPE_CHECKING:
     from pruners.base import Pruner
@@ -19,14 +22,14 @@ def available() -> list[str]:
 
 
 def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
-    """A pruner from its name, or from its class, with its options. ValueError for an unknown name (with the nearest
+    """A pruner from its name, or from its class, with its options. UserError for an unknown name (with the nearest
     one) or option.
     """
     kind = _find(pruner) if isinstance(pruner, str) else pruner
     known = inspect.signature(kind).parameters
     for option in options:
         if option not in known:
-            raise ValueError(f"pruner {kind.name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+            raise UserError(f"pruner {kind.name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
     return kind(**options)
 
 
@@ -35,17 +38,22 @@ def options(name: str) -> list[str]:
     return list(inspect.signature(_find(name)).parameters)
 
 
+def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all options that are given, those that a pruner of this name takes."""
+    return {option: given[option] for option in options(name)}
+
+
 def one_shot(name: str) -> bool:
     """Whether one pass over the data, or none, serves all sparsities."""
     return "epochs" not in options(name) and not _find(name).trains
 
 
 def check(name: str) -> None:
-    """ValueError, with the nearest name, unless there is a pruner of this name."""
+    """UserError, with the nearest name, unless there is a pruner of this name."""
     names = available()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        raise ValueError(f"there is no pruner {name!r}, did you mean {nearest[0]!r}? There are: {', '.join(names)}")
+        raise UserError(f"there is no pruner {name!r}, did you mean {nearest[0]!r}? There are: {', '.join(names)}")
 
 
 def _find(name: str) -> "type[Pruner]":

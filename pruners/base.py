@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsity.allocation.budget import POOLS, WITHIN, Sparsity, fraction
+from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM
 from sparsity.run.sequential import Done, Progress, by_blocks, defer, device_of
@@ -71,7 +72,7 @@ class Pruner:
         if self.statistic is None:
             return {}
         if batches is None:
-            raise ValueError(f"pruner {self.name!r} needs calibration data")
+            raise UserError(f"pruner {self.name!r} needs calibration data")
         batches = progress(batches) if progress else batches
         return collect(view, self.statistic, batches, reduce=reduce, generators=generators)
 
@@ -140,7 +141,7 @@ class Pruner:
         """`measure`, then `masks`: (sparsity, masks) for each sparsity (fractions); one pass over the data serves them
         all.
 
-        A pattern replaces pool and sparsities, which must then be None or empty. Raises ValueError for options that
+        A pattern replaces pool and sparsities, which must then be None or empty. Raises UserError for options that
         cannot be, before any data is read.
         """
         self.preflight(view, sparsities, pattern=pattern, pool=pool)
@@ -157,7 +158,7 @@ class Pruner:
         rounds: Sequence[int] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Raises ValueError for what cannot be, before any data is read.
+        """Raises UserError for what cannot be, before any data is read.
 
         rounds: of `measure`. folder: where a statistic that is too large for memory would be kept.
         """
@@ -166,13 +167,13 @@ class Pruner:
     def _check(self, sparsities: Sequence[Sparsity] | None, pattern: NM | None, pool: str | None) -> str:
         """The pool, when the options go together."""
         if pattern and (sparsities or pool):
-            raise ValueError(
+            raise UserError(
                 f"the pattern {pattern} decides how many weights go and where: give no sparsity and no pool"
             )
         if not pattern and not sparsities:
-            raise ValueError("give at least one sparsity, or a pattern")
+            raise UserError("give at least one sparsity, or a pattern")
         if pool is not None and pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+            raise UserError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         for sparsity in sparsities or ():
             fraction(sparsity)
         return pool or self.pool
@@ -199,7 +200,7 @@ class LayerWise(Pruner):
 
     def __init__(self, calibration_mode: str | None = None, offload: bool = False):
         if calibration_mode not in (None, *MODES):
-            raise ValueError(f"calibration_mode must be one of {', '.join(MODES)}, got {calibration_mode!r}")
+            raise UserError(f"calibration_mode must be one of {', '.join(MODES)}, got {calibration_mode!r}")
         self.mode, self.offload = calibration_mode or self.mode, offload
         self.scored = self.mode == "dense"
 
@@ -223,7 +224,7 @@ class LayerWise(Pruner):
     ):
         """As any pruner's; in "sequential" mode for weights of these names alone, and without names nothing is read."""
         if batches is None:
-            raise ValueError(f"pruner {self.name!r} needs calibration data")
+            raise UserError(f"pruner {self.name!r} needs calibration data")
         if self.mode == "sequential" and names is None:
             return defer(view, scratch, reduce)
         batches, where = progress(batches) if progress else batches, {"names": names, "offload": self.offload}
@@ -236,7 +237,7 @@ class LayerWise(Pruner):
             yield from super().masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
             return
         if sequential and again is None:
-            raise ValueError(f"{self.name} reads the batches anew for each block")
+            raise UserError(f"{self.name} reads the batches anew for each block")
         facts: dict[str, Any] = {"pool": chosen}
         if pattern:
             facts = {"pattern": str(pattern), "dense_layers": _stay_dense(view, pattern)}
@@ -281,7 +282,7 @@ class LayerWise(Pruner):
         """
         self.preflight(view, sparsities, pattern=pattern, pool=pool)
         if self.mode == "sequential" and batches is not None and not isinstance(batches, Sized):
-            raise ValueError(f"{self.name} reads the batches anew for each block: give a list, or a sized loader")
+            raise UserError(f"{self.name} reads the batches anew for each block: give a list, or a sized loader")
         reading = {"progress": progress, "reduce": reduce}
 
         def again(_: int, *, names: Sequence[str]) -> dict[str, Tensor]:
@@ -292,9 +293,9 @@ class LayerWise(Pruner):
 
     def _check(self, sparsities, pattern, pool):
         if self.updates and pool not in (None, self.pool):
-            raise ValueError(f"{self.name} with updated weights chooses them block by block: leave pool {pool!r} out")
+            raise UserError(f"{self.name} with updated weights chooses them block by block: leave pool {pool!r} out")
         if self.mode == "sequential" and pool not in (None, *WITHIN):
-            raise ValueError(
+            raise UserError(
                 f"pool {pool!r} compares weights of several layers, which sequential calibration prunes one after the"
                 f" other: take {', '.join(WITHIN)}, or calibration_mode dense"
             )

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 from pruners.base import Pruner, as_masks
 from sparsity.allocation.budget import budget, check_schedule, step_sparsity
+from sparsity.errors import UserError
 from sparsity.reconstruction.chita import solve
 from sparsity.run.steps import Trail
 from sparsity.statistics.gradient_rows import DTYPES, fit, gradient_rows, human
@@ -34,9 +35,9 @@ class CHITA(Pruner):
     ):
         check_schedule(epochs, schedule)
         if not lambda_ > 0:
-            raise ValueError(f"lambda_ must be above 0, got {lambda_!r}")
+            raise UserError(f"lambda_ must be above 0, got {lambda_!r}")
         if row_dtype not in DTYPES:
-            raise ValueError(f"row_dtype must be one of {', '.join(DTYPES)}, got {row_dtype!r}")
+            raise UserError(f"row_dtype must be one of {', '.join(DTYPES)}, got {row_dtype!r}")
         self.lambda_, self.epochs, self.schedule = lambda_, epochs, schedule
         self.memory_budget, self.row_dtype = memory_budget, row_dtype
         self._held = 1 if epochs == 1 else 2  # the first step's rows serve every sparsity
@@ -61,9 +62,9 @@ class CHITA(Pruner):
         rounds are given.
         """
         if batches is None:
-            raise ValueError("pruner 'chita' needs calibration data")
+            raise UserError("pruner 'chita' needs calibration data")
         if rounds is None and not isinstance(batches, Sized):
-            raise ValueError("chita needs to know how many batches there are: give a list, or a loader with a length")
+            raise UserError("chita needs to know how many batches there are: give a list, or a loader with a length")
         return gradient_rows(
             view,
             progress(batches) if progress else batches,
@@ -78,7 +79,7 @@ class CHITA(Pruner):
     def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
         self._check(sparsities, pattern, pool)
         if again is None and self.epochs > 1:
-            raise ValueError("chita needs fresh batches in each of its epochs")
+            raise UserError("chita needs fresh batches in each of its epochs")
         provenance = self._provenance(view, seed) | {"lambda_": self.lambda_, "epochs": self.epochs}
         provenance |= {"schedule": self.schedule, "row_dtype": self.row_dtype}
         provenance |= {"rows": statistics.n, "batch_size": statistics.batch_size}
@@ -106,7 +107,9 @@ class CHITA(Pruner):
     def _step(self, view, rows, before, count, provenance, pattern=None):
         """The masks of one step, with the updated weights; the model is what the step before, if any, has left."""
         weights = {name: weight.matrix() for name, weight in view.weights.items()}
-        alive = before and {name: _as_matrix(weight, before[name]) for name, weight in view.weights.items()}
+        alive = before and {
+            name: weight.as_matrix(before[name].to(weight.parameter.device)) for name, weight in view.weights.items()
+        }
         kept, updated = {}, {}
         for name, chosen, solved in solve(rows, weights, count, ridge=self.lambda_, pattern=pattern, alive=alive):
             kept[name], updated[name] = chosen, solved
@@ -114,13 +117,7 @@ class CHITA(Pruner):
 
     def _check(self, sparsities, pattern, pool):
         if pattern and self.epochs > 1:
-            raise ValueError("chita prunes step by step to a sparsity: a pattern needs epochs = 1")
+            raise UserError("chita prunes step by step to a sparsity: a pattern needs epochs = 1")
         if pool not in (None, self.pool):
-            raise ValueError(f"chita decides by itself how many weights each block keeps: leave pool {pool!r} out")
+            raise UserError(f"chita decides by itself how many weights each block keeps: leave pool {pool!r} out")
         return super()._check(sparsities, pattern, pool)
-
-
-def _as_matrix(weight, stored):
-    """A mask in the parameter's layout as (out, in), on its device."""
-    stored = stored.to(weight.parameter.device)
-    return stored.t() if weight.transposed else stored

@@ -2,6 +2,7 @@ import torch
 
 from pruners.snip import SNIP
 from sparsity.allocation.budget import check_schedule, step_sparsity
+from sparsity.errors import UserError
 
 
 class IterSNIP(SNIP):
@@ -20,12 +21,12 @@ class IterSNIP(SNIP):
 
     def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
         if pattern and self.epochs > 1:
-            raise ValueError("itersnip prunes step by step to a sparsity: a pattern needs epochs = 1")
+            raise UserError("itersnip prunes step by step to a sparsity: a pattern needs epochs = 1")
         if pattern:
             yield from super().masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
             return
         if again is None and self.epochs > 1:
-            raise ValueError("itersnip needs fresh batches in each of its epochs")
+            raise UserError("itersnip needs fresh batches in each of its epochs")
         for sparsity in sparsities:
             self._kept = None
             for step in range(1, self.epochs + 1):
@@ -43,5 +44,4 @@ class IterSNIP(SNIP):
 
     def _mask(self, view, name):
         weight = view.weights[name]
-        mask = self._kept[name].to(weight.parameter.device)
-        return mask.t() if weight.transposed else mask
+        return weight.as_matrix(self._kept[name].to(weight.parameter.device))

@@ -1,6 +1,7 @@
 from collections.abc import Sized
 
 from pruners.base import Pruner
+from sparsity.errors import UserError
 from sparsity.learned.scores import choice, learn, start_from_magnitude
 from sparsity.statistics.gradients import batch_generator
 
@@ -39,7 +40,7 @@ class TAMT(Pruner):
         if sparsity is None and pattern is None:
             return {}
         if batches is None:
-            raise ValueError("pruner 'tamt' needs calibration data")
+            raise UserError("pruner 'tamt' needs calibration data")
         target = pattern.sparsity if pattern else sparsity
         return learn(
             view,
@@ -55,13 +56,13 @@ class TAMT(Pruner):
 
     def score(self, weight, statistic, generator):
         if statistic is None:
-            raise ValueError("tamt learns other scores for each sparsity: there are none that serve all")
+            raise UserError("tamt learns other scores for each sparsity: there are none that serve all")
         return statistic.abs()
 
     def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
         self._check(sparsities, pattern, pool)
         if again is None:
-            raise ValueError("tamt reads the batches anew for each sparsity")
+            raise UserError("tamt reads the batches anew for each sparsity")
         for sparsity in [None] if pattern else sparsities:
             learned = again(0, sparsity=sparsity, pattern=pattern, pool=pool)
             given = None if pattern else [sparsity]
@@ -74,7 +75,7 @@ class TAMT(Pruner):
         knows its length.
         """
         if batches is not None and not isinstance(batches, Sized):
-            raise ValueError("tamt reads the batches anew for each sparsity: give a list, or a loader with a length")
+            raise UserError("tamt reads the batches anew for each sparsity: give a list, or a loader with a length")
 
         def again(_, **target):
             return self.measure(view, batches, progress=progress, reduce=reduce, generators=generators, **target)

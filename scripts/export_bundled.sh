@@ -18,7 +18,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 "${PYTHON:-python}" - "$folder" "${2:-1000}" "${3:-224}" <<'PY'
 import sys
 
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 
 try:
     files = export_public(sys.argv[1], int(sys.argv[2]), load_glyphs(), side=int(sys.argv[3]))

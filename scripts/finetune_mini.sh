@@ -57,4 +57,4 @@ done | xargs -P "${JOBS:-2}" -L 1 bash -c 'tune "$@"' bash || {
     echo "scripts/finetune_mini.sh: stopped; the same command goes on from here" >&2
     exit 1
 }
-"$python" finetuning_table.py "$output" --metrics 'txt_r1,img_r1,bleu_4*,cider*,accuracy,top1'
+"$python" compare.py --finetuned "$output" --metrics 'txt_r1,img_r1,bleu_4*,cider*,accuracy,top1'

@@ -80,4 +80,4 @@ if ! { every "$oneshot" && every "$learned"; }; then
     echo "scripts/nm_table.sh: stopped, see the logs in $output; the same command goes on from here" >&2
     exit 1
 fi
-"$PYTHON" nm_table.py "$output/results"
+"$PYTHON" compare.py --nm "$output/results"

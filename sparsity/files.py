@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsity.errors import UserError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -69,14 +71,14 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 
 def check_writable(folder: str | Path, option: str) -> None:
-    """ValueError naming the option unless files can be written to `folder`, which need not exist; it is not made."""
+    """UserError naming the option unless files can be written to `folder`, which need not exist; it is not made."""
     existing = Path(os.path.abspath(folder))
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"{option} {folder}: {existing} is not a folder; choose another {option}")
+        raise UserError(f"{option} {folder}: {existing} is not a folder; choose another {option}")
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror}); choose another {option}"
-        raise ValueError(f"{option} {folder}: {reason}") from None
+        raise UserError(f"{option} {folder}: {reason}") from None

@@ -36,6 +36,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from sparsity.bits import to_bits, to_bytes
+from sparsity.errors import MissingFileError, UserError
+from sparsity.files import write_atomic
 from sparsity.view import PrunableView, canonical
 
 logger = logging.getLogger(__name__)
@@ -65,10 +67,10 @@ class Masks(Mapping[str, Tensor]):
     ):
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
+                raise UserError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
         for name, weight in (weights or {}).items():
             if name not in masks or weight.shape != masks[name].shape:
-                raise ValueError(f"there is no mask of the shape {tuple(weight.shape)} for the weights of {name!r}")
+                raise UserError(f"there is no mask of the shape {tuple(weight.shape)} for the weights of {name!r}")
         self._masks = dict(masks)
         self.provenance = dict(provenance or {})
         self.aliases = {name: tuple(keys) for name, keys in (aliases or {}).items() if len(keys) > 1}
@@ -110,20 +112,20 @@ class Masks(Mapping[str, Tensor]):
             "provenance": self.provenance,
         }
         # One entry: the order in which safetensors writes several is not fixed.
-        write_atomically(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+        write_atomic(path, serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Masks":
-        """Reads our files and the public ones. FileNotFoundError, or a one-line ValueError that names the file."""
+        """Reads our files and the public ones. FileNotFoundError, or a one-line UserError that names the file."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no mask file {str(path)!r}")
+            raise MissingFileError(f"there is no mask file {str(path)!r}")
         try:
             with path.open("rb") as file:
                 is_safetensors = file.read(9)[8:] == b"{"
             return cls._read_safetensors(path) if is_safetensors else cls._read_public(_unpickle(path))
         except _BadFileError as error:
-            raise ValueError(f"{str(path)!r} is not a usable mask file: {error}") from error.__cause__
+            raise UserError(f"{str(path)!r} is not a usable mask file: {error}") from error.__cause__
 
     @classmethod
     def _read_safetensors(cls, path: Path) -> "Masks":
@@ -163,7 +165,7 @@ class Masks(Mapping[str, Tensor]):
         """The masks under the names that this model gives its weights, in its order.
 
         A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies,
-        heads) are left out. Raises one ValueError that lists what is missing, unknown or misshapen.
+        heads) are left out. Raises one UserError that lists what is missing, unknown or misshapen.
         """
         known = self._known(self)
         used: set[str] = set()
@@ -185,13 +187,13 @@ class Masks(Mapping[str, Tensor]):
         problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
         if any(problems.values()):
             lists = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
-            raise ValueError(f"the masks do not fit this model: {lists}")
+            raise UserError(f"the masks do not fit this model: {lists}")
         if any(not self[name].all() for name in ignored):
             logger.warning("masks of layers that this model keeps dense are not used: %s", _first(ignored))
         return resolved
 
     def check(self, view: PrunableView) -> None:
-        """Raises one ValueError that lists what is missing, unknown or misshapen for this model."""
+        """Raises one UserError that lists what is missing, unknown or misshapen for this model."""
         self.resolve(view)
 
     def apply(self, view: PrunableView) -> None:
@@ -371,20 +373,6 @@ def _digest(shapes: list[list], packed: Mapping[str, Tensor]) -> str:
     for name, _ in shapes:
         sha.update(packed[name].numpy())
     return sha.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, flushed to disk, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _unpickle(path: Path) -> Any:

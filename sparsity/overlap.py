@@ -9,30 +9,32 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sparsity.errors import UserError
+
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # set bits of a byte
 
 
 def description(path: str | os.PathLike) -> dict[str, Any]:
-    """What stands beside the masks in a file that `Masks.save` wrote: shapes, digest, provenance. ValueError where it
+    """What stands beside the masks in a file that `Masks.save` wrote: shapes, digest, provenance. UserError where it
     is none.
     """
     try:
         with safe_open(path, framework="np") as file:
             return json.loads((file.metadata() or {})["sparsity"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not a usable mask file") from error
+        raise UserError(f"{str(path)!r} is not a usable mask file") from error
 
 
 def overlap(paths: Sequence[str | os.PathLike]) -> tuple[np.ndarray, np.ndarray]:
     """Intersection over union of the kept weights and of the pruned weights, (n, n) each, for every two of n files.
 
-    Two masks that keep nothing, or prune nothing, overlap wholly there. Raises ValueError unless all the files have
+    Two masks that keep nothing, or prune nothing, overlap wholly there. Raises UserError unless all the files have
     masks of the same names and shapes.
     """
     common = np.zeros((len(paths), len(paths)), dtype=np.int64)  # weights that both keep
     shapes = [description(path)["shapes"] for path in paths]
     if any(other != shapes[0] for other in shapes):
-        raise ValueError(f"masks of different models do not overlap: {', '.join(map(str, paths))}")
+        raise UserError(f"masks of different models do not overlap: {', '.join(map(str, paths))}")
     total = sum(int(np.prod(shape)) for _, shape in shapes[0])
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="np")) for path in paths]

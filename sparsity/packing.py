@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsity.bits import to_bits, to_bytes
+from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern, patterns_of
 
 PACKED = "packed"  # key of the metadata
@@ -48,12 +49,12 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
 def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, Tensor]:
     """The state dict that was packed; tensors of a file without packed ones come back as they are.
 
-    Raises ValueError, naming the weight, where a file does not fit what it says.
+    Raises UserError, naming the weight, where a file does not fit what it says.
     """
     try:
         layouts = dict(json.loads((metadata or {}).get(PACKED, "{}")))
     except (ValueError, TypeError) as error:
-        raise ValueError("the description of its packed weights is damaged") from error
+        raise UserError("the description of its packed weights is damaged") from error
     parts = {name + kind for name in layouts for kind in (_VALUES, _INDICES, _BITMASK)}
     state = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for name, layout in layouts.items():
@@ -61,7 +62,7 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
             decode = _unpack_mask if layout["pattern"] is None else _unpack_groups
             state[name] = decode({kind: tensors.get(name + kind) for kind in (_VALUES, _INDICES, _BITMASK)}, layout)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the packed weight {name!r} is damaged") from error
+            raise UserError(f"the packed weight {name!r} is damaged") from error
     return state
 
 
@@ -91,7 +92,7 @@ def _unpack_mask(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) 
     kept = _checked_bits(parts[_BITMASK], math.prod(layout["shape"]))
     values = parts[_VALUES]
     if kept.sum() != len(values):
-        raise ValueError("there are more or fewer values than bits")
+        raise UserError("there are more or fewer values than bits")
     result = values.new_zeros(layout["shape"])
     result[torch.from_numpy(kept).bool().view(layout["shape"])] = values
     return result
@@ -114,11 +115,11 @@ def _unpack_groups(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]
     result = values.new_zeros(math.prod(shape) // pattern.m, pattern.m)
     result = result.scatter_(1, places, values.view(-1, pattern.n))
     if places.shape[0] != result.shape[0]:
-        raise ValueError("there are more or fewer values than the shape says")
+        raise UserError("there are more or fewer values than the shape says")
     return result.view(shape) if layout["dim"] else result.view(shape[::-1]).t().contiguous()
 
 
 def _checked_bits(packed: Tensor, count: int) -> np.ndarray:
     if packed.numel() != -(-count // 8):
-        raise ValueError("there are more or fewer bits than the shape says")
+        raise UserError("there are more or fewer bits than the shape says")
     return to_bits(packed, count)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from sparsity.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,7 +43,7 @@ class NM:
         lowest index is pruned first.
         """
         if not self.fits(scores.shape[-1]):
-            raise ValueError(f"a layer with {scores.shape[-1]} inputs does not divide into groups of {self.m}")
+            raise UserError(f"a layer with {scores.shape[-1]} inputs does not divide into groups of {self.m}")
         groups = scores.unflatten(-1, (-1, self.m))  # (..., in / M, M)
         return self.keep_leading(groups.movedim(-1, 0).contiguous()).movedim(0, -1).flatten(-2).contiguous()
 
@@ -72,11 +74,11 @@ def patterns_of(matrices: "Sequence[Tensor]") -> list[NM]:
 
 
 def parse_pattern(text: str | None) -> NM | None:
-    """NM(2, 4) for "2:4"; None for None or "unstructured". ValueError unless 1 <= N < M."""
+    """NM(2, 4) for "2:4"; None for None or "unstructured". UserError unless 1 <= N < M."""
     if text is None or text == "unstructured":
         return None
     match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     pattern = NM(int(match[1]), int(match[2])) if match else None
     if pattern is None or not 1 <= pattern.n < pattern.m:
-        raise ValueError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r}")
+        raise UserError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r}")
     return pattern

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget, pools
+from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.view import PrunableView
 
@@ -52,7 +53,7 @@ NOTHING = Threshold(float("-inf"), 0, 0)
 def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
     """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating point, of one dtype.
 
-    Raises ValueError, naming the layer, for NaN or Inf.
+    Raises UserError, naming the layer, for NaN or Inf.
     """
     searches = {k: _Search(rank=k) for k in counts if k > 0}
     if not searches:
@@ -86,7 +87,7 @@ class _Search:
         """One digit further, of `width` bits, by how many scores there are for each."""
         cumulative = histogram.cumsum(0)
         if self.rank > cumulative[-1]:
-            raise ValueError(f"cannot prune {self.rank} of {int(cumulative[-1])} weights")
+            raise UserError(f"cannot prune {self.rank} of {int(cumulative[-1])} weights")
         digit = int(torch.searchsorted(cumulative, self.rank))
         self.ties = int(histogram[digit])
         self.rank -= int(cumulative[digit]) - self.ties
@@ -321,17 +322,17 @@ def _inside(keys: Tensor, prefixes: Collection[int], level: int) -> Iterator[tup
 
 
 def _keys(scores: Scores) -> Iterator[tuple[Tensor, torch.dtype]]:
-    """All scores in pieces, as integers that sort like them, and their dtype. Raises ValueError for NaN or Inf."""
+    """All scores in pieces, as integers that sort like them, and their dtype. Raises UserError for NaN or Inf."""
     first = None
     for name, score in _named(scores):
         score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
         first = first or score.dtype
         if score.dtype != first or first not in _INTEGER:
-            raise ValueError(f"scores must be floating point and of one dtype, got {score.dtype} for layer {name!r}")
+            raise UserError(f"scores must be floating point and of one dtype, got {score.dtype} for layer {name!r}")
         for piece in score.detach().reshape(-1).split(_PIECE if score.is_cpu else score.numel()):
             yield _ordered(name, piece), first
     if first is None:
-        raise ValueError("there are no scores to choose from")
+        raise UserError("there are no scores to choose from")
 
 
 def _ordered(name: str, piece: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The quick start of learnable masks, under the names of the public code:
 
 import sparsity
-model = sparsity.utils.replace_linear_with_(model, sparsity.maskllm.MaskedLinear, exclude=[model.head], N=2, M=4)
+model = sparsity.utils.replace_linear_with_(model, sparsity.learned.layer.MaskedLinear, exclude=[model.head], N=2, M=4)
 """
 
 import logging
@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from sparsity.maskllm import MaskedLinear
+from sparsity.errors import UserError
+from sparsity.learned.layer import MaskedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def replace_linear_with_(
     `training` and `requires_grad` stay; tied weights stay tied, and share their gate. A layer whose inputs M does not
     divide stays as it is, with a warning. Returns the model, or what has taken its place where it is a layer itself.
 
-    Raises ValueError naming nn.MultiheadAttention, whose projections are not called as layers.
+    Raises UserError naming nn.MultiheadAttention, whose projections are not called as layers.
     """
     kept = {id(inner) for module in exclude for inner in module.modules()}
     made: dict[int, nn.Module] = {}  # by layer, which may have several names
@@ -34,9 +35,7 @@ def replace_linear_with_(
         if id(module) in kept or isinstance(module, kind):
             continue
         if isinstance(module, nn.MultiheadAttention):
-            raise ValueError(
-                f"{name}: nn.MultiheadAttention does not call its projections as layers; put it in exclude"
-            )
+            raise UserError(f"{name}: nn.MultiheadAttention does not call its projections as layers; put it in exclude")
         if not isinstance(module, nn.Linear):
             continue
         size = options.get("M", 4)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsity.allocation.budget import members
+from sparsity.errors import UserError
 
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
@@ -51,8 +52,11 @@ class PrunableWeight:
 
     def matrix(self) -> Tensor:
         """The weight as (out, in), without gradient, on the parameter's own storage."""
-        weight = self.parameter.detach()
-        return weight.t() if self.transposed else weight
+        return self.as_matrix(self.parameter.detach())
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """A tensor in the parameter's own layout, such as a mask or a gradient, as (out, in)."""
+        return stored.t() if self.transposed else stored
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """An (out, in) tensor, such as a mask, in the parameter's own layout."""
@@ -67,7 +71,7 @@ class PrunableView:
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
     for layer-wise methods. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). Raises ValueError, naming the layer, for weights that cannot be pruned as they are.
+    (momentum copies). Raises UserError, naming the layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(
@@ -101,13 +105,13 @@ class PrunableView:
 
     def forward(self, batch: Any) -> Any:
         if self._forward is None:
-            raise ValueError("this pruner needs calibration data, and the model's view has no forward to run it")
+            raise UserError("this pruner needs calibration data, and the model's view has no forward to run it")
         return self._forward(batch)
 
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""
         if self._loss is None:
-            raise ValueError("this pruner needs gradients, and the model's view has no loss")
+            raise UserError("this pruner needs gradients, and the model's view has no loss")
         return self._loss(batch, generator)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
@@ -155,12 +159,12 @@ def _discover(
             continue
         name = entry.aliases[0]
         if name in weights:
-            raise ValueError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
+            raise UserError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
         weights[name] = PrunableWeight(
             name, tuple(entry.aliases), tuple(entry.modules), tuple(entry.uses), group_of(name), entry.transposed
         )
     if not weights:
-        raise ValueError("the model has no prunable weight (an nn.Linear that is not kept dense)")
+        raise UserError("the model has no prunable weight (an nn.Linear that is not kept dense)")
     return weights, tuple(dense)
 
 

@@ -2,8 +2,10 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from engine.launch import PACKAGES
@@ -106,3 +108,25 @@ def no_network(monkeypatch):
     """As on a machine that reaches no hub."""
     for module in ("external.model", "hub"):
         monkeypatch.setattr(f"models.{module}.hub_answers", lambda: False)
+
+
+@pytest.fixture
+def write_image():
+    """Writes an image of random pixels; returns the array."""
+
+    def write(path, size=(40, 30), seed=0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        return pixels
+
+    return write
+
+
+@pytest.fixture
+def write_json():
+    def write(path, content):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write

@@ -31,7 +31,9 @@ from configs.finetuning import (
     VQAConfig,
 )
 from configs.general_loader import ONE_VALUE, GeneralLoader
-from configs.pruning import PRETRAIN_CONFIGS, PRUNE_CONFIGS, Files, PruneConfig
+from configs.pretraining import PRETRAIN_CONFIGS
+from configs.pruning import PRUNE_CONFIGS, PruneConfig
+from configs.sources import Files
 from datasets.calibration.data_kinds import Calibration
 from datasets.tasks.retrieval import RetrievalEvalDataset
 from datasets.text import TextEncoder

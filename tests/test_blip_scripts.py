@@ -15,7 +15,8 @@ import prune
 import pruners
 import retrieval
 from configs.loading import load_config
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from models.blip import model as blip
 from sparsity.allocation.budget import budget
 from sparsity.masks import Masks

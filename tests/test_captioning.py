@@ -21,7 +21,8 @@ import captioning
 import captioning_pretrain
 import models
 from configs.loading import load_config
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from datasets.tasks import captioning_metrics
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, PLAIN, early, only_bars, refused, without_torch  # noqa: F401

@@ -14,9 +14,10 @@ import pretrain
 import prune
 import sample
 from configs.loading import load_config
-from configs.pruning import PRETRAIN_CONFIGS, PRUNE_CONFIGS
+from configs.pretraining import PRETRAIN_CONFIGS
+from configs.pruning import PRUNE_CONFIGS
 from datasets.bundled.generation import BundledGlyphs, Noised, labels_of, read_latents
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.collate import collate
 from engine.generation.sampling import GAP, grid
 from engine.launch import run

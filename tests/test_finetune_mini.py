@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import finetuning_table
+import compare
 from engine.reports.finetuning_table import read_metrics, table
 from tests.test_scripts import CONFIGS, PLAIN, refused
 
@@ -33,7 +33,7 @@ if given[0] == "prune.py":
                             + "_seed42_pruning_masks.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-elif given[0] != "finetuning_table.py":
+elif given[0] != "compare.py":
     result = pathlib.Path(at("--output_dir"), "result")
     result.mkdir(parents=True, exist_ok=True)
     (result / "README.md").touch()
@@ -63,7 +63,7 @@ def test_it_prunes_each_model_once_and_tunes_every_task_at_every_level(tmp_path,
     pruned = [command for command in commands if command[0] == "prune.py"]
     assert [command[2] for command in pruned] == ["xvlm", "blip", "dino"]
     assert all(command[command.index("-s") + 1] == "63,75,90" for command in pruned)
-    tuned = [command for command in commands if command[0] not in ("prune.py", "finetuning_table.py")]
+    tuned = [command for command in commands if command[0] not in ("prune.py", "compare.py")]
     assert len(tuned) == 7 * 4
     seen = set()
     for command in tuned:
@@ -77,18 +77,18 @@ def test_it_prunes_each_model_once_and_tunes_every_task_at_every_level(tmp_path,
             assert mask.is_file() and mask.name == f"{model}_multiflow_{level}_seed42_pruning_masks.safetensors"
         seen.add((task, level))
     assert len(seen) == len(tuned) and {level for _, level in seen} == {"dense", "63", "75", "90"}
-    assert commands[-1][:2] == ["finetuning_table.py", str(tmp_path / "out")]
+    assert commands[-1][:2] == ["compare.py", "--finetuned"]
     assert not any("--debug" in command for command in commands)
 
 
 def test_what_is_finished_is_not_done_again(tmp_path, recipe):
     stopped = recipe(stop="vqa.py", code=1)
-    assert stopped[-1][0] == "vqa.py" and not any(command[0] == "finetuning_table.py" for command in stopped)
+    assert stopped[-1][0] == "vqa.py" and not any(command[0] == "compare.py" for command in stopped)
     done = [command for command in stopped[:-1] if command[0] != "prune.py"]
     rest = recipe()
     assert not [command for command in rest if command in done]
-    assert len([command for command in rest if command[0] not in ("prune.py", "finetuning_table.py")]) == 28 - len(done)
-    assert [command[0] for command in recipe()] == ["finetuning_table.py"]
+    assert len([command for command in rest if command[0] not in ("prune.py", "compare.py")]) == 28 - len(done)
+    assert [command[0] for command in recipe()] == ["compare.py"]
 
 
 def test_several_at_a_time(tmp_path, recipe):
@@ -152,24 +152,24 @@ def test_the_table_has_a_column_for_each_sparsity_in_order(runs, capsys):
         ["a_vqa", "test", "accuracy_count", "4.0", "5.0", "3.0"],
         ["b_captioning", "test", "cider", "100.0", "-", "-"],
     ]
-    finetuning_table.main([str(runs), "--metrics", "accuracy,cid*"])
+    compare.main(["--finetuned", str(runs), "--metrics", "accuracy,cid*"])
     printed = capsys.readouterr().out
     assert "accuracy_count" not in printed and printed.endswith(f"results: {runs}/table.md\n")
     assert printed.partition("\n\n")[0] in (runs / "table.md").read_text()
 
 
 def test_what_cannot_be_put_in_a_table(runs, capsys):
-    assert "there is none; fine-tune first" in refused(capsys, finetuning_table.main, [str(runs / "nowhere")])
+    assert "there is none; fine-tune first" in refused(capsys, compare.main, ["--finetuned", str(runs / "nowhere")])
     assert "no run has the metric top1 or x*" in refused(
-        capsys, finetuning_table.main, [str(runs), "--metrics=top1,x*"]
+        capsys, compare.main, ["--finetuned", str(runs), "--metrics=top1,x*"]
     )
     put(runs / "a_vqa" / "most", {"test": {}})
-    assert "most/result/metrics.json: expected <run>/dense" in refused(capsys, finetuning_table.main, [str(runs)])
+    assert "most/result/metrics.json: expected <run>/dense" in refused(capsys, compare.main, ["--finetuned", str(runs)])
     shutil.rmtree(runs / "a_vqa" / "most")
     for i, content in enumerate(("{", "[]", '{"test": 3}', '{"test": {"accuracy": "high"}}')):
         put(runs / "c" / str(i), content)
         assert f"c/{i}/result/metrics.json: not the metrics of tests" in refused(
-            capsys, finetuning_table.main, [str(runs)]
+            capsys, compare.main, ["--finetuned", str(runs)]
         )
         shutil.rmtree(runs / "c")
     assert not (runs / "table.md").exists()

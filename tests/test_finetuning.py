@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 import models
 import retrieval
 from configs.loading import load_config
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from models.xvlm import model as xvlm
 from models.xvlm import retrieval as xvlm_retrieval
 from sparsity.masks import Masks

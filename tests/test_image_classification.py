@@ -25,8 +25,9 @@ import image_classification
 import maskllm_train
 import oneshot_pruning_timm
 import timm_validate
-from configs.finetuning import ClassificationConfig, OptimizerConfig
+from configs.finetuning import ClassificationConfig
 from configs.loading import load_config
+from configs.task import OptimizerConfig
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.transforms import EvalTransform, to_tensor
 from engine.training.optimizer import finetuning_optimizer

@@ -18,7 +18,7 @@ import maskllm_train
 import oneshot_pruning_timm
 from engine.training.mask_learning import ImageTask
 from models.external.model import prunable_view
-from sparsity.maskllm import fold
+from sparsity.learned.checkpoint import fold
 from sparsity.masks import Masks
 from sparsity.pattern import NM
 from tests.test_scripts import PLAIN, refused, script
@@ -302,7 +302,7 @@ def test_recipes_prune_and_then_learn(name, commands, tmp_path):
 
 def test_a_recipe_runs_at_debug_sizes(commands, monkeypatch):
     monkeypatch.setattr("engine.evaluation.classification.Accuracy.__call__", lambda self: {"top1": 5.0, "top5": 9.0})
-    prune, learn = commands("maskllm_1epoch_vit_mini.magnitude24.sh", DEBUG="1")
+    prune, learn = commands("maskllm.sh", "vit_mini", "magnitude", "short", DEBUG="1")
     oneshot_pruning_timm.main([*prune[1:], "--accelerator", "cpu"])
     maskllm_train.main([*learn[1:], "--accelerator", "cpu"])
     folder = maskllm_train.parse(learn[1:]).output / "MaskLLM-4V"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import maskllm_train
-import nm_table
 import oneshot_pruning_timm
 import timm_validate
 from engine.reports.nm_table import METHODS, read_results, table
@@ -68,7 +68,7 @@ def test_every_method_with_every_seed_once(tmp_path, recipe):
     parsers |= {"maskllm_train.py": maskllm_train}
     for script, *arguments in commands[:-1]:
         parsers[script].parse(arguments)
-    assert commands[-1] == ["nm_table.py", str(tmp_path / "out/results")]
+    assert commands[-1] == ["compare.py", "--nm", str(tmp_path / "out/results")]
     assert len({json.dumps(command) for command in commands}) == len(commands)
     counts = [sum(command[0] == script for command in commands) for script in parsers]
     assert counts == [1 + 3 * 3, 2 + 3 * 3, 4 * 3]  # magnitude draws nothing
@@ -86,15 +86,15 @@ def test_the_table_has_means_and_standard_errors(tmp_path, capsys):
     rows = [re.split(r" *\| *", line.strip("| ")) for line in table(read_results(tmp_path)).splitlines()]
     assert rows[2] == ["dense", "-", "1", "80.00", "79.15"]
     assert rows[3] == ["Wanda", "-", "3", "62.00 ± 1.53", "63.28"]  # sqrt(7 / 3)
-    nm_table.main([str(tmp_path)])
+    compare.main(["--nm", str(tmp_path)])
     assert "62.00 ± 1.53" in capsys.readouterr().out and "62.00 ± 1.53" in (tmp_path / "table.md").read_text()
 
 
 def test_what_cannot_be_put_in_a_table(tmp_path, capsys):
-    assert "there is none; scripts/nm_table.sh" in refused(capsys, nm_table.main, [str(tmp_path / "nowhere")])
+    assert "there is none; scripts/nm_table.sh" in refused(capsys, compare.main, ["--nm", str(tmp_path / "nowhere")])
     (tmp_path / "dense").mkdir()
     for content in ("{", "[]", '{"top5": 3}', '{"top1": "high"}'):
         (tmp_path / "dense/0.json").write_text(content)
-        assert "dense/0.json: not the accuracy of a model" in refused(capsys, nm_table.main, [str(tmp_path)])
+        assert "dense/0.json: not the accuracy of a model" in refused(capsys, compare.main, ["--nm", str(tmp_path)])
     (tmp_path / "dense").rename(tmp_path / "dens")
-    assert "expected <method>/<seed>.json" in refused(capsys, nm_table.main, [str(tmp_path)])
+    assert "expected <method>/<seed>.json" in refused(capsys, compare.main, ["--nm", str(tmp_path)])

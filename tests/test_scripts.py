@@ -20,7 +20,8 @@ import pretrain
 import prune
 import pruners
 from configs.loading import load_config
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from engine.launch import run
 from engine.pruning.run import RECORDED
 from models.xvlm import model as xvlm

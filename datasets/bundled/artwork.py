@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sparsity.errors import UserError
+
 SIZE = 72  # pixels of a glyph's square
 COLUMNS = 24  # glyphs in a row of an atlas
 MAX_WORDS = 4
@@ -71,7 +73,7 @@ def candidates(emojis: list[dict], selection: dict) -> list[dict]:
 
 
 class IconSet:
-    """One npm package of SVG bodies, unpacked in `folder`. Raises ValueError where it is not the one in VENDORS."""
+    """One npm package of SVG bodies, unpacked in `folder`. Raises UserError where it is not the one in VENDORS."""
 
     def __init__(self, folder: Path, vendor: Vendor):
         self.icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
@@ -79,7 +81,7 @@ class IconSet:
         package = json.loads((folder / "package.json").read_text(encoding="utf-8"))
         found, expected = (package["version"], package["license"]), (vendor.version, vendor.licence)
         if found != expected:
-            raise ValueError(f"{vendor.package}: version and licence must be {expected!r}, got {found!r}")
+            raise UserError(f"{vendor.package}: version and licence must be {expected!r}, got {found!r}")
 
     def body(self, *names: str | None) -> str | None:
         """The SVG body of the first name (or alias) that exists; mirrored aliases are refused."""
@@ -113,7 +115,7 @@ def glyph(icons: IconSet, body: str) -> np.ndarray:
     alpha = render(icons.svg(body, (0, 0, units, units)), probe)[..., 3] > 16
     rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
     if not len(rows):
-        raise ValueError("an icon draws nothing")
+        raise UserError("an icon draws nothing")
     centre_x, centre_y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
     side = 1 + max(columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
     box = (centre_x - side / 2, centre_y - side / 2, side, side)

@@ -13,9 +13,10 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
-from datasets.bundled.scenes import Glyphs, draw_background, image_tensor, jitter, paste
+from datasets.bundled.glyphs import Glyphs, draw_background, image_tensor, jitter, paste
 from datasets.sampler import sample_generator
 from datasets.transforms import IMAGENET
+from sparsity.errors import UserError
 
 SPLITS = ("train", "seen", "unseen")
 SIZES = (0.55, 0.7, 0.9)  # longest side of a glyph as a fraction of the image's, in the two test splits
@@ -37,7 +38,7 @@ class BundledClassification(Dataset):
         strength: of the augmentation in training, 0 to 1.
 
     Raises:
-        ValueError: an unknown split, or a length that cannot be.
+        UserError: an unknown split, or a length that cannot be.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class BundledClassification(Dataset):
         most = len(glyphs) * VARIATIONS
         length = most if length is None else length
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+            raise UserError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if length < 1 or (split != "train" and length > most):
             limit = "" if split == "train" else f" and at most {most}"
-            raise ValueError(f"the number of bundled images must be at least 1{limit}, got {length!r}")
+            raise UserError(f"the number of bundled images must be at least 1{limit}, got {length!r}")
         self.glyphs, self.split, self.length, self.side, self.seed = glyphs, split, length, side, seed
         self.strength = strength
         self.class_names = tuple(sorted(set(glyphs.subcategories)))

@@ -6,7 +6,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from datasets.bundled.classification import BundledClassification
-from datasets.bundled.scenes import BundledRegions, BundledScenes, Glyphs
+from datasets.bundled.glyphs import Glyphs
+from datasets.bundled.scenes import BundledRegions, BundledScenes
 from datasets.collate import collate, collate_regions
 from datasets.loaders import loader
 from datasets.text import TextEncoder
@@ -18,13 +19,13 @@ class Curriculum:
     """The steps of all stages, from any step on.
 
     Args:
-        config: has `stages` (`configs.pruning.Stage`), `workers` and `epoch_length`, the scenes in an epoch; a new
+        config: has `stages` (`configs.pretraining.Stage`), `workers` and `epoch_length`, the scenes in an epoch; a new
             epoch draws new ones.
         encode: of the captions.
         vision: has `image_size` and `patch_size`, in pixels.
 
     Raises:
-        ValueError: a stage that cannot be, before any step is done.
+        UserError: a stage that cannot be, before any step is done.
     """
 
     def __init__(self, config: Any, glyphs: Glyphs, encode: TextEncoder, vision: Any, *, seed: int):
@@ -62,7 +63,7 @@ class LabelledCurriculum:
     """The steps of a training on the bundled glyphs and their classes, from any step on.
 
     Args:
-        config: has `stages` (`configs.pruning.LabelsStage`), `workers` and `epoch_length`, the images in an epoch.
+        config: has `stages` (`configs.pretraining.LabelsStage`), `workers` and `epoch_length`, the images in an epoch.
         side: of the images, in pixels.
     """
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from datasets.bundled.scenes import Glyphs, image_tensor, load_glyphs, paste
+from datasets.bundled.glyphs import Glyphs, image_tensor, load_glyphs, paste
 from datasets.sampler import sample_generator
+from sparsity.errors import MissingFileError, UserError
 
 PLUS_MINUS_ONE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and deviation with which pixels go from -1 to 1
 TIMES = 1000  # of a schedule of noise
@@ -23,9 +24,9 @@ FILLED = 0.9  # longest side of a glyph as a fraction of the image's
 
 
 def check_pixels(sizes: Any, where: str) -> None:
-    """ValueError unless a model of these sizes makes RGB images. where: the file that says so."""
+    """UserError unless a model of these sizes makes RGB images. where: the file that says so."""
     if not sizes.pixels or sizes.channels != 3:
-        raise ValueError(f"{where}: the bundled glyphs are images: set pixels: true and channels: 3")
+        raise UserError(f"{where}: the bundled glyphs are images: set pixels: true and channels: 3")
 
 
 class BundledGlyphs(Dataset):
@@ -94,21 +95,21 @@ class Noised(Dataset):
 def read_latents(path: str | Path, sizes: Any) -> Latents:
     """What sample.py writes where there is no VAE: a safetensors file with "latents" (N, C, H, W) and "labels" (N,).
 
-    sizes: of the model. Raises OSError or ValueError, naming the file, where it is not one, or of another model.
+    sizes: of the model. Raises OSError or UserError, naming the file, where it is not one, or of another model.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of latents; sample.py writes one")
+        raise MissingFileError(f"{path}: there is no such file of latents; sample.py writes one")
     try:
         content = load_file(path)
         latents, labels = content["latents"].float(), content["labels"].long()
     except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise ValueError(f"{path}: expected a safetensors file with 'latents' and 'labels'") from error
+        raise UserError(f"{path}: expected a safetensors file with 'latents' and 'labels'") from error
     fits = latents.ndim == 4 and tuple(latents.shape[1:]) == sizes.shape and labels.shape == latents.shape[:1]
     if not fits or not len(latents):
         expected = f"(N, {', '.join(map(str, sizes.shape))}) and (N,)"
-        raise ValueError(f"{path}: expected {expected}, got {tuple(latents.shape)} and {tuple(labels.shape)}")
+        raise UserError(f"{path}: expected {expected}, got {tuple(latents.shape)} and {tuple(labels.shape)}")
     if not 0 <= int(labels.min()) <= int(labels.max()) <= (sizes.null_class or sizes.classes - 1):
-        raise ValueError(f"{path}: labels must be from 0 to {sizes.classes - 1}")
+        raise UserError(f"{path}: labels must be from 0 to {sizes.classes - 1}")
     return Latents(latents, labels)
 
 
@@ -116,7 +117,7 @@ def labels_of(text: str | None, number: int | None, sizes: Any, usual: Sequence[
     """The classes to be drawn, `number` of them.
 
     text: comma separated numbers, or names of bundled classes where the model has them, in turns. Without it those
-    that are usual, or `number` evenly over all classes, 64 by default. Raises ValueError for a class that is none.
+    that are usual, or `number` evenly over all classes, 64 by default. Raises UserError for a class that is none.
     """
     if text is None and not usual:
         number = number or 64
@@ -133,4 +134,4 @@ def _label(text: str, sizes: Any) -> int:
         return int(text)
     near = difflib.get_close_matches(text, names, n=1)
     hint = f", did you mean {near[0]}?" if near else ""
-    raise ValueError(f"--class-labels: expected numbers from 0 to {sizes.classes - 1}, got {text!r}{hint}")
+    raise UserError(f"--class-labels: expected numbers from 0 to {sizes.classes - 1}, got {text!r}{hint}")

@@ -7,127 +7,25 @@ scene must not be mirrored once it is drawn.
 
 from __future__ import annotations
 
-import io
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.transforms import CLIP, Statistics, box_attention
+from datasets.bundled.captions import SceneObject, coarse_position, plain_caption, region_caption, varied_caption
+from datasets.bundled.glyphs import Glyphs, draw_background, image_tensor, jitter, paste
+from datasets.transforms import box_attention
+from sparsity.errors import UserError
 
 MAX_OBJECTS = 4
-MAX_CAPTION_WORDS = 24
-
 # Longest side of a glyph as a fraction of the scene's. Few values, so that resized glyphs can be kept.
 _SIZES = {1: (0.55, 0.7, 0.9), 2: (0.3, 0.38, 0.46, 0.55), 3: (0.3, 0.38, 0.46), 4: (0.3, 0.38)}
 _ANGLES = (0, 0, -10, 10)  # degrees
 _OVERLAP = 0.08  # of the smaller of two boxes
-
 Encode = Callable[[str, np.random.Generator], dict[str, torch.Tensor]]
-
-
-class Glyphs:
-    """The artwork: `images[vendor]` is (concepts, size, size, 4) uint8 with straight alpha, concept i is `names[i]`.
-
-    Glyphs that were turned and resized for a scene are kept, the latest `cache_bytes` of them in each process.
-    """
-
-    def __init__(
-        self,
-        images: dict[str, np.ndarray],
-        concepts: Sequence[dict[str, Any]],
-        train_vendors: Sequence[str],
-        unseen_vendor: str,
-        cache_bytes: int = 192 << 20,
-    ):
-        self.images, self.concepts = images, tuple(concepts)
-        self.names = tuple(concept["name"] for concept in concepts)
-        self.categories = tuple(concept["category"] for concept in concepts)
-        self.subcategories = tuple(concept["subcategory"] for concept in concepts)
-        self.train_vendors, self.unseen_vendor = tuple(train_vendors), unseen_vendor
-        self._cache: dict[tuple[str, int, int, int], np.ndarray] = {}
-        self._room = cache_bytes
-        self._grain = np.random.default_rng(0).standard_normal((256, 256, 1), np.float32)  # the same in every process
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def stamp(self, vendor: str, concept: int, size: int, angle: int = 0) -> np.ndarray:
-        """A glyph turned by `angle` degrees and cut to what is drawn, its longer side `size` pixels.
-
-        Returns (h, w, 4) uint8: the colour multiplied by alpha, and 255 - alpha.
-        """
-        key = (vendor, concept, size, angle)
-        stamp = self._cache.get(key)
-        if stamp is None:
-            stamp = _make_stamp(self.images[vendor][concept], size, angle)
-            self._room -= stamp.nbytes
-            self._cache[key] = stamp
-            while self._room < 0:
-                self._room += self._cache.pop(next(iter(self._cache))).nbytes
-        return stamp
-
-    def grain(self, rng: np.random.Generator, side: int) -> np.ndarray:
-        """Normal noise (side, side, 1), a random window of a fixed texture that repeats."""
-        y, x = rng.integers(256, size=2)
-        window = np.arange(side)
-        return self._grain[(y + window[:, None]) % 256, (x + window) % 256]
-
-
-def _make_stamp(image: np.ndarray, size: int, angle: int) -> np.ndarray:
-    glyph = Image.fromarray(image).convert("RGBa")  # multiplied by alpha: filters don't pull in hidden colour
-    if angle:
-        glyph = glyph.rotate(angle, Image.Resampling.BILINEAR, expand=True)
-    glyph = glyph.crop(glyph.getbbox())
-    scale = size / max(glyph.size)
-    shape = [max(1, round(length * scale)) for length in glyph.size]
-    pixels = np.asarray(glyph.resize(shape, Image.Resampling.BICUBIC))
-    alpha = pixels[..., 3:]
-    return np.concatenate([np.minimum(pixels[..., :3], alpha), 255 - alpha], -1)  # bicubic overshoots
-
-
-def load_glyphs(root: str | Path = "data/bundled") -> Glyphs:
-    """Read the pack. Raises FileNotFoundError where a file of it is missing."""
-    root = Path(root)
-    pack = json.loads(_part(root / "concepts.json").read_text(encoding="utf-8"))
-    size, columns, n = pack["size"], pack["columns"], len(pack["concepts"])
-    images = {}
-    for vendor in pack["vendors"]:
-        with Image.open(_part(root / f"{vendor['key']}.webp")) as atlas:
-            cells = np.asarray(atlas.convert("RGBA")).reshape(-1, size, columns, size, 4)
-        images[vendor["key"]] = cells.swapaxes(1, 2).reshape(-1, size, size, 4)[:n]
-    trained = [vendor["key"] for vendor in pack["vendors"] if vendor["trained"]]
-    (unseen,) = (vendor["key"] for vendor in pack["vendors"] if not vendor["trained"])
-    return Glyphs(images, pack["concepts"], trained, unseen)
-
-
-def _part(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; it comes with the repository, or run scripts/rebuild_bundled.sh")
-    return path
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One glyph in a scene: its concept and name, box = x, y, w, h in pixels, and coarse position ("top left")."""
-
-    concept: int
-    name: str
-    vendor: str
-    box: tuple[int, int, int, int]
-    position: str
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        x, y, w, h = self.box
-        return x + w / 2, y + h / 2
 
 
 @dataclass(frozen=True)
@@ -161,13 +59,13 @@ def draw_scene(
         background: "plain", "gradient", "blotches" or "grain"; drawn where None.
     """
     if not 1 <= n_objects <= MAX_OBJECTS:
-        raise ValueError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects!r}")
+        raise UserError(f"n_objects must be between 1 and {MAX_OBJECTS}, got {n_objects!r}")
     if side < 16:
-        raise ValueError(f"side must be at least 16 pixels, got {side!r}")
+        raise UserError(f"side must be at least 16 pixels, got {side!r}")
     if concepts is None:
         concepts = rng.choice(len(glyphs), n_objects, replace=False).tolist()
     if len(concepts) != n_objects or len(set(concepts)) != n_objects:
-        raise ValueError(f"concepts must be {n_objects} different ones, got {concepts!r}")
+        raise UserError(f"concepts must be {n_objects} different ones, got {concepts!r}")
     chosen = [vendors[i] for i in rng.integers(len(vendors), size=n_objects)]
     angles = [_ANGLES[i] if augment else 0 for i in rng.integers(len(_ANGLES), size=n_objects)]
     stamps, corners = _layout(glyphs, rng, side, list(zip(chosen, concepts, angles, strict=True)))
@@ -181,7 +79,7 @@ def draw_scene(
         box = (x, y, stamp.shape[1], stamp.shape[0])
         objects.append(SceneObject(int(concept), glyphs.names[concept], vendor, box, coarse_position(box, side)))
     caption = varied_caption(objects, rng) if augment else plain_caption(objects)
-    regions = tuple(_region_caption(item, rng) if augment else item.name for item in objects)
+    regions = tuple(region_caption(item, rng) if augment else item.name for item in objects)
     return Scene(image, tuple(objects), caption, regions)
 
 
@@ -230,115 +128,6 @@ def _shared(x: int, y: int, w: int, h: int, x2: int, y2: int, w2: int, h2: int) 
     return across * down / min(w * h, w2 * h2) if across > 0 and down > 0 else 0.0
 
 
-def draw_background(
-    glyphs: Glyphs, rng: np.random.Generator, side: int, augment: bool, kind: str | None = None
-) -> np.ndarray:
-    """A canvas (side, side, 3) uint8 in soft colours; training also sees dark ones."""
-    colour = 255 - 105 * rng.random(3, np.float32)
-    if augment and rng.random() < 0.2:
-        colour = 255 - colour
-    if kind is None:
-        kind = ("plain", "gradient", "blotches", "grain")[rng.integers(4 if augment else 2)]
-    if kind == "plain":
-        return np.full((side, side, 3), colour.round(), np.uint8)
-    if kind == "blotches":
-        coarse = np.clip(colour + rng.uniform(-40, 40, (4, 4, 3)), 0, 255).astype(np.uint8)
-        return np.array(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
-    if kind == "grain":
-        canvas = colour + np.float32(rng.uniform(3, 15)) * glyphs.grain(rng, side)
-    else:
-        ramp = np.linspace(-0.5, 0.5, side, dtype=np.float32)
-        down, across = rng.uniform(-1, 1, 2).astype(np.float32)
-        slope = down * ramp[:, None] + across * ramp
-        canvas = colour + slope[..., None] * rng.uniform(-60, 60, 3).astype(np.float32)
-    return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
-
-
-def paste(canvas: np.ndarray, stamp: np.ndarray, x: int, y: int) -> None:
-    """Lay a stamp over the canvas, in place."""
-    h, w = stamp.shape[:2]
-    under = canvas[y : y + h, x : x + w]
-    seen = under * stamp[..., 3:].astype(np.uint16) + 128
-    under[...] = stamp[..., :3] + ((seen + (seen >> 8)) >> 8)  # division by 255, rounded
-
-
-def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and tint of the whole image."""
-    gain = (rng.uniform(0.85, 1.15) * rng.uniform(0.93, 1.07, 3)).astype(np.float32)
-    shift = (128 - 128 * gain + rng.uniform(-18, 18)).astype(np.float32)
-    # Over rows of side * 3 numbers: broadcasting over three is slow.
-    bright = image.reshape(len(image), -1) * np.tile(gain, image.shape[1]) + np.tile(shift, image.shape[1])
-    return np.clip(bright, 0, 255, out=bright).astype(np.uint8).reshape(image.shape)
-
-
-def coarse_position(box: tuple[int, int, int, int], side: int) -> str:
-    """Where the box's centre is: "top", "bottom", "left", "right", two of them, or "middle"."""
-    x, y, w, h = box
-    across, down = (x + w / 2) / side, (y + h / 2) / side
-    words = ["top"] if down < 0.42 else ["bottom"] if down > 0.58 else []
-    words += ["left"] if across < 0.42 else ["right"] if across > 0.58 else []
-    return " ".join(words) or "middle"
-
-
-def plain_caption(objects: Sequence[SceneObject]) -> str:
-    """One caption for a scene: the name of a single object, the relation of two, the positions of more."""
-    if len(objects) == 1:
-        return objects[0].name
-    if len(objects) == 2:
-        return _relation(*objects)
-    return _listed(sorted(objects, key=lambda item: (item.centre[1], item.centre[0])))
-
-
-def varied_caption(objects: Sequence[SceneObject], rng: np.random.Generator) -> str:
-    """A true caption of random form and order."""
-    order = [objects[i] for i in rng.permutation(len(objects))]
-    form = rng.random()
-    if len(order) == 1:
-        name, where = order[0].name, order[0].position
-        longer = (with_article(name), f"picture of {name}", f"{name} in the picture", f"{name} {where}")
-        return (name, name, name, *longer)[int(form * (3 + len(longer)))]
-    if form < 0.25:
-        return " and ".join(item.name for item in order)
-    if form < 0.35:
-        return f"{with_article(order[0].name)} with " + " and ".join(item.name for item in order[1:])
-    if form < 0.45:
-        return " then ".join(o.name for o in sorted(order, key=lambda o: o.centre[0])) + " from left to right"
-    if len(order) == 2 and form < 0.75:
-        return _relation(*order)
-    return _listed(order)
-
-
-def with_article(name: str) -> str:
-    """The name with "a" or "an"; plurals (glasses, not glass or octopus) stay as they are."""
-    if name.endswith("s") and not name.endswith(("ss", "us")):
-        return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _relation(first: SceneObject, second: SceneObject) -> str:
-    across = second.centre[0] - first.centre[0]
-    down = second.centre[1] - first.centre[1]
-    if abs(across) >= abs(down):
-        return f"{first.name} {'left' if across > 0 else 'right'} of {second.name}"
-    return f"{first.name} {'above' if down > 0 else 'below'} {second.name}"
-
-
-def _listed(objects: Sequence[SceneObject]) -> str:
-    """Names with positions, without the positions where that would be too long."""
-    caption = " and ".join(f"{item.name} {item.position}" for item in objects)
-    return caption if len(caption.split()) <= MAX_CAPTION_WORDS else " and ".join(item.name for item in objects)
-
-
-def _region_caption(item: SceneObject, rng: np.random.Generator) -> str:
-    return (item.name, item.name, with_article(item.name), f"{item.name} {item.position}")[rng.integers(4)]
-
-
-def image_tensor(image: np.ndarray, statistics: Statistics = CLIP) -> torch.Tensor:
-    """(H, W, 3) uint8 to a float tensor (3, H, W), normalised with a mean and standard deviation."""
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in statistics)
-    return torch.from_numpy(image.transpose(2, 0, 1) * (1 / (255 * std)) - mean / std)
-
-
 # Names of independent streams of random numbers; a new one goes to the end.
 _STREAMS = ("train", "test", "scenes", "unseen_scenes", "unseen_glyphs", "export")
 
@@ -370,11 +159,11 @@ class BundledScenes(Dataset):
         split: str = "train",
     ):
         if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+            raise UserError(f"split must be 'train' or 'test', got {split!r}")
         if not 1 <= max_objects <= MAX_OBJECTS:
-            raise ValueError(f"max_objects must be between 1 and {MAX_OBJECTS}, got {max_objects!r}")
+            raise UserError(f"max_objects must be between 1 and {MAX_OBJECTS}, got {max_objects!r}")
         if length < 1:
-            raise ValueError(f"length must be at least 1, got {length!r}")
+            raise UserError(f"length must be at least 1, got {length!r}")
         self.glyphs, self.encode, self.length, self.side = glyphs, encode, length, side
         self.max_objects, self.seed, self.split = max_objects, seed, split
 
@@ -416,7 +205,7 @@ class BundledRegions(BundledScenes):
     def __init__(self, glyphs: Glyphs, encode: Encode, length: int, *, patch: int, **options: Any):
         super().__init__(glyphs, encode, length, **options)
         if self.side % patch:
-            raise ValueError(f"side must be a multiple of patch = {patch}, got {self.side!r}")
+            raise UserError(f"side must be a multiple of patch = {patch}, got {self.side!r}")
         self.patch = patch
 
     def __getitem__(self, n: int) -> dict[str, Any]:
@@ -459,12 +248,12 @@ class BundledRetrieval(Dataset):
         seed: int = 0,
     ):
         if split not in ("scenes", "unseen_scenes", "unseen_glyphs"):
-            raise ValueError(f"split must be 'scenes', 'unseen_scenes' or 'unseen_glyphs', got {split!r}")
+            raise UserError(f"split must be 'scenes', 'unseen_scenes' or 'unseen_glyphs', got {split!r}")
         if not 1 <= max_objects <= MAX_OBJECTS:
-            raise ValueError(f"max_objects must be between 1 and {MAX_OBJECTS}, got {max_objects!r}")
+            raise UserError(f"max_objects must be between 1 and {MAX_OBJECTS}, got {max_objects!r}")
         singles = split == "unseen_glyphs" or max_objects == 1
         if n < 1 or (split != "unseen_glyphs" and singles and n > len(glyphs)):
-            raise ValueError(f"n must be between 1 and the number of different captions, got {n!r}")
+            raise UserError(f"n must be between 1 and the number of different captions, got {n!r}")
         self.glyphs, self.split, self.side, self.seed = glyphs, split, side, seed
         self._concepts = _distinct_sets(len(glyphs), min(n, len(glyphs)) if singles else n, max_objects, seed, split)
 
@@ -494,98 +283,3 @@ def _distinct_sets(concepts: int, n: int, max_objects: int, seed: int, stream: s
         drawn = rng.choice(concepts, rng.integers(1, max_objects + 1), replace=False).tolist()
         found.setdefault(frozenset(drawn), drawn)
     return list(found.values())
-
-
-def export_public(
-    root: str | Path,
-    n_images: int,
-    glyphs: Glyphs,
-    *,
-    side: int = 224,
-    max_objects: int = MAX_OBJECTS,
-    seed: int = 0,
-) -> list[Path]:
-    """Write scenes as image files and annotations in the public layouts, for whatever reads those.
-
-    Each of `images/{coco,vg,cc3m,sbu}/bundled` under `root` gets `n_images` PNG files of training scenes, and coco's as
-    many for validation and for test. Captions of training files say what is there and not where, since readers of these
-    layouts crop and mirror images. Test is `BundledRetrieval` of the same seed and side, validation that of seed + 1.
-
-    Returns:
-        The annotation files, `data/pretrain/*.json` and `data/finetune/itr/*.json`.
-
-    Raises:
-        ValueError: one of the annotation files is there already; nothing is written then.
-    """
-    if n_images < 1:
-        raise ValueError(f"n_images must be at least 1, got {n_images!r}")
-    pretrain = ("cc3m_pretrain", "sbu_pretrain", "coco_karpathy_gby_image", "vg_dense_gby_image", "vg_regions")
-    files = [Path(root, "data", "pretrain", f"{name}.json") for name in pretrain]
-    files += [Path(root, "data", "finetune", "itr", f"coco_{split}.json") for split in ("train", "val", "test")]
-    taken = [path for path in files if path.exists()]
-    if taken:
-        raise ValueError(f"{taken[0]}: already exists and is not overwritten; choose another folder")
-    drawn = {}
-    for number, source in enumerate(("cc3m", "sbu", "coco", "vg")):
-        generators = [_generator(seed, "export", number, i) for i in range(n_images)]
-        scenes = [
-            draw_scene(glyphs, rng, glyphs.train_vendors, side, int(rng.integers(1, max_objects + 1)))
-            for rng in generators
-        ]
-        drawn[source] = _save_images(root, source, "", scenes)
-    for split, offset in (("val_", 1), ("test_", 0)):
-        items = BundledRetrieval(glyphs, "scenes", n_images, side=side, max_objects=max_objects, seed=seed + offset)
-        drawn[split] = _save_images(root, "coco", split, [items.scene(i) for i in range(len(items))])
-    records = [[_pair(path, scene, source) for path, scene in drawn[source]] for source in ("cc3m", "sbu", "coco")]
-    records += [[_dense(path, scene) for path, scene in drawn["vg"]], [_regions(*pair) for pair in drawn["vg"]]]
-    records += [[_fine_tuned(i, *pair) for i, pair in enumerate(drawn["coco"])]]
-    records += [[_tested(*pair) for pair in drawn[split]] for split in ("val_", "test_")]
-    for path, content in zip(files, records, strict=True):
-        _write(path, (json.dumps(content, indent=1) + "\n").encode())
-    return files
-
-
-def _names(scene: Scene) -> str:
-    return " and ".join(item.name for item in scene.objects)
-
-
-def _pair(path: str, scene: Scene, source: str) -> dict[str, Any]:
-    return {"image": path, "caption": _names(scene), "dataset": source}
-
-
-def _dense(path: str, scene: Scene) -> dict[str, Any]:
-    boxes = [list(item.box) for item in scene.objects]
-    return {"image": path, "caption": [item.name for item in scene.objects], "bb": boxes, "dataset": "vg"}
-
-
-def _regions(path: str, scene: Scene) -> dict[str, Any]:
-    elems = [{"bb": list(item.box), "caption": item.name} for item in scene.objects]
-    return {"image": path, "caption": _names(scene), "elems": elems}
-
-
-def _fine_tuned(i: int, path: str, scene: Scene) -> dict[str, Any]:
-    # Paths below images/coco: the other one of the two public kinds.
-    return {"image": path.removeprefix("images/coco/"), "caption": _names(scene), "image_id": f"coco_{i}"}
-
-
-def _tested(path: str, scene: Scene) -> dict[str, Any]:
-    return {"image": path.removeprefix("images/coco/"), "caption": [scene.caption]}
-
-
-def _save_images(root: str | Path, source: str, prefix: str, scenes: Sequence[Scene]) -> list[tuple[str, Scene]]:
-    """Write scenes as PNG; returns them with their paths relative to the root."""
-    saved = []
-    for i, scene in enumerate(scenes):
-        path, buffer = f"images/{source}/bundled/{prefix}{i + 1:012d}.png", io.BytesIO()
-        Image.fromarray(scene.image).save(buffer, "PNG")
-        _write(Path(root, path), buffer.getvalue())
-        saved.append((path, scene))
-    return saved
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.bundled.scenes import MAX_OBJECTS, Glyphs, Scene, SceneObject, draw_scene, image_tensor
+from datasets.bundled.captions import SceneObject
+from datasets.bundled.glyphs import Glyphs, image_tensor
+from datasets.bundled.scenes import MAX_OBJECTS, Scene, draw_scene
 from datasets.sampler import sample_generator
+from sparsity.errors import UserError
 
 KINDS = {"what": (1, 1), "category": (1, 1), "count": (1, MAX_OBJECTS), "side": (2, MAX_OBJECTS)}  # objects they need
 APART = 0.1  # of the side: the least distance across of two things of which one is left of the other
@@ -65,7 +68,7 @@ class BundledQuestions(Dataset):
 
     def __init__(self, glyphs: Glyphs, words: Encode, length: int, *, side: int, seed: int):
         if length < 1:
-            raise ValueError(f"length must be at least 1, got {length!r}")
+            raise UserError(f"length must be at least 1, got {length!r}")
         self.glyphs, self.words, self.length, self.side, self.seed = glyphs, words, length, side, seed
 
     def __len__(self) -> int:

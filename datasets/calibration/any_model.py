@@ -10,6 +10,7 @@ from typing import Any
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.data_kinds import Lockstep
 from datasets.labelled.image_folder import Gather, ImageFolder
+from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class LoaderBatches:
         batches = self._made()
         length = len(batches) if isinstance(batches, Sized) else num_batches
         if length == 0:
-            raise ValueError(f"{self.name}: there is no batch in what it returns")
+            raise UserError(f"{self.name}: there is no batch in what it returns")
         if length < num_batches:
             log.info("%s has %d batches, fewer than the %d asked for", name, length, num_batches)
         self.batches = min(num_batches, length)
@@ -90,7 +91,7 @@ class LoaderBatches:
                 yield batch
         if found < self.batches:
             way_out = f"give --num_batches {found}, or return something with a length"
-            raise ValueError(f"{self.name}: ended after {found} of {self.batches} batches: {way_out}")
+            raise UserError(f"{self.name}: ended after {found} of {self.batches} batches: {way_out}")
 
     def _numbers(self) -> range:
         return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
@@ -100,5 +101,5 @@ class LoaderBatches:
         wanted = inspect.signature(self.make).parameters
         batches = self.make(**{name: value for name, value in known.items() if name in wanted})
         if not isinstance(batches, Iterable):
-            raise ValueError(f"{self.name}: expected an iterable of batches, got {type(batches).__name__}")
+            raise UserError(f"{self.name}: expected an iterable of batches, got {type(batches).__name__}")
         return batches

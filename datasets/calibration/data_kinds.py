@@ -12,10 +12,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from configs.pruning import Files, LabelsPruneConfig, NoisePruneConfig, PruneConfig, PrunedModel
+from configs.pruning import LabelsPruneConfig, NoisePruneConfig, PruneConfig, PrunedModel
+from configs.sources import Files
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.generation import Noised
-from datasets.bundled.scenes import BundledRegions, BundledScenes, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledRegions, BundledScenes
 from datasets.collate import SkippedImages, collate, collate_regions
 from datasets.labelled.public import check_classes, labelled
 from datasets.loaders import loader
@@ -138,7 +140,7 @@ class LabelsCalibration(Lockstep):
         options: `rank` and `world_size`.
 
     Raises:
-        ValueError: the data has other classes than the model.
+        UserError: the data has other classes than the model.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
+from sparsity.errors import UserError
 
 HELD = 1 << 30  # bytes of images that are kept for the next pass
 
@@ -27,7 +28,7 @@ class Samples:
         folder: where unreadable images are listed; more than `max_skipped` of them is an error.
 
     Raises:
-        ValueError: there are fewer images.
+        UserError: there are fewer images.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Samples:
         world_size: int = 1,
     ):
         if count > len(data):
-            raise ValueError(f"--nsamples {count}: there are only {len(data)} images to calibrate on")
+            raise UserError(f"--nsamples {count}: there are only {len(data)} images to calibrate on")
         chosen = np.random.default_rng(seed).permutation(len(data))[:count].tolist()
         batches = [chosen[first : first + batch_size] for first in range(0, count, batch_size)]
         self.rounds = [int(number % world_size == rank) for number in range(len(batches))]

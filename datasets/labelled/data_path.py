@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 
 from datasets.annotations import ImageRoot
 from datasets.bundled.classification import BundledClassification
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.labelled.public import EXTENSIONS, ClassificationDataset
+from sparsity.errors import MissingFileError, UserError
 
 BUNDLED = "bundled"
 FORMS = f"a folder with train/ and val/, {', '.join(READERS)} or {BUNDLED}"
@@ -47,7 +48,7 @@ def open_data(
 
     transform: RGB image -> tensor. The bundled glyphs (`side` pixels, normalised by ImageNet's statistics) have theirs;
     of theirs to calibrate on there are as many as wanted, `length`. seed: of all that is drawn. Raises OSError and
-    ValueError where there is no such data.
+    UserError where there is no such data.
     """
     if path == BUNDLED:
         split, length = ("train", length) if train else ("unseen", None)
@@ -60,7 +61,7 @@ def open_data(
 def check_data(path: str) -> None:
     """FileNotFoundError where this is neither a folder nor a word."""
     if path not in (BUNDLED, *READERS) and not Path(path).is_dir():
-        raise FileNotFoundError(f"--data-path {path}: expected {FORMS}")
+        raise MissingFileError(f"--data-path {path}: expected {FORMS}")
 
 
 def has_validation(path: str) -> bool:
@@ -72,13 +73,13 @@ def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, s
     """`{root}/train/<class>/*.JPEG` or `{root}/val/<class>/*.JPEG`; for validation `{root}/<class>/*.JPEG`, too.
 
     Labels count the classes of both parts together in alphabetical order, as `torchvision.datasets.ImageFolder` does.
-    Raises FileNotFoundError where the part is missing, ValueError where there is no image in it.
+    Raises FileNotFoundError where the part is missing, UserError where there is no image in it.
     """
     ImageRoot(root)
     folder = _part(root, train)
     if folder is None:
         missing = root / ("train" if train else "val")
-        raise FileNotFoundError(f"{missing}: folder not found; expected one with a folder of images for each class")
+        raise MissingFileError(f"{missing}: folder not found; expected one with a folder of images for each class")
     parts = [part for part in (_part(root, True), _part(root, False)) if part is not None and part != root]
     names = sorted({name for part in parts or [folder] for name in _classes(part)})
     labels = {name: label for label, name in enumerate(names)}
@@ -89,7 +90,7 @@ def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, s
         if image.lower().endswith(EXTENSIONS)
     ]
     if not samples:
-        raise ValueError(f"{folder}: no image found; expected <class>/ with {', '.join(EXTENSIONS)}")
+        raise UserError(f"{folder}: no image found; expected <class>/ with {', '.join(EXTENSIONS)}")
     return ClassificationDataset(folder, samples, names, transform, seed=seed)
 
 

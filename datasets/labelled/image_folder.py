@@ -13,6 +13,7 @@ from datasets.annotations import ImageRoot, Records, get_texts
 from datasets.collate import Skipped
 from datasets.labelled.public import EXTENSIONS
 from datasets.sampler import sample_generator
+from sparsity.errors import UserError
 
 CAPTIONS = "captions.json"
 
@@ -32,7 +33,7 @@ class ImageFolder(Dataset):
 
     Raises:
         FileNotFoundError: the folder is missing.
-        ValueError: there is no image in it, or only some have captions.
+        UserError: there is no image in it, or only some have captions.
     """
 
     def __init__(self, root: str | Path, *, seed: int):
@@ -40,7 +41,7 @@ class ImageFolder(Dataset):
         folder = self.root.root
         paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
         if not paths:
-            raise ValueError(f"{root}: no image in this folder; expected {', '.join(EXTENSIONS)}")
+            raise UserError(f"{root}: no image in this folder; expected {', '.join(EXTENSIONS)}")
         captions = _captions(folder, paths)
         self.captioned = captions is not None
         classified = all("/" in path for path in paths)
@@ -69,7 +70,7 @@ def _captions(folder: Path, paths: Sequence[str]) -> dict[str, list[str]] | None
     if len(without) == len(paths) and not listed.is_file():
         return None
     if without:
-        raise ValueError(f"{folder}: {len(without)} of {len(paths)} images have no caption, for example {without[0]}")
+        raise UserError(f"{folder}: {len(without)} of {len(paths)} images have no caption, for example {without[0]}")
     return found
 
 
@@ -77,10 +78,10 @@ def _read_listed(path: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise UserError(f"it holds a {type(content).__name__}")
         return {image: get_texts(content, image) for image in content}
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, {{image path: caption or [captions]}}: {error}") from None
+        raise UserError(f"{path}: expected JSON, {{image path: caption or [captions]}}: {error}") from None
 
 
 def _read_lines(image: Path) -> list[str]:
@@ -88,7 +89,7 @@ def _read_lines(image: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
     return [line.strip() for line in lines if line.strip()]
 
 

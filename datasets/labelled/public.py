@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from configs.pruning import LabelledImages
+from configs.sources import LabelledImages
 from datasets.annotations import HOW_TO_GET, ImageRoot, Records
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
+from sparsity.errors import MissingFileError, UserError
 
 log = logging.getLogger(__name__)
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
@@ -79,7 +80,7 @@ def imagenet(
 
     Raises:
         FileNotFoundError: the split or the file is missing.
-        ValueError: the file is not as expected, a folder is not in it, or there is no image.
+        UserError: the file is not as expected, a folder is not in it, or there is no image.
     """
     table = Path(root, "annots", "metadata.csv")
     names = dict(_rows(table, "folder_name", "class_name"))
@@ -88,11 +89,11 @@ def imagenet(
     samples = []
     for synset in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
         if synset not in synsets:
-            raise ValueError(f"{folder / synset}: this folder is no class of {table}; {HOW_TO_GET}")
+            raise UserError(f"{folder / synset}: this folder is no class of {table}; {HOW_TO_GET}")
         images = sorted(name for name in os.listdir(folder / synset) if name.lower().endswith(EXTENSIONS))
         samples += [(f"{synset}/{name}", synsets[synset]) for name in images]
     if not samples:
-        raise ValueError(f"{folder}: no image found; expected <synset>/*.JPEG; {HOW_TO_GET}")
+        raise UserError(f"{folder}: no image found; expected <synset>/*.JPEG; {HOW_TO_GET}")
     missing = len(synsets) - len({label for _, label in samples})
     if missing:
         log.info("%s has no image of %d of %d classes", folder, missing, len(synsets))
@@ -113,10 +114,10 @@ def flowers102(
 
     Raises:
         FileNotFoundError: a file or the folder is missing, or none of the images looked up is in it.
-        ValueError: a file is not as expected, or `split` is neither.
+        UserError: a file is not as expected, or `split` is neither.
     """
     if split not in FLOWERS_SPLITS:
-        raise ValueError(f"the split of Flowers102 must be one of {', '.join(FLOWERS_SPLITS)}, got {split!r}")
+        raise UserError(f"the split of Flowers102 must be one of {', '.join(FLOWERS_SPLITS)}, got {split!r}")
     classes, table = Path(root, "annots", "metadata.csv"), Path(root, "annots", "split.csv")
     names = dict(sorted((_number(classes, idx), name) for idx, name in _rows(classes, "idx", "class_name")))
     labels = {name: label for label, name in enumerate(names.values())}
@@ -124,13 +125,13 @@ def flowers102(
     samples = []
     for path, kind, part in _rows(table, "filename", "class", "split"):
         if kind not in labels:
-            raise ValueError(f"{table}: {path} has the class {kind!r}, which is not in {classes}; {HOW_TO_GET}")
+            raise UserError(f"{table}: {path} has the class {kind!r}, which is not in {classes}; {HOW_TO_GET}")
         if not any(part in parts for parts in FLOWERS_SPLITS.values()):
-            raise ValueError(f"{table}: {path} has the split {part!r}; expected train, val or test; {HOW_TO_GET}")
+            raise UserError(f"{table}: {path} has the split {part!r}; expected train, val or test; {HOW_TO_GET}")
         if part in FLOWERS_SPLITS[split]:
             samples.append((path, labels[kind]))
     if not samples:
-        raise ValueError(f"{table}: no image of the split {split!r}; {HOW_TO_GET}")
+        raise UserError(f"{table}: no image of the split {split!r}; {HOW_TO_GET}")
     dataset = ClassificationDataset(Path(root, "images"), samples, list(names.values()), transform, seed=seed)
     dataset.root.check(table, [path for path, _ in samples])
     return dataset
@@ -145,9 +146,9 @@ def labelled(
 
 
 def check_classes(found: int, expected: int) -> None:
-    """ValueError where the data has another number of classes than the model."""
+    """UserError where the data has another number of classes than the model."""
     if found != expected:
-        raise ValueError(
+        raise UserError(
             f"the data has {found} classes and the model {expected}: set `classes` of the model, or its data"
         )
 
@@ -156,7 +157,7 @@ def _number(path: Path, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{path}: idx must be a whole number, got {text!r}; {HOW_TO_GET}") from None
+        raise UserError(f"{path}: idx must be a whole number, got {text!r}; {HOW_TO_GET}") from None
 
 
 def _rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
@@ -164,25 +165,25 @@ def _rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing or empty somewhere, there is no row, or a first value is there twice.
+        UserError: a column is missing or empty somewhere, there is no row, or a first value is there twice.
     """
     expected = f"expected a CSV file with the columns {','.join(columns)}; {HOW_TO_GET}"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: file not found; {expected}")
+        raise MissingFileError(f"{path}: file not found; {expected}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             found = reader.fieldnames or ()
             rows = [tuple((row.get(column) or "").strip() for column in columns) for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a CSV file ({error}); {expected}") from None
+        raise UserError(f"{path}: not a CSV file ({error}); {expected}") from None
     missing = [column for column in columns if column not in found]
     if missing or not rows:
-        raise ValueError(f"{path}: no {f'column {missing[0]!r}' if missing else 'row'}; {expected}")
+        raise UserError(f"{path}: no {f'column {missing[0]!r}' if missing else 'row'}; {expected}")
     seen = set()
     for number, row in enumerate(rows, 1):
         if not all(row) or row[0] in seen:
             fault = f"{columns[0]} {row[0]!r} is there twice" if all(row) else f"a column of {row!r} is empty"
-            raise ValueError(f"{path}: row {number}: {fault}; {expected}")
+            raise UserError(f"{path}: row {number}: {fault}; {expected}")
         seen.add(row[0])
     return rows

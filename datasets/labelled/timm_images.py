@@ -16,7 +16,7 @@ from timm.data import create_transform
 from torch.utils.data import Dataset
 
 from datasets.bundled.classification import BundledClassification
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.labelled.data_path import BUNDLED, DOWNLOADED, labelled_folder
 

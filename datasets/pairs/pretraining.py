@@ -14,6 +14,7 @@ from datasets.annotations import Folders, ImageRoot, Records, get_box, get_text,
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
+from sparsity.errors import UserError
 
 EXPECTED = '{"image": path, "caption": text or [text], "bb": optional [x, y, w, h], one or one per caption}'
 
@@ -33,7 +34,7 @@ class ImageTextDataset(Dataset):
 
     Raises:
         FileNotFoundError: a file or folder is missing, or none of the images looked up is in its folder.
-        ValueError: an annotation file is not as expected.
+        UserError: an annotation file is not as expected.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ def read_sources(
 ) -> tuple[list[ImageRoot], list[tuple[int, tuple]]]:
     """Image folders, and all the records as (number of the folder, what `parse` keeps, the image path first)."""
     if not sources:
-        raise ValueError("at least one pair of annotation file and image folder is needed, got none")
+        raise UserError("at least one pair of annotation file and image folder is needed, got none")
     roots, records = [], []
     for annotation_file, folders in sources:
         for folder, found in read_by_folder(annotation_file, folders, parse, expected):
@@ -89,7 +90,7 @@ def parse_pair(record: dict) -> tuple[str, list[str], list[tuple[float, float, f
         boxes = [boxes]
     boxes = [get_box(box) for box in boxes]
     if len(boxes) not in (0, 1, len(captions)):
-        raise ValueError(f"'bb' must hold one box or one per caption, got {len(boxes)} for {len(captions)} captions")
+        raise UserError(f"'bb' must hold one box or one per caption, got {len(boxes)} for {len(captions)} captions")
     return get_text(record, "image"), captions, boxes
 
 

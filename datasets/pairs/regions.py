@@ -18,6 +18,7 @@ from datasets.pairs.pretraining import read_sources
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder, mentions_side
 from datasets.transforms import RegionTransform, box_attention
+from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
 EXPECTED = (
@@ -45,7 +46,7 @@ class RegionDataset(Dataset):
 
     Raises:
         FileNotFoundError: a file or folder is missing, or none of the images looked up is in its folder.
-        ValueError: an annotation file is not as expected, or no record has a region or a caption.
+        UserError: an annotation file is not as expected, or no record has a region or a caption.
     """
 
     def __init__(
@@ -60,15 +61,15 @@ class RegionDataset(Dataset):
         min_box: float = 1.0,
     ):
         if max_regions < 1:
-            raise ValueError(f"max_regions must be at least 1, got {max_regions!r}")
+            raise UserError(f"max_regions must be at least 1, got {max_regions!r}")
         if image_res % patch_size:
-            raise ValueError(f"image_res must be a multiple of patch_size = {patch_size!r}, got {image_res!r}")
+            raise UserError(f"image_res must be a multiple of patch_size = {patch_size!r}, got {image_res!r}")
         self.min_box, self.max_regions = min_box, max_regions
         self.roots, records = read_sources(sources, partial(parse_regions, min_box=min_box), EXPECTED)
         useful = [record for record in records if record[1][1] or record[1][2]]
         if not useful:
             files = ", ".join(str(source[0]) for source in sources)
-            raise ValueError(f"{files}: no record has a caption or an element of at least {min_box:g} pixels")
+            raise UserError(f"{files}: no record has a caption or an element of at least {min_box:g} pixels")
         if len(useful) < len(records):
             log.info("%d of %d images have neither caption nor region", len(records) - len(useful), len(records))
         self.records = Records(useful)
@@ -115,7 +116,7 @@ def parse_regions(record: dict, min_box: float = 1.0) -> tuple[str, list[str], l
     """Image path, captions of the whole image, and (box, captions, attributes) of the regions of enough size."""
     elems = record.get("elems")
     if not isinstance(elems, list) or not all(isinstance(elem, dict) for elem in elems):
-        raise ValueError(f"'elems' must be a list of regions, got {elems!r:.60}")
+        raise UserError(f"'elems' must be a list of regions, got {elems!r:.60}")
     regions = [(get_box(e.get("bb")), get_texts(e, "caption"), _optional(e, "attributes")) for e in elems]
     large = [region for region in regions if min(region[0][2:]) >= min_box]
     return get_text(record, "image"), _optional(record, "caption"), large

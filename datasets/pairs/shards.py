@@ -19,6 +19,7 @@ from datasets.collate import Skipped
 from datasets.pairs.tars import Sample, miscounted, open_shard, read_shard
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
+from sparsity.errors import UserError
 
 
 class ShardDataset:
@@ -38,7 +39,7 @@ class ShardDataset:
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: a shard is damaged or cut off, or its first sample has no image or no caption.
+        UserError: a shard is damaged or cut off, or its first sample has no image or no caption.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class ShardDataset:
     ):
         for name, value in (("streams", streams), ("block", block)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+                raise UserError(f"{name} must be at least 1, got {value!r}")
         paths = [path for name in images for path in shard_paths(name)]
         counts = [open_shard(path) for path in tqdm(paths, desc="shards", delay=2, leave=False)]
         if not sum(counts):
-            raise ValueError(f"{', '.join(images)}: no sample in these shards; {HOW_TO_GET}")
+            raise UserError(f"{', '.join(images)}: no sample in these shards; {HOW_TO_GET}")
         self.paths, self.counts = paths, np.array(counts, dtype=np.int64)
         self.first = np.cumsum(self.counts) - self.counts  # index of the first sample of each shard
         self.transform, self.text, self.seed, self.streams, self.block = transform, text, seed, streams, block
@@ -83,7 +84,7 @@ class ShardDataset:
             size = min(self.block, count - begin)
             block = list(islice(samples, size))
             if len(block) < size or (begin + size == count and next(samples, None)):
-                raise ValueError(miscounted(self.paths[shard], count))
+                raise UserError(miscounted(self.paths[shard], count))
             if done < begin + size:
                 order = self._generator(epoch, shard, begin).permutation(size)
                 for i in order[max(0, done - begin) :]:
@@ -160,11 +161,11 @@ class ShardBatches(IterableDataset):
         world_size: int = 1,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size!r}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
+            raise UserError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
         if start < 0 or (stop is not None and stop < 0):
-            raise ValueError(f"start and stop must not be negative, got {start!r} and {stop!r}")
+            raise UserError(f"start and stop must not be negative, got {start!r} and {stop!r}")
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
         self.batches = -(-len(dataset) // batch_size)  # of a pass

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from configs.shard_names import HOW_TO_GET
+from sparsity.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512  # a tar file is made of blocks of so many bytes, the last two of them zero
@@ -30,32 +31,32 @@ class Sample(NamedTuple):
 
 
 def check_shard(path: Path) -> None:
-    """Raise ValueError unless the file is a tar file with an end: one that was cut off has none."""
+    """Raise UserError unless the file is a tar file with an end: one that was cut off has none."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_BLOCK)
         file.seek(max(0, size - 2 * _BLOCK))
         end = file.read()
     if any(head) and head[_MAGIC] != b"ustar":
-        raise ValueError(f"{path}: not an uncompressed tar file; {HOW_TO_GET}")
+        raise UserError(f"{path}: not an uncompressed tar file; {HOW_TO_GET}")
     if size < 2 * _BLOCK or size % _BLOCK or any(end):
-        raise ValueError(f"{path}: the end of this tar file is missing; remove it and get it again: {HOW_TO_GET}")
+        raise UserError(f"{path}: the end of this tar file is missing; remove it and get it again: {HOW_TO_GET}")
 
 
 def open_shard(path: Path) -> int:
     """Samples in a shard (see `count_samples`).
 
     Raises:
-        ValueError: it is cut off, or its first sample has no image or no caption.
+        UserError: it is cut off, or its first sample has no image or no caption.
     """
     check_shard(path)
     count = count_samples(path)
     first = next(read_shard(path), None) if count else None
     if count and first is None:
-        raise ValueError(miscounted(path, count))
+        raise UserError(miscounted(path, count))
     if first and (first.image is None or first.caption is None):
         lacks = "caption (.txt, or 'caption' in .json)" if first.image else "image (.jpg, .png or .webp)"
-        raise ValueError(f"{first.name}: no {lacks} for this key in the shard; {HOW_TO_GET}")
+        raise UserError(f"{first.name}: no {lacks} for this key in the shard; {HOW_TO_GET}")
     return count
 
 
@@ -68,14 +69,14 @@ def count_samples(path: Path) -> int:
     """Samples in a shard: what img2dataset's `NNNNN_stats.json` says, or else by a walk through the tar file.
 
     Raises:
-        ValueError: neither can be read, or the tar file has a path that leads out of it.
+        UserError: neither can be read, or the tar file has a path that leads out of it.
     """
     stats = stats_path(path)
     if stats.is_file():
         try:
             return int(json.loads(stats.read_bytes())["successes"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{stats}: expected img2dataset's JSON with 'successes'; correct or remove it") from None
+            raise UserError(f"{stats}: expected img2dataset's JSON with 'successes'; correct or remove it") from None
     return sum(1 for _ in _keys(path))
 
 
@@ -99,14 +100,14 @@ def _keys(path: Path) -> Iterator[str]:
             if any(tar.fileobj.read(_BLOCK)):  # tarfile stops at a header that it cannot read as if it were the end
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(_damaged(path, error)) from None
+        raise UserError(_damaged(path, error)) from None
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
     """The samples of a shard in their order, read as a stream by webdataset.
 
     Raises:
-        ValueError: the tar file is damaged, or has a path that leads out of it.
+        UserError: the tar file is damaged, or has a path that leads out of it.
     """
     with path.open("rb") as stream:
         groups = group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
@@ -114,7 +115,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
             try:
                 group = next(groups, None)
             except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-                raise ValueError(_damaged(path, error)) from None
+                raise UserError(_damaged(path, error)) from None
             if group is None:
                 return
             _check_inside(path, group["__key__"])
@@ -139,7 +140,7 @@ def _caption(group: dict[str, Any]) -> str | None:
 
 def _check_inside(path: Path, name: str) -> None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{path}: has a file {name!r}, which leads out of the archive; don't use this shard")
+        raise UserError(f"{path}: has a file {name!r}, which leads out of the archive; don't use this shard")
 
 
 def _damaged(path: Path, error: Exception) -> str:

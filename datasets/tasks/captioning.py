@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from configs.finetuning import DEBUG_IMAGES, CaptioningConfig
+from configs.finetuning import CaptioningConfig
+from configs.task import DEBUG_IMAGES
 from datasets.annotations import HOW_TO_GET
-from datasets.bundled.scenes import BundledRetrieval, BundledScenes, image_tensor, load_glyphs, varied_caption
+from datasets.bundled.captions import varied_caption
+from datasets.bundled.glyphs import image_tensor, load_glyphs
+from datasets.bundled.scenes import BundledRetrieval, BundledScenes
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
 from datasets.tasks.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from datasets.text import TextEncoder
 from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
+from sparsity.errors import MissingFileError, UserError
 
 EXPECTED = '{"annotations": [{"image_id": number, "caption": text}]}'
 REFERENCES = 5  # captions of a bundled scene, as many as COCO has of an image
@@ -53,7 +57,7 @@ class CaptioningEvalDataset(RetrievalEvalDataset):
 
     Raises:
         FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
-        ValueError: a file is not as expected, or an image has no number or no reference.
+        UserError: a file is not as expected, or an image has no number or no reference.
     """
 
     def __init__(self, annotation_file: str | Path, *options: Any, gt_file: str | Path | None = None, **named: Any):
@@ -61,13 +65,13 @@ class CaptioningEvalDataset(RetrievalEvalDataset):
         self.ids = [_image_id(annotation_file, path) for path in self.images]
         if len(set(self.ids)) < len(self.ids):
             twice = next(i for i in self.ids if self.ids.count(i) > 1)
-            raise ValueError(f"{annotation_file}: two images have the number {twice} at the end of their names")
+            raise UserError(f"{annotation_file}: two images have the number {twice} at the end of their names")
         self.references = [[self.texts[t] for t in own] for own in self.img2txt]
         if gt_file is not None:
             known = read_references(gt_file)
             missing = [i for i in self.ids if i not in known]
             if missing:
-                raise ValueError(f"{gt_file}: no caption of image {missing[0]}, which {annotation_file} has")
+                raise UserError(f"{gt_file}: no caption of image {missing[0]}, which {annotation_file} has")
             self.references = [known[i] for i in self.ids]
 
 
@@ -97,22 +101,22 @@ class BundledCaptions(BundledRetrieval):
 def read_references(path: str | Path) -> dict[int, list[str]]:
     """Captions of each image id in a COCO caption file.
 
-    Raises FileNotFoundError, or ValueError where it is no such file.
+    Raises FileNotFoundError, or UserError where it is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: annotation file not found; expected {EXPECTED}; {HOW_TO_GET}")
+        raise MissingFileError(f"{path}: annotation file not found; expected {EXPECTED}; {HOW_TO_GET}")
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError as error:  # also what is not UTF-8
-        raise ValueError(f"{path}: not a JSON file ({error}); expected {EXPECTED}; {HOW_TO_GET}") from None
+        raise UserError(f"{path}: not a JSON file ({error}); expected {EXPECTED}; {HOW_TO_GET}") from None
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
-        raise ValueError(f"{path}: no list 'annotations'; expected {EXPECTED}; {HOW_TO_GET}")
+        raise UserError(f"{path}: no list 'annotations'; expected {EXPECTED}; {HOW_TO_GET}")
     found: dict[int, list[str]] = {}
     for number, annotation in enumerate(annotations):
         image_id, caption = _annotation(annotation)
         if image_id is None or caption is None:
-            raise ValueError(f"{path}: annotation {number} is {annotation!r:.60}; expected {EXPECTED}")
+            raise UserError(f"{path}: annotation {number} is {annotation!r:.60}; expected {EXPECTED}")
         found.setdefault(image_id, []).append(caption)
     return found
 
@@ -127,7 +131,7 @@ def _annotation(annotation: Any) -> tuple[int | None, str | None]:
 def _image_id(annotation_file: str | Path, path: str) -> int:
     digits = re.search(r"\d+$", Path(path).stem)
     if digits is None:
-        raise ValueError(f"{annotation_file}: no number at the end of {path}, which says which image of COCO it is")
+        raise UserError(f"{annotation_file}: no number at the end of {path}, which says which image of COCO it is")
     return int(digits[0])
 
 

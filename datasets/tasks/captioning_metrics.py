@@ -15,6 +15,8 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from sparsity.errors import UserError
+
 log = logging.getLogger(__name__)
 
 PACKAGE = "pycocoevalcap"
@@ -26,9 +28,9 @@ _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 def check_package() -> None:
-    """ValueError where pycocoevalcap is not installed; does not import it."""
+    """UserError where pycocoevalcap is not installed; does not import it."""
     if importlib.util.find_spec(PACKAGE) is None:
-        raise ValueError(f"captions are scored by {PACKAGE}: pip install {PACKAGE}, or give --skip_eval")
+        raise UserError(f"captions are scored by {PACKAGE}: pip install {PACKAGE}, or give --skip_eval")
 
 
 def has_java() -> bool:
@@ -93,7 +95,7 @@ class CaptionScorer:
 
     def _tokens(self, captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[Tokens, Tokens]:
         if not captions:
-            raise ValueError("there is no caption to score: no image could be read")
+            raise UserError("there is no caption to score: no image could be read")
         tokenize = public_tokens if self.java else own_tokens
         found = tokenize({image: [text] for image, text in captions.items()})
         return found, tokenize({image: references[image] for image in captions})
@@ -110,7 +112,7 @@ def own_tokens(texts: Mapping[int, Sequence[str]]) -> Tokens:
 def public_tokens(texts: Mapping[int, Sequence[str]]) -> Tokens:
     """Tokens of the Penn Treebank, lower-case, without punctuation: Stanford's tokenizer as COCO's evaluation has it.
 
-    ValueError where it fails.
+    UserError where it fails.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
@@ -122,7 +124,7 @@ def public_tokens(texts: Mapping[int, Sequence[str]]) -> Tokens:
     tokenized = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(tokenized) != len(lines):
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ValueError(f"the tokenizer of {PACKAGE} failed with Java: {reason}; give --skip_eval to score elsewhere")
+        raise UserError(f"the tokenizer of {PACKAGE} failed with Java: {reason}; give --skip_eval to score elsewhere")
     words = (" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in tokenized)
     return {image: [next(words) for _ in own] for image, own in texts.items()}
 

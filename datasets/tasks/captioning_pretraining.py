@@ -7,7 +7,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from configs.finetuning import CaptioningPretrainConfig
-from datasets.bundled.scenes import BundledScenes, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledScenes
 from datasets.loaders import loader
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardDataset, shard_loader

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch.utils.data import Dataset, Subset
 
-from configs.finetuning import CLASSIFICATION, DEBUG_IMAGES, ClassificationConfig
-from configs.pruning import LabelledImages
+from configs.finetuning import CLASSIFICATION, ClassificationConfig
+from configs.sources import LabelledImages
+from configs.task import DEBUG_IMAGES
 from datasets.bundled.classification import BundledClassification
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.labelled.public import ClassificationDataset, labelled
 from datasets.transforms import FINETUNING_SCALE, IMAGENET, EvalTransform, TrainTransform
@@ -20,7 +21,7 @@ Labelled = BundledClassification | CifarDataset | ClassificationDataset
 def training_set(config: ClassificationConfig, side: int, seed: int) -> Labelled:
     """What is trained on, indexed by running numbers; `class_names` are those of its labels.
 
-    side: of the images, in pixels. Raises OSError or ValueError where the files are not there or not as expected.
+    side: of the images, in pixels. Raises OSError or UserError where the files are not there or not as expected.
     """
     if config.dataset == "bundled":
         return BundledClassification(load_glyphs(), "train", config.bundled.train_images, side=side, seed=seed)

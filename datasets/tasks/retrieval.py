@@ -13,11 +13,13 @@ from torch.utils.data import Dataset
 
 from configs.finetuning import RetrievalConfig
 from datasets.annotations import ImageRoot, Records, get_text, get_texts, read_records
-from datasets.bundled.scenes import BundledScenes, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledScenes
 from datasets.collate import Skipped
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from datasets.transforms import FINETUNING_SCALE, TrainTransform
+from sparsity.errors import UserError
 
 EXPECTED = '{"image": path, "caption": [text]}'
 EXPECTED_PAIR = '{"image": path, "caption": text or [text], "image_id": text or number}'
@@ -42,7 +44,7 @@ class RetrievalEvalDataset(Dataset):
 
     Raises:
         FileNotFoundError: the file or folder is missing, or none of the images looked up is in the folder.
-        ValueError: the annotation file is not as expected.
+        UserError: the annotation file is not as expected.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class RetrievalTrainDataset(Dataset):
 
     Raises:
         FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
-        ValueError: an annotation file is not as expected.
+        UserError: an annotation file is not as expected.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ def recall(
     """
     images, texts = len(img2txt), len(txt2img)
     if tuple(scores_i2t.shape) != (images, texts) or tuple(scores_t2i.shape) != (texts, images):
-        raise ValueError(
+        raise UserError(
             f"scores must be ({images}, {texts}) and ({texts}, {images}) for {images} images and {texts} texts, "
             f"got {tuple(scores_i2t.shape)} and {tuple(scores_t2i.shape)}"
         )

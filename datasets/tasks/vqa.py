@@ -13,15 +13,18 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from configs.finetuning import DEBUG_IMAGES, VQAConfig
+from configs.finetuning import VQAConfig
+from configs.task import DEBUG_IMAGES
 from datasets.annotations import HOW_TO_GET, ImageRoot, Records, get_text, get_texts, read_json, read_records
-from datasets.bundled.scenes import BundledRetrieval, image_tensor, load_glyphs
+from datasets.bundled.glyphs import image_tensor, load_glyphs
+from datasets.bundled.scenes import BundledRetrieval
 from datasets.bundled.vqa import BundledQuestions, answer_list, questions_about
 from datasets.collate import Skipped, collate
 from datasets.sampler import sample_generator
 from datasets.tasks.vqa_accuracy import Asked
 from datasets.text import Tokenizer, clean_question, mentions_side
 from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
+from sparsity.errors import UserError
 
 EXPECTED = '{"image": path, "question": text, "answer": text or [text], "dataset": "vqa" or "vg"}'
 EXPECTED_TEST = '{"image": path, "question": text, "question_id": number, "dataset": "vqa" or "vg"}'
@@ -40,7 +43,7 @@ class Words:
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, *, add_sep: bool, answer_ends: int):
         if max_tokens < 2 + answer_ends:
-            raise ValueError(f"max_tokens must be at least {2 + answer_ends}, got {max_tokens!r}")
+            raise UserError(f"max_tokens must be at least {2 + answer_ends}, got {max_tokens!r}")
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.question_ends, self.answer_ends = int(add_sep), answer_ends
 
@@ -111,15 +114,15 @@ class Record(NamedTuple):
 
 
 def parse_question(record: dict, answered: bool, identified: bool) -> Record:
-    """ValueError where something is missing: the answers where it must be `answered`, `question_id` where it must be
+    """UserError where something is missing: the answers where it must be `answered`, `question_id` where it must be
     `identified`.
     """
     source = record.get("dataset", "vqa")
     if source not in SOURCES:
-        raise ValueError(f"'dataset' must be {' or '.join(map(repr, SOURCES))}, got {source!r:.60}")
+        raise UserError(f"'dataset' must be {' or '.join(map(repr, SOURCES))}, got {source!r:.60}")
     image, number = get_text(record, "image"), record.get("question_id")
     if identified and not isinstance(number, int | str):
-        raise ValueError(f"'question_id' must be a number or a text, got {number!r:.60}")
+        raise UserError(f"'question_id' must be a number or a text, got {number!r:.60}")
     answers = get_texts(record, "answer") if answered or "answer" in record else []
     image = Path(image).name if source == "vg" else image  # images of Visual Genome lie in one folder
     return Record(source, image, get_text(record, "question"), answers, number)
@@ -135,11 +138,11 @@ class Images:
         self.roots = {source: ImageRoot(folder) for source, folder in roots.items() if folder}
 
     def check(self, file: str | Path, records: Sequence[Record]) -> None:
-        """ValueError or FileNotFoundError where images of a file cannot be there."""
+        """UserError or FileNotFoundError where images of a file cannot be there."""
         for source, setting in SOURCES.items():
             paths = [record.image for record in records if record.source == source]
             if paths and source not in self.roots:
-                raise ValueError(f"{file}: has questions of the dataset {source!r}: set {setting}, their image folder")
+                raise UserError(f"{file}: has questions of the dataset {source!r}: set {setting}, their image folder")
             if paths:
                 self.roots[source].check(file, paths)
 
@@ -162,7 +165,7 @@ class VQATrainDataset(Dataset):
 
     Raises:
         FileNotFoundError: a file is missing, or none of the images looked up is there.
-        ValueError: an annotation file is not as expected.
+        UserError: an annotation file is not as expected.
     """
 
     def __init__(
@@ -313,12 +316,12 @@ def evaluation_sets(config: VQAConfig, words: Words, side: int, debug: bool = Fa
 
 
 def candidates(config: VQAConfig) -> list[str]:
-    """The answers that there are to choose from; ValueError where their file is not as expected."""
+    """The answers that there are to choose from; UserError where their file is not as expected."""
     if config.answer_list is None:
         return answer_list(load_glyphs())
     answers = read_json(Path(config.answer_list), EXPECTED_ANSWERS)
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f"{config.answer_list}: expected a JSON list of {EXPECTED_ANSWERS}; {HOW_TO_GET}")
+        raise UserError(f"{config.answer_list}: expected a JSON list of {EXPECTED_ANSWERS}; {HOW_TO_GET}")
     return answers
 
 

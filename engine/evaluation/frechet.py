@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.collate import collate
 from datasets.transforms import IMAGENET
 from engine.generation.sampling import READ, draw
+from sparsity.errors import UserError
 
 METRICS = {"Frechet": "frechet", "as asked %": "as_asked"}  # column of a table -> metric
 
@@ -45,11 +46,11 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of normal distributions with these moments. ValueError for
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of normal distributions with these moments. UserError for
     fewer than two samples.
     """
     if min(a.count, b.count) < 2:
-        raise ValueError("the Frechet distance needs at least two samples on each side")
+        raise UserError("the Frechet distance needs at least two samples on each side")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
     common = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()

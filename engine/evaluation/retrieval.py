@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from configs.pruning import Evaluation
-from datasets.bundled.scenes import BundledRetrieval, load_glyphs
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledRetrieval
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import Skipped, SkippedImages, trim_text
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.pruning.run import Metrics
-from sparsity.maskllm import GATE, fold
+from engine.reports.report import Metrics
+from sparsity.errors import UserError
+from sparsity.learned.checkpoint import GATE, fold
 from sparsity.pattern import patterns_of
 from sparsity.view import PrunableView
 
@@ -18,14 +19,14 @@ log = logging.getLogger(__name__)
 def loaded(state: dict[str, Tensor], mode: str, path: str) -> tuple[dict[str, Tensor], int]:
     """The weights of a checkpoint, and how many parameters are gates, whose masks are put into the weights.
 
-    mode: "maskllm", where there must be masks; else there must be none. ValueError otherwise.
+    mode: "maskllm", where there must be masks; else there must be none. UserError otherwise.
     """
     masked = fold(state)
     learned = masked.keys() != state.keys()
     if learned and mode != "maskllm":
-        raise ValueError(f"{path}: has learned masks: give --sparsity-mode maskllm")
+        raise UserError(f"{path}: has learned masks: give --sparsity-mode maskllm")
     if mode == "maskllm" and not learned:
-        raise ValueError(f"{path}: has no learned masks (*.gate or *.mask): give --sparsity-mode sparse or dense")
+        raise UserError(f"{path}: has no learned masks (*.gate or *.mask): give --sparsity-mode sparse or dense")
     return masked, sum(tensor.numel() for name, tensor in state.items() if name.endswith(GATE))
 
 

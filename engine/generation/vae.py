@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.generation.sampling import save_grid
+from sparsity.errors import UserError
 from sparsity.files import replacing
 
 _READ = 8  # latents decoded together
@@ -16,7 +17,7 @@ _SCALE = 0.18215  # of the latents of Stable Diffusion's VAE, on which DiT was t
 
 
 class VAE:
-    """diffusers' AutoencoderKL, of a folder or a name on the hub. ValueError where there is none."""
+    """diffusers' AutoencoderKL, of a folder or a name on the hub. UserError where there is none."""
 
     def __init__(self, name: str, fabric: Any):
         from diffusers.models import AutoencoderKL
@@ -24,7 +25,7 @@ class VAE:
         try:
             self.vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False).to(fabric.device).eval()
         except Exception as error:  # of the network, the hub, the files: each its own kind
-            raise ValueError(f"--vae {name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"--vae {name}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
         self.device = fabric.device
 
     @torch.no_grad()

@@ -2,19 +2,23 @@
 
 import argparse
 import difflib
+import importlib.util
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.exit_codes import BAD_INPUT
 from sparsity.allocation.budget import SCHEDULES
+from sparsity.errors import UserError
 
-USER_ERROR = 2
 EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 CALIBRATION_MODES = ("dense", "sequential")
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
+
+OPTIONAL = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorboard")}  # option -> module, package
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message} (python {self.prog} --help lists all options)\n")
+        self.exit(BAD_INPUT, f"error: {message} (python {self.prog} --help lists all options)\n")
 
 
 def _checked(convert: Callable[[str], Any], ok: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -128,14 +132,14 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
 
 
 def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
-    """ValueError where an option of the project's own models (`names`) is given with another (`forms`), or the other
+    """UserError where an option of the project's own models (`names`) is given with another (`forms`), or the other
     way round.
     """
     for option in EXTERNAL:
         if not external and getattr(args, option) is not None:
-            raise ValueError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
+            raise UserError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
     if external and args.variant != "auto":
-        raise ValueError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
+        raise UserError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
@@ -205,3 +209,10 @@ def _add_arithmetic(add: Callable[..., Any], *short: str) -> None:
     precisions = ("32-true", "bf16-mixed", "16-mixed")
     arithmetic = "arithmetic of the forward (default: %(default)s)"
     add(*short, "--precision", default="32-true", choices=precisions, help=arithmetic)
+
+
+def check_loggers(wanted: Mapping[str, bool]) -> None:
+    """UserError where the package of a logger that is wanted is not installed; does not import it."""
+    for option, (module, package) in OPTIONAL.items():
+        if wanted[option] and importlib.util.find_spec(module) is None:
+            raise UserError(f"--{option} needs a package that is not installed: pip install {package}")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from configs.loading import load_config
 from engine.options.command_line import positive_int
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import replacing
 
 BUNDLED = "dit-mini"
@@ -38,33 +39,33 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
 def choose(args: argparse.Namespace, sizes: ModuleType) -> tuple[Any, str | None]:
     """Sizes and weights file (None: random ones) of the model that was asked for.
 
-    sizes: models.dit.sizes, with `Config` and `published`. Raises ValueError or OSError, naming the option.
+    sizes: models.dit.sizes, with `Config` and `published`. Raises UserError or OSError, naming the option.
     """
     of_file = args.model == BUNDLED or args.model.endswith((".yaml", ".yml"))
     for option, value in (("--image-size", args.image_size), ("--num-classes", args.num_classes)):
         if of_file and value:
-            raise ValueError(f"{option} is for the published models (DiT-XL/2, ...): leave it out with {args.model}")
+            raise UserError(f"{option} is for the published models (DiT-XL/2, ...): leave it out with {args.model}")
     if of_file:
         chosen = load_config(SIZES if args.model == BUNDLED else args.model, sizes.Config)
     else:
         chosen = sizes.published(args.model, args.image_size or PIXELS, args.num_classes or CLASSES)
     if args.vae and chosen.pixels:
-        raise ValueError(f"--vae: {args.model} draws images, no latents: leave it out")
+        raise UserError(f"--vae: {args.model} draws images, no latents: leave it out")
     if args.vae and importlib.util.find_spec("diffusers") is None:
-        raise ValueError("--vae needs a package that is not installed: pip install diffusers")
+        raise UserError("--vae needs a package that is not installed: pip install diffusers")
     weights = args.ckpt or (WEIGHTS if args.model == BUNDLED else official(args.model, args.image_size or PIXELS))
     if weights != "random" and not Path(weights).is_file():
-        raise FileNotFoundError(f"--ckpt {weights}: there is no such file")
+        raise MissingFileError(f"--ckpt {weights}: there is no such file")
     return chosen, None if weights == "random" else weights
 
 
 def official(model: str, pixels: int) -> str:
     """The file of the published weights, which is downloaded where it is not there yet, whole or not at all.
 
-    Raises ValueError where none were published for so many pixels, OSError where they cannot be had.
+    Raises UserError where none were published for so many pixels, OSError where they cannot be had.
     """
     if (model, pixels) not in OFFICIAL:
-        raise ValueError(f"--ckpt: give the weights of {model} for {pixels} pixels, a file, or 'random'")
+        raise UserError(f"--ckpt: give the weights of {model} for {pixels} pixels, a file, or 'random'")
     path = DOWNLOADED / OFFICIAL[model, pixels]
     if not path.is_file():
         url = SITE + path.name

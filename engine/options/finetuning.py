@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from configs.finetuning import TaskConfig
 from configs.loading import configure, read_yaml
-from engine.training.loggers import check_loggers
+from configs.task import TaskConfig
+from engine.options.command_line import check_loggers
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
 T = TypeVar("T", bound=TaskConfig)
@@ -20,15 +21,15 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     typed.
 
     args: of `engine.options.command_line.add_finetuning_options`. arguments: what `args` was parsed from. Raises
-    ValueError or OSError for whatever keeps the run from beginning: neither mask nor --dense, files that are missing,
+    UserError or OSError for whatever keeps the run from beginning: neither mask nor --dense, files that are missing,
     sizes of batches that do not go together, packages of loggers that are not installed.
     """
     if args.dense:
         args.mask = None
     elif args.mask is None:
-        raise ValueError("give --mask FILE to train a pruned model, or --dense to train the dense one")
+        raise UserError("give --mask FILE to train a pruned model, or --dense to train the dense one")
     elif not args.mask.is_file():
-        raise FileNotFoundError(f"--mask {args.mask}: mask file not found; prune.py writes such files")
+        raise MissingFileError(f"--mask {args.mask}: mask file not found; prune.py writes such files")
     args.config, config = configure(args, task, schema, base="")
     config = config.overridden(vars(args))
     read_yaml(config.model_config)
@@ -37,12 +38,12 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     try:
         config.accumulation(args.devices * args.num_nodes)
     except ValueError as error:
-        raise ValueError(f"{args.config}: {error}") from error
+        raise UserError(f"{args.config}: {error}") from error
     check_loggers(vars(args))
     check_writable(args.output_dir, "--output_dir")
     args.snapshot = args.snapshot or Path(args.output_dir, "last.pt")
     if args.snapshot.is_dir():
-        raise ValueError(f"--snapshot {args.snapshot}: this is a folder; give the name of a file")
+        raise UserError(f"--snapshot {args.snapshot}: this is a folder; give the name of a file")
     check_writable(args.snapshot.parent, "--snapshot")
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config

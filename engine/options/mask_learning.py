@@ -1,10 +1,15 @@
 """Options of maskllm_train.py, under the names of the public code and of timm's training script."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.options.command_line import count, positive_float, positive_int, share
+from engine.options.command_line import check_loggers, count, positive_float, positive_int, share
+from sparsity.errors import MissingFileError, UserError
+from sparsity.files import check_writable
+from sparsity.learned.schedule import RECIPES, Recipe
+from sparsity.pattern import parse_pattern
 
 MODES = ("maskllm", "sparse", "dense")
 UNITS = ("epoch", "step")
@@ -135,3 +140,25 @@ def image_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What is given in place of the model's own data configuration."""
     given = {name: getattr(args, name) for name in ("mean", "std", "crop_pct", "interpolation")}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def check_learning(args: argparse.Namespace) -> Recipe:
+    """The course of tau and scaling; also resolves pattern, precision and folder. UserError for what cannot be."""
+    args.pattern = parse_pattern(f"{args.N}:{args.M}")
+    given = {"tau": args.tau_range, "scaling": args.scaling_range, "gate_std": args.gate_std}
+    recipe = replace(RECIPES[args.preset], **{name: value for name, value in given.items() if value is not None})
+    for option, path in {
+        "sparse-checkpoint": args.sparse_checkpoint,
+        "initial-checkpoint": args.initial_checkpoint,
+    }.items():
+        if path is not None and not path.is_file():
+            raise MissingFileError(f"--{option} {path}: file not found")
+    if args.sparsity_mode == "sparse" and args.sparse_checkpoint is None:
+        raise UserError("--sparsity-mode sparse trains under a fixed mask: give it with --sparse-checkpoint")
+    if args.amp:
+        args.precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[args.amp_dtype]
+    args.experiment = args.experiment or f"{args.model.replace('/', '_').replace(':', '_')}.{args.N}of{args.M}"
+    args.folder = args.output / args.experiment
+    check_writable(args.folder, "--output")
+    check_loggers({"wandb": args.log_wandb, "tensorboard": False})
+    return recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.options.command_line import CALIBRATION_MODES, OFFLOAD, positive_int
 from sparsity.allocation.budget import parse_sparsities
+from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern
 
 PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
@@ -53,19 +54,19 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
 
 
 def check_oneshot(args: argparse.Namespace) -> Target:
-    """What is asked for. Raises ValueError for options that do not go together."""
+    """What is asked for. Raises UserError for options that do not go together."""
     if args.enable_update and args.pruner != "sparsegpt":
-        raise ValueError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
+        raise UserError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
     if args.calibration_mode and args.pruner not in ("wanda", "sparsegpt"):
-        raise ValueError(f"--calibration-mode is for wanda and sparsegpt, got --pruner {args.pruner}")
+        raise UserError(f"--calibration-mode is for wanda and sparsegpt, got --pruner {args.pruner}")
     if args.sparsity is not None:
         if args.N or args.M:
-            raise ValueError("--sparsity is for zeros anywhere, --N and --M are for those in a pattern: leave one out")
+            raise UserError("--sparsity is for zeros anywhere, --N and --M are for those in a pattern: leave one out")
         sparsities = parse_sparsities(args.sparsity)
         if len(sparsities) > 1:
-            raise ValueError(f"--sparsity {args.sparsity}: give one; prune.py takes several")
+            raise UserError(f"--sparsity {args.sparsity}: give one; prune.py takes several")
         return Target(None, sparsities[0])
     n, m = args.N or USUAL[0], args.M or USUAL[1]
     if not n < m:
-        raise ValueError(f"--N {n} --M {m}: N weights are kept of every M, so N must be below M")
+        raise UserError(f"--N {n} --M {m}: N weights are kept of every M, so N must be below M")
     return Target(parse_pattern(f"{n}:{m}"))

@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.pruning import PrunedModel
-from engine.pruning.run import Metrics, percent, timed
-from engine.reports.report import append_csv, markdown_table
+from engine.pruning.run import percent, timed
+from engine.reports.report import Metrics, append_csv, markdown_table
 from sparsity.allocation.budget import Sparsity
+from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks, state_digest
 from sparsity.view import PrunableView
@@ -63,7 +64,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 class Ledger:
     """`results.csv`, a row for each run, written as soon as the run is done; rows of other configurations stay.
 
-    A line that a killed process left unfinished is removed. Raises ValueError for a file with other columns.
+    A line that a killed process left unfinished is removed. Raises UserError for a file with other columns.
 
     Args:
         groups: of the model's weights; their sparsity is recorded.
@@ -88,7 +89,7 @@ class Ledger:
             write_atomic(self.path, whole.encode())
         reader = csv.DictReader(io.StringIO(whole))
         if whole and reader.fieldnames != self.columns:
-            raise ValueError(f"{self.path}: has the columns of another model or version; choose another --output_dir")
+            raise UserError(f"{self.path}: has the columns of another model or version; choose another --output_dir")
         return [row for row in reader if row["config"] == self.digests.get(row["pruner"])]
 
     def find(self, pruner: str, sparsity: str, seed: str) -> Row | None:

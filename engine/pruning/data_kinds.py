@@ -17,7 +17,7 @@ from configs.loading import load_config
 from configs.pruning import LabelsPruneConfig, NoisePruneConfig, PruneConfig
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.generation import BundledGlyphs, Latents, check_pixels, read_latents
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, LabelsCalibration, NoiseCalibration
 from datasets.labelled.public import ClassificationDataset, check_classes, labelled
 from datasets.text import TextEncoder

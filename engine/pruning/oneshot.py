@@ -9,19 +9,20 @@ from torch import nn
 
 from engine.export import save_weights
 from engine.options.oneshot import Target
-from engine.pruning.run import Metrics, calibrate
-from engine.reports.report import markdown_table
+from engine.pruning.run import calibrate
+from engine.reports.report import Metrics, markdown_table
+from sparsity.errors import UserError
 from sparsity.files import replacing
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
 
 
 def divisible(view: PrunableView, target: Target) -> None:
-    """ValueError where M divides the inputs of no layer, so that nothing would be pruned."""
+    """UserError where M divides the inputs of no layer, so that nothing would be pruned."""
     pattern = target.pattern
     if pattern and not any(pattern.fits(weight.shape[1]) for weight in view.weights.values()):
         widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
-        raise ValueError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
+        raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
 
 
 def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Target, seed: int, **kept: Any) -> Masks:

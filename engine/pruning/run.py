@@ -19,13 +19,12 @@ from datasets.calibration.data_kinds import Calibration
 from engine.export import save_model
 from engine.pruning.tensor_stream import stream_tensors
 from engine.reports.pictures import Pictures
-from engine.reports.report import append_csv, markdown_table, write_report
+from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.masks import Masks
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.view import PrunableView
 
-Metrics = Mapping[str, float]
 RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsity.errors import UserError
 from sparsity.files import replacing
 
 _HEADER_ALIGNMENT = 8
@@ -14,7 +15,7 @@ _HEADER_ALIGNMENT = 8
 
 def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write float32 tensors in the order of `shapes`, each as soon as it is there: a safetensors file, whole or not at
-    all. ValueError where a tensor is not the one that comes next.
+    all. UserError where a tensor is not the one that comes next.
     """
     header, offset = {}, 0
     for name, shape in shapes.items():
@@ -27,5 +28,5 @@ def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: I
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             if name != given or tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"expected {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
+                raise UserError(f"expected {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
             file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())

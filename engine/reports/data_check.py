@@ -7,19 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.pruning import (
-    ExternalPruneConfig,
-    Files,
-    LabelledImages,
-    LabelsPruneConfig,
-    NoisePruneConfig,
-    PruneConfig,
-    PrunedModel,
-)
+from configs.pruning import ExternalPruneConfig, LabelsPruneConfig, NoisePruneConfig, PruneConfig, PrunedModel
 from configs.shard_names import HOW_TO_GET as SHARDS
 from configs.shard_names import is_pattern, shard_names
+from configs.sources import Files, LabelledImages
 from datasets.annotations import HOW_TO_GET, ImageRoot, read_by_folder
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.collate import Skipped
 from datasets.labelled.image_folder import ImageFolder
 from datasets.labelled.public import labelled

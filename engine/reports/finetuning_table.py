@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.reports.report import markdown_table
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 DENSE = "dense"
@@ -17,29 +18,29 @@ ABSENT = "-"
 def read_metrics(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """What is finished in <folder>/<run>/<level>/result/metrics.json: run -> level -> test -> metric -> value.
 
-    A level is "dense" or a sparsity in per cent. Raises FileNotFoundError where nothing is, ValueError naming a file
+    A level is "dense" or a sparsity in per cent. Raises FileNotFoundError where nothing is, UserError naming a file
     that does not hold metrics or is in a folder of another name.
     """
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for path in sorted(folder.glob(f"*/*/{METRICS}")):
         run, level = path.relative_to(folder).parts[:2]
         if level != DENSE and not _is_number(level):
-            raise ValueError(f"{path}: expected <run>/dense or <run>/<sparsity> in {folder}, got {run}/{level}")
+            raise UserError(f"{path}: expected <run>/dense or <run>/<sparsity> in {folder}, got {run}/{level}")
         try:
             metrics = json.loads(path.read_bytes())
             tests = {str(test): {str(k): float(v) for k, v in values.items()} for test, values in metrics.items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not the metrics of tests ({error}); train it again") from None
+            raise UserError(f"{path}: not the metrics of tests ({error}); train it again") from None
         found.setdefault(run, {})[level] = tests
     if not found:
-        raise FileNotFoundError(f"{folder}/<run>/<dense or sparsity>/{METRICS}: there is none; fine-tune first")
+        raise MissingFileError(f"{folder}/<run>/<dense or sparsity>/{METRICS}: there is none; fine-tune first")
     return found
 
 
 def table(folder: Path, wanted: Sequence[str] = ("*",)) -> str:
     """Markdown: a row for each run, test and metric, a column for the dense model and each sparsity.
 
-    wanted: globs of metrics. Raises FileNotFoundError or ValueError as `read_metrics`, and ValueError where none of
+    wanted: globs of metrics. Raises FileNotFoundError or UserError as `read_metrics`, and UserError where none of
     the runs has such a metric.
     """
     found = read_metrics(folder)
@@ -53,7 +54,7 @@ def table(folder: Path, wanted: Sequence[str] = ("*",)) -> str:
                 values = {level: tuned.get(level, {}).get(test, {}).get(metric, ABSENT) for level in levels}
                 rows.append(row | {level if level == DENSE else f"{level} %": value for level, value in values.items()})
     if not rows:
-        raise ValueError(f"{folder}: no run has the metric {' or '.join(wanted)}")
+        raise UserError(f"{folder}: no run has the metric {' or '.join(wanted)}")
     return markdown_table(rows)
 
 

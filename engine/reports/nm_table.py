@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.reports.report import markdown_table
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 # Folder of the results -> what it is, its mask prior, and top-1 of ViT-B/16 (augreg_in1k) on ImageNet-1k at 2:4, as the
@@ -29,21 +30,21 @@ def read_results(folder: Path) -> dict[str, dict[int, float]]:
     """Top-1 of what is finished in <folder>/<method>/<seed>.json, as timm_validate.py or maskllm_train.py writes it:
     method -> seed -> per cent.
 
-    Raises FileNotFoundError where nothing is, ValueError naming a file that is none of these.
+    Raises FileNotFoundError where nothing is, UserError naming a file that is none of these.
     """
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("*/*.json")):
         method, seed = path.parent.name, path.stem
         if method not in METHODS or not seed.isdecimal():
-            raise ValueError(f"{path}: expected <method>/<seed>.json with a method of {', '.join(METHODS)}")
+            raise UserError(f"{path}: expected <method>/<seed>.json with a method of {', '.join(METHODS)}")
         try:
             content = json.loads(path.read_bytes())
             value = float(content.get("test", content)["top1"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not the accuracy of a model; delete it, and measure again") from error
+            raise UserError(f"{path}: not the accuracy of a model; delete it, and measure again") from error
         found.setdefault(method, {})[int(seed)] = value
     if not found:
-        raise FileNotFoundError(f"{folder}/<method>/<seed>.json: there is none; scripts/nm_table.sh makes them")
+        raise MissingFileError(f"{folder}/<method>/<seed>.json: there is none; scripts/nm_table.sh makes them")
     return found
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from sparsity.files import write_atomic
 
+Metrics = Mapping[str, float]
+
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table whose columns also line up as plain text."""

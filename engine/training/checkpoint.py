@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import replacing
 
 
@@ -18,17 +19,17 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, to the CPU, without unpickling code.
 
-    ValueError names a file that is unreadable or lacks one of `keys`.
+    UserError names a file that is unreadable or lacks one of `keys`.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: checkpoint not found")
+        raise MissingFileError(f"{path}: checkpoint not found")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
-        raise ValueError(f"{path}: not a checkpoint of a training run, it has no {', '.join(map(repr, missing))}")
+        raise UserError(f"{path}: not a checkpoint of a training run, it has no {', '.join(map(repr, missing))}")
     return state
 
 

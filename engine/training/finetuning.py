@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from configs.finetuning import TaskConfig
 from configs.loading import save_config
+from configs.task import TaskConfig
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
@@ -25,6 +25,7 @@ from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
 from engine.training.optimizer import finetuning_optimizer
 from engine.training.schedule import warmup_cosine, warmup_linear
+from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
@@ -57,7 +58,7 @@ class Finetuning:
     ):
         self.args, self.config, self.fabric, self.model = args, config, fabric, model
         self.train, self.gather, self.read = train, gather, read
-        self.title = task.__name__.rpartition(".")[2]
+        self.title = "_".join(task.__name__.split(".")[1:])
         self.view = task.prunable_view(model)
         self.masks = read_masks(args.mask, self.view, task.task_names, model.heirs) if args.mask else None
         if self.masks:
@@ -178,7 +179,7 @@ class Finetuning:
     def _batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """What the model is called with in the steps from `start` to `stop`, on this rank.
 
-        Raises ValueError where too many images cannot be read, or none of a batch.
+        Raises UserError where too many images cannot be read, or none of a batch.
         """
         config, fabric, parts = self.config, self.fabric, self.run.accumulate
         ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
@@ -191,7 +192,7 @@ class Finetuning:
             skipped.count = skipped.count if number % epoch else 0
             skipped.add(batch.pop("skipped", ()))
             if not batch:
-                raise ValueError(f"{path}: no image of a batch could be read; get these images again")
+                raise UserError(f"{path}: no image of a batch could be read; get these images again")
             yield {"batch": batch, "epoch": number / epoch}
 
 
@@ -211,7 +212,7 @@ def read_masks(
     """The masks of a file, of the pretrained model or of the task's, under the names that the task model has; its
     `heirs` take the masks of the weights that they are copies of.
 
-    Raises ValueError, naming the file and the first names, where they are another model's.
+    Raises UserError, naming the file and the first names, where they are another model's.
     """
     loaded = Masks.load(path)
     keys = [
@@ -222,7 +223,7 @@ def read_masks(
     try:
         resolved = renamed.resolve(view)
     except ValueError as error:
-        raise ValueError(f"--mask {path}: {error}") from error
+        raise UserError(f"--mask {path}: {error}") from error
     return Masks(resolved, loaded.provenance, {weight.name: weight.aliases for weight in view.weights.values()})
 
 

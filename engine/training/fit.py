@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engine.ranks import on_leader
 from engine.training.checkpoint import differences, load_checkpoint, save_checkpoint
 from engine.training.loggers import CsvLog, Logger
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import remove_leftovers
 from sparsity.masks import Hold
 
@@ -62,20 +63,20 @@ class Run:
     def resume(self) -> int:
         """Load the checkpoint of an earlier run in the same folder, if there is one; returns the first step to do.
 
-        Raises ValueError where the checkpoint cannot be read or belongs to a run of another configuration.
+        Raises UserError where the checkpoint cannot be read or belongs to a run of another configuration.
         """
         if not self.checkpoint_path.is_file():
             return 0
         state = load_checkpoint(self.checkpoint_path, ("step", "identity", "model", "optimizer", "precision"))
         changed = differences(state["identity"], self.identity)
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{self.checkpoint_path}: belongs to a run of another configuration ({'; '.join(changed)}); choose "
                 "another --output_dir, or delete it"
             )
         self.best = state.get("best")
         if self.best and not self.best_path.is_file():
-            raise FileNotFoundError(f"{self.best_path}: not found, and {self.checkpoint_path} goes with it")
+            raise MissingFileError(f"{self.best_path}: not found, and {self.checkpoint_path} goes with it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -125,7 +126,7 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | Non
     `model(...)` call, `run.accumulate` of them in a step.
 
     All randomness of a batch is seeded by (seed, its number, rank), so a resumed run equals an uninterrupted one.
-    Raises ValueError when the loss is no longer finite, before that is saved.
+    Raises UserError when the loss is no longer finite, before that is saved.
     """
     stop = run.steps if stop is None else stop
     leads = run.fabric.is_global_zero
@@ -202,7 +203,7 @@ class _Log:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def flush(self, step: int, **extra: float | torch.Tensor) -> float:
-        """Write the means of what was added since the last time; returns the loss. ValueError unless it is finite."""
+        """Write the means of what was added since the last time; returns the loss. UserError unless it is finite."""
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         if self.fabric.world_size > 1:
             local = torch.tensor(list(means.values()), device=self.fabric.device)
@@ -210,7 +211,7 @@ class _Log:
         self.sums, self.counts = {}, {}
         self.write(step, means | {name: float(value) for name, value in extra.items()})
         if not math.isfinite(means["loss"]):
-            raise ValueError(f"the loss is {means['loss']} at step {step}: try a lower lr, or --precision 32-true")
+            raise UserError(f"the loss is {means['loss']} at step {step}: try a lower lr, or --precision 32-true")
         return means["loss"]
 
     def write(self, step: int, values: dict[str, float]) -> None:

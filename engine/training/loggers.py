@@ -1,7 +1,6 @@
 """Where the numbers of a run go: a CSV file always, Weights & Biases and TensorBoard where they are asked for."""
 
 import csv
-import importlib.util
 import io
 import secrets
 import time
@@ -9,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparsity.errors import UserError
 from sparsity.files import write_atomic
-
-OPTIONAL = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorboard")}  # option -> module, package
 
 
 class Logger(Protocol):
@@ -52,17 +50,10 @@ def _csv(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
-def check_loggers(wanted: Mapping[str, bool]) -> None:
-    """ValueError where the package of a logger that is wanted is not installed; does not import it."""
-    for option, (module, package) in OPTIONAL.items():
-        if wanted[option] and importlib.util.find_spec(module) is None:
-            raise ValueError(f"--{option} needs a package that is not installed: pip install {package}")
-
-
 class WandbLog:
     """A run on Weights & Biases, kept in `folder`; a run that is resumed there goes on.
 
-    Raises ValueError where it cannot be begun.
+    Raises UserError where it cannot be begun.
     """
 
     def __init__(
@@ -93,7 +84,7 @@ class WandbLog:
             )
         except Exception as error:  # of the network, or without a login
             reason = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"--wandb: {reason}; or give --wdb_offline") from error
+            raise UserError(f"--wandb: {reason}; or give --wdb_offline") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

@@ -31,9 +31,12 @@ from engine.training.checkpoint import save_checkpoint
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, WandbLog
 from engine.training.timm_training import Labelled, build_optimizer, build_rate
+from sparsity.errors import UserError
 from sparsity.files import remove_leftovers, write_atomic
+from sparsity.learned.checkpoint import fold
+from sparsity.learned.layer import folded
+from sparsity.learned.learnable_masks import LearnableMasks
 from sparsity.learned.schedule import Recipe, progress
-from sparsity.maskllm import LearnableMasks, fold, folded
 from sparsity.masks import Masks, state_digest
 from sparsity.statistics.gradients import batch_generator
 from sparsity.view import PrunableView
@@ -71,7 +74,7 @@ class ImageTask:
     """A classifier of timm on labelled images.
 
     model: on the device of `fabric`. settings: of timm's data, `input_size`, `mean`, `std`, `crop_pct` and
-    `interpolation`. Raises OSError or ValueError where the data is not there, or has other classes than the model.
+    `interpolation`. Raises OSError or UserError where the data is not there, or has other classes than the model.
     """
 
     select = "top1"
@@ -91,7 +94,7 @@ class ImageTask:
         self.labelled = Labelled(args, model.num_classes)
         self.epoch_steps = len(self.train) // (args.batch_size * fabric.world_size)
         if not self.epoch_steps:
-            raise ValueError(f"--batch-size {args.batch_size}: the training set has {len(self.train)} images")
+            raise UserError(f"--batch-size {args.batch_size}: the training set has {len(self.train)} images")
         self.accuracies = {name: self._accuracy(data, lengths[name]) for name, data in sets.items()}
 
     def _accuracy(self, data: Any, length: int | None) -> Accuracy:
@@ -237,7 +240,7 @@ class LearningRun(Run):
 def read_prior(path: Path, view: PrunableView, read: Callable[[Path], dict[str, Tensor]]) -> Masks:
     """The masks of a mask file, or of the zeros of a checkpoint, which `read` gives as a state dict.
 
-    Raises ValueError, naming the file, where they are another model's or there are no zeros.
+    Raises UserError, naming the file, where they are another model's or there are no zeros.
     """
     try:
         prior = Masks.load(path)
@@ -246,7 +249,7 @@ def read_prior(path: Path, view: PrunableView, read: Callable[[Path], dict[str, 
     try:
         prior.check(view)
     except ValueError as error:
-        raise ValueError(f"--sparse-checkpoint {path}: {error}") from error
+        raise UserError(f"--sparse-checkpoint {path}: {error}") from error
     return prior
 
 
@@ -258,7 +261,7 @@ def _zeros_of(path: Path, view: PrunableView, state: dict[str, Tensor]) -> Masks
             found[weight.name] = state[name] != 0
     if not found or all(mask.all() for mask in found.values()):
         what = "has no zeros in the layers of this model" if found else "is of another model"
-        raise ValueError(f"--sparse-checkpoint {path}: {what}; give a mask file, or a checkpoint that is pruned")
+        raise UserError(f"--sparse-checkpoint {path}: {what}; give a mask file, or a checkpoint that is pruned")
     return Masks(found, {"zeros of": path.name})
 
 

@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from configs.loading import load_config
-from configs.pruning import Evaluation, LabelsPretrainConfig, NoisePretrainConfig, PretrainConfig
+from configs.pretraining import LabelsPretrainConfig, NoisePretrainConfig, PretrainConfig
+from configs.pruning import Evaluation
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.curriculum import Curriculum, LabelledCurriculum, NoisedCurriculum
 from datasets.bundled.generation import BundledGlyphs, Noised, check_pixels
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.public import check_classes
 from datasets.text import TextEncoder
 from engine.evaluation.classification import Accuracy
@@ -26,7 +27,7 @@ class Pairs:
     """Scenes with captions, validated by zero-shot retrieval.
 
     module: of models/, with `Config`, `OBJECTIVES`, `tokenizer` and `TEXT`. where: the configuration file, for
-    messages. `options` are those of what `models.parts.pretraining` puts around the model. Raises ValueError for
+    messages. `options` are those of what `models.parts.pretraining` puts around the model. Raises UserError for
     objectives that the model does not have.
     """
 
@@ -46,7 +47,7 @@ class Pairs:
 
 
 class Labels:
-    """Single glyphs with labels, validated by the accuracy on the font that is not trained on. Raises ValueError for a
+    """Single glyphs with labels, validated by the accuracy on the font that is not trained on. Raises UserError for a
     model with another number of classes.
     """
 
@@ -66,7 +67,7 @@ class Labels:
 
 class Noise:
     """Single glyphs with noise, validated by the loss and by pictures of samples, samples_<n>.png. Raises
-    ValueError for a model of latents, or with another number of classes.
+    UserError for a model of latents, or with another number of classes.
     """
 
     unused_parameters = False

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from datasets.labelled.timm_images import drawing
 from datasets.sampler import sample_generator
+from sparsity.errors import UserError
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """timm's optimizer of what learns. ValueError where there is none of this name."""
+    """timm's optimizer of what learns. UserError where there is none of this name."""
     given = {"betas": args.opt_betas, "eps": args.opt_eps}
     options = {name: value for name, value in given.items() if value is not None}
     common = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
     try:
         return create_optimizer_v2(model, opt=args.opt, **common, **options)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
-        raise ValueError(f"--opt {args.opt}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--opt {args.opt}: {' '.join(str(error).split())}") from error
 
 
 def build_rate(args: Namespace, epochs: int, epoch_steps: int, by_step: bool) -> Callable[[int], float]:

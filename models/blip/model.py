@@ -6,20 +6,20 @@ Shapes: B images and texts, L = 1 + patches, T text tokens, V vision width, D te
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from models.blip.vision import VisionConfig, vision_transformer
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM, TextConfig
 from models.parts.losses import draw_negatives, gather_features
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
+from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
 Pair = tuple[Tensor, Tensor]  # of images and of texts, or the two ways between them
@@ -37,32 +37,6 @@ MOMENTUM = ("visual_encoder_m.*", "vision_proj_m.*", "text_encoder_m.*", "text_p
 QUEUES = ("image_queue", "text_queue", "idx_queue")
 REBUILT = (*MOMENTUM, *QUEUES, "queue_ptr")  # state that a checkpoint need not have, since it is made anew
 HARMLESS = ("*.position_ids",)  # may be missing from or superfluous in a checkpoint
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of the vision transformer; the defaults are ViT-B/16's at the resolution of the public 14M checkpoint."""
-
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-
-    def __post_init__(self):
-        check_sizes(self)
-        if self.drop_path >= 1:
-            raise ValueError(f"drop_path must be from 0 to below 1, got {self.drop_path!r}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
-
-    @property
-    def tokens(self) -> int:
-        return 1 + (self.image_size // self.patch_size) ** 2
 
 
 def text_config() -> TextConfig:
@@ -85,26 +59,11 @@ class Config:
     def __post_init__(self):
         check_sizes(self)
         if self.max_tokens > self.text.max_positions:
-            raise ValueError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
+            raise UserError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
         if self.text.fusion_layer or self.text.token_types:
-            raise ValueError("text must have fusion_layer: 0 and token_types: false, as every layer of BLIP's does")
+            raise UserError("text must have fusion_layer: 0 and token_types: false, as every layer of BLIP's does")
         if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be a fraction between 0 and 1, got {self.momentum!r}")
-
-
-def vision_transformer(config: VisionConfig) -> VisionTransformer:
-    """timm's, whose keys are those of BLIP's checkpoints; `forward_features` gives all tokens after the norm."""
-    return VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.layers,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        drop_path_rate=config.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        num_classes=0,
-    )
+            raise UserError(f"momentum must be a fraction between 0 and 1, got {self.momentum!r}")
 
 
 def started(ids: Tensor, token: int) -> Tensor:

@@ -73,7 +73,7 @@ def task_names(name: str) -> tuple[str, ...]:
 def build(config: blip.Config, weights: str | Path | None = None, inherit_mask: bool = True) -> BLIPVQA:
     """Model of these sizes, from a checkpoint of BLIP or of itself, or random.
 
-    inherit_mask: of no effect, since the decoder is part of the pretrained model and has its masks. Raises ValueError
+    inherit_mask: of no effect, since the decoder is part of the pretrained model and has its masks. Raises UserError
     where the checkpoint is of another model.
     """
     model = BLIPVQA(config)

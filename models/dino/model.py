@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.checkpoint import find_weights, load_weights
 from models.parts.sizes import check_sizes
+from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,11 @@ class Config:
     def __post_init__(self):
         check_sizes(self)
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
+            raise UserError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
+            raise UserError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
         if self.classes < 2:
-            raise ValueError(f"classes must be at least 2, got {self.classes!r}")
+            raise UserError(f"classes must be at least 2, got {self.classes!r}")
 
     @property
     def tokens(self) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsity.errors import UserError
+
 STEPS = 1000  # times of a schedule
 _HALF_BIN = 1 / 255  # of an image in [-1, 1] with 256 levels
 
@@ -32,11 +34,11 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear_betas, "cosine
 
 
 def spaced(steps: int, kept: int) -> Tensor:
-    """`kept` of the times 0 .. steps - 1, evenly from the first to the last, (kept,) int64 ascending. ValueError unless
+    """`kept` of the times 0 .. steps - 1, evenly from the first to the last, (kept,) int64 ascending. UserError unless
     2 <= kept <= steps.
     """
     if not 2 <= kept <= steps:
-        raise ValueError(f"the number of sampling steps must be from 2 to {steps}, got {kept!r}")
+        raise UserError(f"the number of sampling steps must be from 2 to {steps}, got {kept!r}")
     return torch.tensor([round(i * (steps - 1) / (kept - 1)) for i in range(kept)])
 
 

@@ -17,6 +17,7 @@ from models.checkpoint import WRAPPERS, load_weights
 from models.dino import model as dino
 from models.dit.diffusion import Diffusion, Noise, sample
 from models.dit.sizes import Config as Config
+from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
 KEPT_DENSE = ("final_layer.linear",)  # the output head
@@ -179,12 +180,12 @@ class DiT(nn.Module):
 
     def guided(self, x: Tensor, time: Tensor, label: Tensor, scale: float) -> Tensor:
         """The prediction with classifier-free guidance (arXiv 2207.12598): away from that for the null class. A scale
-        of 1 is none. ValueError where the model has no null class.
+        of 1 is none. UserError where the model has no null class.
         """
         if scale == 1:
             return self(x, time, label)
         if self.config.null_class is None:
-            raise ValueError("this model was trained without a null class: use a guidance scale of 1")
+            raise UserError("this model was trained without a null class: use a guidance scale of 1")
         null = torch.full_like(label, self.config.null_class)
         both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([label, null]))
         own, free = both.chunk(2)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from models.parts.sizes import check_sizes
+from sparsity.errors import UserError
 
 SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("noise", "velocity")
@@ -37,15 +38,15 @@ class Config:
     def __post_init__(self):
         check_sizes(self)
         if self.width % (4 * self.heads):
-            raise ValueError(f"width must be a multiple of 4 x heads = {4 * self.heads}, got {self.width!r}")
+            raise UserError(f"width must be a multiple of 4 x heads = {4 * self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
+            raise UserError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
         if self.class_dropout > 1:
-            raise ValueError(f"class_dropout must be a fraction between 0 and 1, got {self.class_dropout!r}")
+            raise UserError(f"class_dropout must be a fraction between 0 and 1, got {self.class_dropout!r}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+            raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+            raise UserError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
 
     @property
     def grid(self) -> int:
@@ -68,12 +69,12 @@ def names() -> tuple[str, ...]:
 
 
 def published(name: str, image_size: int = 256, classes: int = 1000) -> Config:
-    """Sizes of DiT-XL/2, ... for images of `image_size` pixels. ValueError where there is no such model."""
+    """Sizes of DiT-XL/2, ... for images of `image_size` pixels. UserError where there is no such model."""
     if name not in names():
-        raise ValueError(f"there is no model {name!r}; there are {', '.join(names())}")
+        raise UserError(f"there is no model {name!r}; there are {', '.join(names())}")
     size, patch = name.removeprefix("DiT-").split("/")
     if image_size % (LATENT * int(patch)):
-        raise ValueError(f"the image size of {name} must be a multiple of {LATENT * int(patch)}, got {image_size!r}")
+        raise UserError(f"the image size of {name} must be a multiple of {LATENT * int(patch)}, got {image_size!r}")
     width, layers, heads = SIZES[size]
     sizes = {"image_size": image_size // LATENT, "patch_size": int(patch), "classes": classes}
     return Config(width=width, layers=layers, heads=heads, **sizes)

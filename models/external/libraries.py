@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.external.layer_names import TEXT, is_head, text_field, tower
+from sparsity.errors import UserError
 
 WAY_OUT = "give --loss package.module:function, a function of (model, batch) that returns the loss"
 
@@ -34,12 +35,12 @@ class Library:
         return text_field(key, encoder_decoder=False)
 
     def forward(self, batch: Any) -> Any:
-        """The model's output for a batch, which it must be able to take (ValueError)."""
+        """The model's output for a batch, which it must be able to take (UserError)."""
         args, kwargs = _arguments(batch)
         try:
             inspect.signature(self.model.forward).bind(*args, **kwargs)
         except TypeError as error:
-            raise ValueError(
+            raise UserError(
                 f"a calibration batch does not fit the model's forward: {error}; a dict becomes keyword arguments, a"
                 " tuple or list positional ones"
             ) from None
@@ -50,7 +51,7 @@ class Library:
         output = self.forward(batch)
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"the model returns no loss for a calibration batch; {WAY_OUT}")
+            raise UserError(f"the model returns no loss for a calibration batch; {WAY_OUT}")
         return loss
 
 
@@ -70,13 +71,13 @@ class Timm(Library):
 
     def loss(self, batch: Any) -> Tensor:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(
+            raise UserError(
                 "a timm model has its loss, cross-entropy, from labels: let --calibration be a folder with a subfolder"
                 f" of images for each class, or a loader of (images, labels); or {WAY_OUT}"
             )
         logits = self.forward(batch)
         if int(batch[1].max()) >= logits.shape[-1]:
-            raise ValueError(f"label {int(batch[1].max())} does not exist: the model has {logits.shape[-1]} classes")
+            raise UserError(f"label {int(batch[1].max())} does not exist: the model has {logits.shape[-1]} classes")
         return F.cross_entropy(logits.float(), batch[1])
 
 

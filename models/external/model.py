@@ -21,6 +21,7 @@ from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.preprocessing import preprocessing as preprocessing
 from models.hub import first_line, hub_answers, local_only
+from sparsity.errors import MissingFileError, UserError
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ def build(name: str, weights: str | Path = PUBLISHED) -> nn.Module:
     """The model of a name, in evaluation mode and float32.
 
     weights: "published" (those that the library downloads, or that lie in the folder; a function gives its own),
-    "random", or a file with a state dict. Raises ValueError, one line, for a name that is none and weights that are not
+    "random", or a file with a state dict. Raises UserError, one line, for a name that is none and weights that are not
     to be had.
     """
     file = None if str(weights) in (PUBLISHED, RANDOM) else Path(weights)
     if file and not file.is_file():
-        raise FileNotFoundError(f"--weights {file}: there is no such file")
+        raise MissingFileError(f"--weights {file}: there is no such file")
     source, _, rest = name.partition(":")
     make = {"timm": timm_model, "hf": _transformers}.get(source)
     model = make(rest, published=str(weights) == PUBLISHED) if make else _made_by(name)
@@ -53,7 +54,7 @@ def timm_model(
 ) -> nn.Module:
     """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
 
-    ValueError, which begins with `option` and the name, where there is no such model, or, with a way out, where its
+    UserError, which begins with `option` and the name, where there is no such model, or, with a way out, where its
     weights are not to be had.
     """
     import timm
@@ -62,14 +63,14 @@ def timm_model(
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         prefix = "timm:" if option.endswith("timm:") else ""
-        raise ValueError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
+        raise UserError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
     options["pretrained"] = published
     try:
         if published and not hub_answers():
             options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
         return timm.create_model(name, **options)
     except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind
-        raise ValueError(f"{option}{name}: {first_line(error)}; {way_out}") from error
+        raise UserError(f"{option}{name}: {first_line(error)}; {way_out}") from error
 
 
 def _cached(timm: Any, name: str) -> str:
@@ -84,7 +85,7 @@ def _cached(timm: Any, name: str) -> str:
             return hf_hub_download(config.hf_hub_id, file, local_files_only=True)
         except OSError:
             continue
-    raise ValueError("the hub cannot be reached, and these weights have not been downloaded before")
+    raise UserError("the hub cannot be reached, and these weights have not been downloaded before")
 
 
 def _transformers(name: str, published: bool) -> nn.Module:
@@ -96,14 +97,14 @@ def _transformers(name: str, published: bool) -> nn.Module:
     except Exception as error:  # of the network, of the hub, of files: each its own kind
         where = "cannot be read" if Path(name).is_dir() else "no folder, and not to be had from the hub or its cache"
         way_out = "give a folder that save_pretrained wrote, or the name of a model on the hub"
-        raise ValueError(f"-m hf:{name}: {where}: {first_line(error)}; {way_out}") from error
+        raise UserError(f"-m hf:{name}: {where}: {first_line(error)}; {way_out}") from error
     kind = _class_of(transformers, config, name)
     if not published:
         return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
     try:
         model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **local)
     except Exception as error:
-        raise ValueError(f"-m hf:{name}: no weights: {first_line(error)}; {OTHER_WEIGHTS}") from error
+        raise UserError(f"-m hf:{name}: no weights: {first_line(error)}; {OTHER_WEIGHTS}") from error
     if found["missing_keys"]:
         log.warning("hf:%s has no weights for %s: they are random", name, _some(sorted(found["missing_keys"])))
     return model
@@ -115,7 +116,7 @@ def _class_of(transformers: Any, config: Any, name: str) -> Any:
         return transformers.AutoModel
     kind = getattr(transformers, config.architectures[0], None)
     if kind is None:
-        raise ValueError(
+        raise UserError(
             f"-m hf:{name}: transformers has no {config.architectures[0]}, and code that comes with a checkpoint"
             " (trust_remote_code) is not run: give -m package.module:function, a function of yours that returns it"
         )
@@ -125,24 +126,24 @@ def _class_of(transformers: Any, config: Any, name: str) -> Any:
 def _made_by(name: str) -> nn.Module:
     model = resolve(name, "-m")()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"-m {name}: expected a function that returns an nn.Module, got {type(model).__name__}")
+        raise UserError(f"-m {name}: expected a function that returns an nn.Module, got {type(model).__name__}")
     return model
 
 
 def resolve(name: str, option: str) -> Callable:
-    """The function `package.module:function`; ValueError, naming the option, where there is none."""
+    """The function `package.module:function`; UserError, naming the option, where there is none."""
     module, _, function = name.partition(":")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # of what the module itself imports
-        raise ValueError(f"{option} {name}: there is no module {error.name!r} here or in PYTHONPATH") from None
+        raise UserError(f"{option} {name}: there is no module {error.name!r} here or in PYTHONPATH") from None
     chosen = vars(found).get(function)
     if not callable(chosen):
         near = difflib.get_close_matches(function, [n for n, value in vars(found).items() if callable(value)], n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{option} {name}: {module} has no function {function!r}{hint}")
+        raise UserError(f"{option} {name}: {module} has no function {function!r}{hint}")
     return chosen
 
 
@@ -165,7 +166,7 @@ def prunable_view(
     Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
-    Raises ValueError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
+    Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
     library = library_of(model)
     names = [name for name, _ in model.named_modules()]
@@ -206,7 +207,7 @@ def _check_globs(option: str, globs: Sequence[str], names: Sequence[str]) -> Non
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             tops = _some(sorted({name.partition(".")[0] for name in names} - {""}))
-            raise ValueError(f"{option}: no layer of the model matches {glob!r}; its names begin with {tops}")
+            raise UserError(f"{option}: no layer of the model matches {glob!r}; its names begin with {tops}")
 
 
 def _not_included(names: Sequence[str], include: Sequence[str]) -> list[str]:

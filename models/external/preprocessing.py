@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.external.libraries import Timm, Transformers, library_of, takes
 from models.hub import first_line, local_only
+from sparsity.errors import UserError
 
 PROMPT = "Describe the image."  # what a generative model is asked
 CAPTION = "a photo"  # the text of images without captions, for models that need one
@@ -142,25 +143,25 @@ class Generative:
 
 
 def preprocessing(model: nn.Module) -> TimmImages | Images | Pairs | Generative:
-    """ValueError where a model has no preprocessing of its own, or none for images."""
+    """UserError where a model has no preprocessing of its own, or none for images."""
     library = library_of(model)
     if isinstance(library, Timm):
         return TimmImages(model)
     if not isinstance(library, Transformers):
-        raise ValueError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
+        raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
     processor = load_processor(model.name_or_path)
     if not takes(model, "pixel_values"):
-        raise ValueError(f"--calibration: {type(model).__name__} takes no images; {OWN_LOADER}")
+        raise UserError(f"--calibration: {type(model).__name__} takes no images; {OWN_LOADER}")
     if getattr(processor, "tokenizer", None) is None:
         return Images(model, processor)
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
 def load_processor(name: str) -> Any:
-    """The processor that belongs to a model of transformers; ValueError where it is not to be had."""
+    """The processor that belongs to a model of transformers; UserError where it is not to be had."""
     import transformers
 
     try:
         return transformers.AutoProcessor.from_pretrained(name, local_files_only=local_only(name))
     except Exception as error:  # whatever a missing or foreign file makes of it
-        raise ValueError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error
+        raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error

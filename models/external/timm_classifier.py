@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import load_weights, read_weights
 from models.external.model import timm_model
+from sparsity.errors import UserError
 
 AVERAGED = ("state_dict_ema", "model_ema")  # keys of averaged weights in a checkpoint
 POSITIONS = ("pos_embed",)  # interpolated where a checkpoint has another image size
@@ -24,7 +25,7 @@ def build(
     """A model of timm, or `vit_mini`, in float32 and evaluation mode.
 
     pretrained: with the published weights, else random ones. num_classes, image_size, drop_path (a rate): default, the
-    model's own. way_out: what to do where the weights are not to be had. ValueError as
+    model's own. way_out: what to do where the weights are not to be had. UserError as
     `models.external.model.timm_model`.
     """
     options = {"num_classes": num_classes, "img_size": image_size, "drop_path_rate": drop_path}
@@ -47,7 +48,7 @@ def transform(config: dict[str, Any]) -> Any:
 
 
 def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """What stands in a checkpoint of timm or of this project; ema: averaged weights. ValueError where it has none."""
+    """What stands in a checkpoint of timm or of this project; ema: averaged weights. UserError where it has none."""
     if ema:
         return read_weights(path, AVERAGED)
     return read_weights(path)
@@ -56,14 +57,14 @@ def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
 def load(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None) -> None:
     """The weights of a checkpoint into a model. weights: those of the file, where they are not as they stand there.
 
-    Raises ValueError where it is one of another model, or of other classes.
+    Raises UserError where it is one of another model, or of other classes.
     """
     weights = read_weights(path) if weights is None else weights
     heads = [name for name, module in model.named_modules() if module is model.get_classifier()]
     for head in heads:
         own, found = dict(model.named_parameters()).get(f"{head}.weight"), weights.get(f"{head}.weight")
         if own is not None and found is not None and len(own) != len(found):
-            raise ValueError(
+            raise UserError(
                 f"{path}: has {len(found)} classes, and the model {len(own)}: give --num-classes {len(found)}"
             )
     load_weights(model, path, positions=POSITIONS, weights=weights)

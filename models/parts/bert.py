@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.parts.sizes import check_sizes
+from sparsity.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class TextConfig:
     def __post_init__(self):
         check_sizes(self, "fusion_layer")
         if self.dropout >= 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout!r}")
+            raise UserError(f"dropout must be from 0 to below 1, got {self.dropout!r}")
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
+            raise UserError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if not 0 <= self.fusion_layer <= self.layers:
-            raise ValueError(f"fusion_layer must be from 0 to layers = {self.layers}, got {self.fusion_layer!r}")
+            raise UserError(f"fusion_layer must be from 0 to layers = {self.layers}, got {self.fusion_layer!r}")
 
 
 class Embeddings(nn.Module):

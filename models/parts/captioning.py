@@ -14,6 +14,7 @@ from models.checkpoint import read_weights
 from models.parts.bert import BertForMaskedLM
 from models.parts.generation import generate
 from models.parts.task_model import TaskModel
+from sparsity.errors import UserError
 
 LABEL_SMOOTHING = 0.1
 
@@ -66,9 +67,9 @@ class Captioner(TaskModel):
 
 
 def check_captioning_weights(path: str | Path) -> None:
-    """ValueError unless the file is a checkpoint of a captioning model, of which captioning_pretrain.py makes one."""
+    """UserError unless the file is a checkpoint of a captioning model, of which captioning_pretrain.py makes one."""
     if not any(name.startswith("text_decoder.bert.") for name in read_weights(path)):
-        raise ValueError(
+        raise UserError(
             f"{path}: no text decoder in this file, so it is no checkpoint of captioning_pretrain.py; leave "
             "--load_capt_pretrain out for a pretrained model"
         )

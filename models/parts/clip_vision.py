@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.parts.sizes import check_sizes
+from sparsity.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class VisionConfig:
     def __post_init__(self):
         check_sizes(self, "local_attn_depth")
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
+            raise UserError(f"width must be a multiple of heads = {self.heads}, got {self.width!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
+            raise UserError(f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size!r}")
         if not 0 <= self.local_attn_depth <= self.layers:
-            raise ValueError(f"local_attn_depth must be from 0 to layers {self.layers}, got {self.local_attn_depth!r}")
+            raise UserError(f"local_attn_depth must be from 0 to layers {self.layers}, got {self.local_attn_depth!r}")
 
     @property
     def tokens(self) -> int:

@@ -3,12 +3,14 @@
 from dataclasses import fields
 from typing import Any
 
+from sparsity.errors import UserError
+
 
 def check_sizes(config: Any, *zero: str) -> None:
-    """ValueError where a number of this dataclass is negative, or an integer is 0 that is not among `zero`."""
+    """UserError where a number of this dataclass is negative, or an integer is 0 that is not among `zero`."""
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             least = 1 if isinstance(value, int) and f.name not in zero else 0
             if value < least:
-                raise ValueError(f"{f.name} must be at least {least}, got {value!r}")
+                raise UserError(f"{f.name} must be at least {least}, got {value!r}")

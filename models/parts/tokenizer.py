@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer
 
+from sparsity.errors import MissingFileError, UserError
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -18,14 +20,14 @@ class WordPiece:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a special token is missing from it.
+        UserError: a special token is missing from it.
     """
 
     def __init__(self, vocab_path: str | Path):
         tokens = read_vocab(vocab_path)
         missing = [token for token in SPECIAL_TOKENS if token not in tokens]
         if missing:
-            raise ValueError(f"{vocab_path}: no {', '.join(missing)} in this vocabulary; one token a line is expected")
+            raise UserError(f"{vocab_path}: no {', '.join(missing)} in this vocabulary; one token a line is expected")
         self._tokenizer = BertWordPieceTokenizer({token: i for i, token in enumerate(tokens)}, lowercase=True)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = map(self.token_to_id, SPECIAL_TOKENS)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
@@ -39,28 +41,28 @@ class WordPiece:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def id_to_token(self, i: int) -> str:
-        """Token of an id; raises ValueError outside the vocabulary."""
+        """Token of an id; raises UserError outside the vocabulary."""
         token = self._tokenizer.id_to_token(i)
         if token is None:
-            raise ValueError(f"a token id must be between 0 and {self.vocab_size - 1}, got {i!r}")
+            raise UserError(f"a token id must be between 0 and {self.vocab_size - 1}, got {i!r}")
         return token
 
     def token_to_id(self, token: str) -> int:
-        """Id of a token; raises ValueError where the vocabulary has no such token."""
+        """Id of a token; raises UserError where the vocabulary has no such token."""
         i = self._tokenizer.token_to_id(token)
         if i is None:
-            raise ValueError(f"the vocabulary has no token {token!r}")
+            raise UserError(f"the vocabulary has no token {token!r}")
         return i
 
 
 def read_vocab(path: str | Path) -> list[str]:
     """Tokens of a vocabulary file, in the order of their ids."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: vocabulary file not found; the repository has data/vocab/bert_vocab.txt")
+        raise MissingFileError(f"{path}: vocabulary file not found; the repository has data/vocab/bert_vocab.txt")
     tokens = Path(path).read_text(encoding="utf-8").split("\n")
     tokens = tokens[:-1] if tokens[-1] == "" else tokens
     if len(set(tokens)) != len(tokens):
-        raise ValueError(f"{path}: a token stands there twice; one token a line, each once, is expected")
+        raise UserError(f"{path}: a token stands there twice; one token a line, each once, is expected")
     return tokens
 
 
@@ -74,7 +76,7 @@ def slice_vocab(full: WordPiece, texts: Iterable[str], size: int) -> list[str]:
     kept = dict.fromkeys([*SPECIAL_TOKENS, *characters, *(f"##{c}" for c in characters)])
     kept.update(dict.fromkeys(full.id_to_token(i) for i in sorted({i for text in texts for i in full.encode(text)})))
     if len(kept) > size:
-        raise ValueError(f"size must be at least {len(kept)} to hold the tokens of these texts, got {size!r}")
+        raise UserError(f"size must be at least {len(kept)} to hold the tokens of these texts, got {size!r}")
     for i in range(full.vocab_size):
         if len(kept) == size:
             break

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM
 from models.parts.task_model import TaskModel
+from sparsity.errors import UserError
 
 ROWS = 2048  # answers that are scored together
 _HEAD = "text_decoder.cls.predictions.decoder.weight"  # tied to the decoder's word embeddings
@@ -59,10 +60,10 @@ class Answering(TaskModel):
 
     @torch.no_grad()
     def begin_decoder(self) -> None:
-        """Copy what it begins as; ValueError where the widths differ."""
+        """Copy what it begins as; UserError where the widths differ."""
         vision, text = self.config.vision.width, self.config.text.width
         if vision != text:
-            raise ValueError(
+            raise UserError(
                 f"vision.width {vision} and text.width {text} must be equal: the decoder attends to text with the "
                 "weights that attend to the image in the pretrained model"
             )
@@ -118,13 +119,13 @@ class Answering(TaskModel):
 def load(model: Answering, weights: str | Path, **options: Any) -> Answering:
     """The weights of a file into a model, and copies where the file has nothing for what the decoder begins as a copy.
 
-    options: of `load_weights`. Raises ValueError as that does, or where the decoder cannot begin as a copy.
+    options: of `load_weights`. Raises UserError as that does, or where the decoder cannot begin as a copy.
     """
     copies = model.copies()
     left_out = load_weights(model, weights, optional=(*copies, _HEAD), **options)
     missing = [name for name in left_out if name in copies]
     if missing and len(missing) < len(copies):
-        raise ValueError(f"{weights}: weights of another model: {len(missing)} missing: {', '.join(missing[:3])}")
+        raise UserError(f"{weights}: weights of another model: {len(missing)} missing: {', '.join(missing[:3])}")
     if missing:
         model.begin_decoder()
     return model

@@ -17,6 +17,7 @@ from models.parts.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.parts.losses import box_losses, contrastive_loss, gather_features, hard_negatives
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
+from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
 TEMPERATURES = (0.001, 0.5)
@@ -44,7 +45,7 @@ class Config:
     def __post_init__(self):
         check_sizes(self)
         if self.max_tokens > self.text.max_positions:
-            raise ValueError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
+            raise UserError(f"max_tokens must be at most {self.text.max_positions} positions, got {self.max_tokens!r}")
 
 
 def mlp_head(width: int, out: int) -> nn.Sequential:

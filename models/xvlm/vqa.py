@@ -74,7 +74,7 @@ def task_names(name: str) -> tuple[str, ...]:
 def build(config: xvlm.Config, weights: str | Path | None = None, inherit_mask: bool = False) -> XVLMVQA:
     """Model of these sizes, from a checkpoint of XVLM or of itself, or random.
 
-    Raises ValueError where the checkpoint is of another model, or where the decoder cannot begin as a copy.
+    Raises UserError where the checkpoint is of another model, or where the decoder cannot begin as a copy.
     """
     model = XVLMVQA(config, inherit_mask)
     if weights is None:

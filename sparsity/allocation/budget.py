@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
+from sparsity.errors import UserError
+
 # "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude
 # selection over its group takes from it. "block" is SparseGPT's: 128 consecutive columns of a layer, over all its rows.
 POOLS = ("global", "layer", "group", "row", "block", "magnitude")
@@ -19,7 +21,7 @@ Sparsity = str | int | float | Decimal | Fraction
 
 
 def fraction(sparsity: Sparsity) -> Fraction:
-    """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. ValueError outside
+    """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. UserError outside
     [0, 1).
     """
     try:
@@ -32,7 +34,7 @@ def fraction(sparsity: Sparsity) -> Fraction:
     except (ValueError, ZeroDivisionError):
         exact = None
     if exact is None or not 0 <= exact < 1:
-        raise ValueError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r}")
+        raise UserError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r}")
     return exact
 
 
@@ -42,11 +44,11 @@ def budget(sparsity: Sparsity, numel: int) -> int:
 
 
 def check_schedule(steps: int, schedule: str) -> None:
-    """ValueError for a number of steps, or a name of a schedule, that cannot be."""
+    """UserError for a number of steps, or a name of a schedule, that cannot be."""
     if steps < 1:
-        raise ValueError(f"epochs must be at least 1, got {steps!r}")
+        raise UserError(f"epochs must be at least 1, got {steps!r}")
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def step_sparsity(sparsity: Sparsity, step: int, steps: int, schedule: str) -> Sparsity:
@@ -60,11 +62,11 @@ def step_sparsity(sparsity: Sparsity, step: int, steps: int, schedule: str) -> S
         return fraction(sparsity) * step / steps
     if schedule == "exp":
         return 1 - float(1 - fraction(sparsity)) ** (step / steps)
-    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
 def parse_sparsities(text: str) -> list[Decimal]:
-    """The fractions in "63,75,90". Percentages from 1 to 99.99 or, below 1, fractions. ValueError that names the bad
+    """The fractions in "63,75,90". Percentages from 1 to 99.99 or, below 1, fractions. UserError that names the bad
     item.
     """
     return [_parse_sparsity(item.strip(), text) for item in text.split(",")]
@@ -74,9 +76,9 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
     try:
         value = Decimal(item)
     except InvalidOperation:
-        raise ValueError(f"sparsities are comma-separated numbers like 63,75,90, got {item!r} in {text!r}") from None
+        raise UserError(f"sparsities are comma-separated numbers like 63,75,90, got {item!r} in {text!r}") from None
     if not value.is_finite() or not 0 < value <= Decimal("99.99"):
-        raise ValueError(f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r} in {text!r}")
+        raise UserError(f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r} in {text!r}")
     return value if value < 1 else value / 100
 
 
@@ -85,7 +87,7 @@ def pools(groups: Mapping[str, str], pool: str) -> list[list[str]]:
     and MULTIFLOW's are decided within layers.
     """
     if pool not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        raise UserError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if pool == "global":
         return [list(groups)]
     if pool == "group":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sparsity.errors import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -17,7 +19,7 @@ class Recipe:
 
     def __post_init__(self):
         if min(self.tau) <= 0:
-            raise ValueError(f"tau must be above 0, got {self.tau[0]} to {self.tau[1]}")
+            raise UserError(f"tau must be above 0, got {self.tau[0]} to {self.tau[1]}")
 
     def at(self, progress: float) -> tuple[float, float, float]:
         """(scaling, tau, factor of the regulariser) when this share of the run, 0 to 1, is done."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget
+from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import Named, check_finite, select, thresholds
 from sparsity.statistics.gradients import batch_generator, only_prunable
@@ -47,7 +48,7 @@ def _follow(pattern: NM, name: str, score: Tensor) -> Tensor:
 def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | None = None) -> dict[str, Tensor]:
     """The first scores, name -> (out, in): 2 * tau where the layer-wise magnitude mask keeps the weight, else 0.
 
-    tau is the global magnitude threshold at this sparsity. Raises ValueError where that is 0: no score would tell a
+    tau is the global magnitude threshold at this sparsity. Raises UserError where that is 0: no score would tell a
     weight that is kept from one that is not.
     """
 
@@ -57,7 +58,7 @@ def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | N
     pruned = budget(sparsity, view.numel)
     (threshold,) = thresholds(magnitudes, [pruned])
     if pruned and threshold.value == 0:
-        raise ValueError(
+        raise UserError(
             f"scores are learned from magnitudes, and {pruned} or more of the {view.numel} weights are 0 already: ask "
             "for a higher sparsity, or give weights that are not pruned"
         )
@@ -92,7 +93,7 @@ def learn(
     and reduce: as in `sparsity.statistics.gradients`; ranks that share the rounds out get the scores that one alone
     gets.
 
-    Raises ValueError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
+    Raises UserError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
     """
     generators = generators or (lambda number: batch_generator(42, number))
     numbered, trained = enumerate(batches), False
@@ -105,10 +106,10 @@ def learn(
                 training.backward(batch, generators(number))
             trained |= training.step(1 - step / len(rounds), reduce)
     if not trained:
-        raise ValueError("there are no calibration batches")
+        raise UserError("there are no calibration batches")
     idle = [] if reduce else [name for name in scores if name in training.idle]
     if idle:
-        raise ValueError(f"layer {idle[0]!r} got no gradient from the loss")
+        raise UserError(f"layer {idle[0]!r} got no gradient from the loss")
     return dict(scores)
 
 
@@ -163,7 +164,7 @@ class _Training:
             else:
                 self.idle.discard(name)
             gradient = reduce(gradient) if reduce else gradient
-            score, matrix = self.scores[name], gradient.t() if weight.transposed else gradient
+            score, matrix = self.scores[name], weight.as_matrix(gradient)
             of_mask = matrix.to(score.dtype).mul(self.dense[name]).div_(total)
             score.grad = torch.where(score < 0, -of_mask, of_mask)  # the sign of 0 is +1
         for group in self.optimizer.param_groups:

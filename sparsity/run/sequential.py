@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from sparsity.masks import state_digest, write_atomically
+from sparsity.files import write_atomic
+from sparsity.masks import state_digest
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
@@ -169,7 +170,7 @@ class Progress:
             return
         tensors = {f"mask {name}": done.kept.contiguous() for name, done in block.items()}
         tensors |= {f"weight {n}": done.updated.contiguous() for n, done in block.items() if done.updated is not None}
-        write_atomically(self._path(number), serialize(tensors, {"identity": self._identity}))
+        write_atomic(self._path(number), serialize(tensors, {"identity": self._identity}))
 
     def forget(self) -> None:
         """Removes the files."""

@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from sparsity.masks import Masks, write_atomically
+from sparsity.files import write_atomic
+from sparsity.masks import Masks
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
@@ -49,7 +50,7 @@ class Trail:
         if self._path:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
             tensors |= {f"weight {name}": weight.contiguous() for name, weight in masks.weights.items()}
-            write_atomically(self._path, serialize(tensors, {"identity": self._identity, "step": str(step)}))
+            write_atomic(self._path, serialize(tensors, {"identity": self._identity, "step": str(step)}))
 
     def forget(self) -> None:
         """Removes the file."""

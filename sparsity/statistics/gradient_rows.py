@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.masks import state_digest, write_atomically
+from sparsity.errors import UserError
+from sparsity.files import write_atomic
+from sparsity.masks import state_digest
 from sparsity.statistics.gradients import batch_generator, only_prunable
 from sparsity.statistics.inputs import untouched
 from sparsity.view import PrunableView
@@ -134,7 +136,7 @@ def gradient_rows(
     rounds: for each row, how many of its batches come here. budget: bytes of rows that are kept in memory; more go to
     the file of `scratch`. dtype: of DTYPES. generators, reduce: as in `sparsity.statistics.gradients`.
 
-    Raises ValueError where the rows find no room, without batches, for a weight that gets no gradient, and for NaN or
+    Raises UserError where the rows find no room, without batches, for a weight that gets no gradient, and for NaN or
     Inf, naming the layer.
     """
     generators = generators or (lambda number: batch_generator(42, number))
@@ -153,7 +155,7 @@ def gradient_rows(
     images = torch.tensor(float(sum(store.images)), device=device)
     images = int(reduce(images) if reduce else images)
     if not images:
-        raise ValueError("there are no calibration batches")
+        raise UserError("there are no calibration batches")
     read = own[: len(store.images)]
     n = len(rounds) if reduce else len(read)
     place = {"device": device, "reduce": reduce, "forget": store.remove, "origin": origin}
@@ -163,7 +165,7 @@ def gradient_rows(
 def fit(width: int, rounds: Sequence[int], dtype: str, budget: int, folder: Path | None, held: int = 1) -> bool:
     """Whether this rank's rows go to memory; else they go to a file in the folder.
 
-    held: how many sets of rows there are at a time. Raises ValueError, naming the largest number of rows that there is
+    held: how many sets of rows there are at a time. Raises UserError, naming the largest number of rows that there is
     room for, where they fit neither. Nothing is written.
     """
     row, own = held * width * DTYPES[dtype].itemsize, sum(count > 0 for count in rounds)
@@ -175,7 +177,7 @@ def fit(width: int, rounds: Sequence[int], dtype: str, budget: int, folder: Path
     ranks = len(rounds) / own
     largest = int(max(budget // row * ranks, free // row))
     where = f"{human(free)} free in {folder}" if folder else "no folder to write to"
-    raise ValueError(
+    raise UserError(
         f"--num_batches {len(rounds)}: the gradients of {len(rounds)} batches on {width:,} weights need "
         f"{human(len(rounds) * row)}, more than --memory_budget {human(budget)}, with {where}: "
         + (f"at most --num_batches {largest} fits" if largest else "not even one batch fits; raise --memory_budget")
@@ -233,7 +235,7 @@ def _collect(
             idle -= {name for name, weight in view.weights.items() if weight.parameter.grad is not None}
             store.append(_pieces(view, together), images)
     if idle and not idle_is_fine and store.images:
-        raise ValueError(f"layer {next(name for name in view.weights if name in idle)!r} got no gradient from the loss")
+        raise UserError(f"layer {next(name for name in view.weights if name in idle)!r} got no gradient from the loss")
 
 
 def _backward(
@@ -259,8 +261,8 @@ def _pieces(view: PrunableView, count: float) -> Iterator[Tensor]:
             yield torch.zeros(weight.numel)
             continue
         if not gradient.isfinite().all():
-            raise ValueError(f"the gradient of layer {name!r} holds NaN or Inf")
-        yield (gradient.t() if weight.transposed else gradient).reshape(-1) / count
+            raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
+        yield weight.as_matrix(gradient).reshape(-1) / count
 
 
 def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, data: str) -> str:
@@ -341,7 +343,7 @@ class _File:
             raise
         self.images.append(images)
         account = {"identity": self._identity, "images": self.images}
-        write_atomically(self.account, json.dumps(account).encode())
+        write_atomic(self.account, json.dumps(account).encode())
 
     def rows(self) -> Tensor:
         count = len(self.images)

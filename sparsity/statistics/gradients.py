@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity.errors import UserError
 from sparsity.statistics.inputs import untouched
 from sparsity.view import PrunableView
 
@@ -25,7 +26,7 @@ def mean_gradients(
     the generator of what the loss draws (ITM negatives); by default a function of `seed` and the number alone. reduce:
     sums a tensor over ranks, each of which reads its own batches.
 
-    Raises ValueError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
+    Raises UserError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
     """
     generators = generators or (lambda number: batch_generator(seed, number))
     with untouched(view.model, view.moved_by_loss), only_prunable(view):
@@ -38,16 +39,16 @@ def mean_gradients(
     seen = torch.tensor([count, *(gradient is not None for gradient in gradients.values())], dtype=torch.float32)
     total, *reached = (reduce(seen.to(device)) if reduce else seen).tolist()
     if not total:
-        raise ValueError("there are no calibration batches")
+        raise UserError("there are no calibration batches")
     result = {}
     for (name, gradient), ranks in zip(gradients.items(), reached, strict=True):
         if not ranks:
-            raise ValueError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
+            raise UserError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
         if reduce:
             gradient = reduce(torch.zeros_like(view.weights[name].parameter) if gradient is None else gradient)
         if not gradient.isfinite().all():
-            raise ValueError(f"the gradient of layer {name!r} holds NaN or Inf")
-        matrix = gradient.t() if view.weights[name].transposed else gradient
+            raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
+        matrix = view.weights[name].as_matrix(gradient)
         result[name] = matrix.div_(total)
     return result
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsity.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of the mean of H's diagonal
@@ -75,7 +77,7 @@ class Factor:
 def factor(hessian: Tensor, width: int, name: str, dtype: torch.dtype = torch.float32) -> Factor:
     """The factor of a layer's H, from its strips, in `dtype`.
 
-    Where the factorisation fails, the damping grows tenfold, with a warning that names the layer. ValueError where it
+    Where the factorisation fails, the damping grows tenfold, with a warning that names the layer. UserError where it
     fails all the same.
     """
     pieces = ((strip, hessian[where].view(-1, width - strip.start)) for strip, where in strips(width))
@@ -90,7 +92,7 @@ def factor(hessian: Tensor, width: int, name: str, dtype: torch.dtype = torch.fl
             return Factor(lower, live, name)
         damping *= 10
         logger.warning("layer %r: its Hessian cannot be factorised: damping is raised to %g of its mean", name, damping)
-    raise ValueError(f"the Hessian of layer {name!r} cannot be factorised: its inputs are too large or too much alike")
+    raise UserError(f"the Hessian of layer {name!r} cannot be factorised: its inputs are too large or too much alike")
 
 
 def _turned(hessian: Tensor, width: int, dtype: torch.dtype) -> Tensor:

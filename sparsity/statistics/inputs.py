@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsity.errors import UserError
 from sparsity.statistics.hessian import gram
 from sparsity.view import PrunableView
 
@@ -94,7 +95,7 @@ class Statistics:
         self, view: PrunableView, measure: str, names: Collection[str] | None = None, *, offload: bool = False
     ):
         if measure not in MEASURES:
-            raise ValueError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
+            raise UserError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
         self._view, self._measure, self._offload = view, MEASURES[measure], offload
         self._weights = {name: view.weights[name] for name in (view.weights if names is None else names)}
         # Allocated before the first forward: between its activations they would leave holes in memory.
@@ -184,12 +185,12 @@ class Statistics:
         return {name: entry.tokens for name, entry in self._sums.items()}
 
     def result(self) -> dict[str, Tensor]:
-        """Name -> the sum over all batches. ValueError that names a layer which saw no real token, or NaN or Inf."""
+        """Name -> the sum over all batches. UserError that names a layer which saw no real token, or NaN or Inf."""
         for name, entry in self._sums.items():
             if entry.tokens == 0:
-                raise ValueError(f"layer {name!r} saw no calibration sample")
+                raise UserError(f"layer {name!r} saw no calibration sample")
             if not entry.value.isfinite().all():
-                raise ValueError(f"the inputs of layer {name!r} hold NaN or Inf")
+                raise UserError(f"the inputs of layer {name!r} hold NaN or Inf")
         return {name: entry.value for name, entry in self._sums.items()}
 
 
@@ -208,7 +209,7 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return rows
     if source.shape[:-1] not in (valid.shape, (valid.numel(),)):  # as they are, or flattened; nothing is guessed
-        raise ValueError(
+        raise UserError(
             f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}; where it"
             " reads more than the text, --groups must put it into another group than 'text'"
         )

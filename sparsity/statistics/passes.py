@@ -28,7 +28,7 @@ def collect(
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
     generator of what the loss draws there. names: of the weights that are asked about (default: all), offload: whether
     sums are kept in the processor's memory; neither is for gradients. "hessian" is (2/n) X X^T over the n real tokens,
-    as strips (`sparsity.statistics.hessian`). Raises ValueError for a statistic that does not exist.
+    as strips (`sparsity.statistics.hessian`). Raises UserError for a statistic that does not exist.
     """
     if statistic == "mean_gradient":
         return mean_gradients(view, batches, generators=generators, reduce=reduce)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.finetuning import DEBUG_IMAGES, DEBUG_STEPS, RetrievalConfig
+from configs.finetuning import RetrievalConfig
 from configs.loading import build, load_config, read_yaml
+from configs.task import DEBUG_IMAGES, DEBUG_STEPS
 
 PLAIN = {
     "model_config": "m.yaml",

@@ -10,7 +10,8 @@ import yaml
 
 from configs.general_loader import DATASETS, GeneralLoader
 from configs.loading import load_config, save_config
-from configs.pruning import Files, LabelledImages, LabelsPruneConfig, PruneConfig
+from configs.pruning import LabelsPruneConfig, PruneConfig
+from configs.sources import Files, LabelledImages
 from datasets.annotations import ImageRoot
 from datasets.calibration.data_kinds import Calibration
 from datasets.pairs.pretraining import ImageTextDataset

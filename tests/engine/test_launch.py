@@ -70,11 +70,6 @@ def test_the_users_errors_are_one_line(ended, main, told):
     assert re.fullmatch(r"error: [^\n]+\n", text) and told in text and "Traceback" not in text
 
 
-def test_a_file_that_was_edited_meanwhile_changes_nothing(ended, monkeypatch):
-    monkeypatch.setattr("linecache.getline", lambda *_: "something = else_now()")
-    assert "got 'abc'" in ended(lambda: parse_sparsities("abc"))[1]
-
-
 def unpack():
     (_,) = ResumableSampler(2, seed=0, batch_size=1, stop=3)
 

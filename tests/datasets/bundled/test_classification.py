@@ -15,7 +15,7 @@ from datasets.bundled.classification import (
     recoloured,
     warped,
 )
-from datasets.bundled.scenes import Glyphs, load_glyphs
+from datasets.bundled.glyphs import Glyphs, load_glyphs
 from datasets.transforms import IMAGENET
 
 SIDE = 40

@@ -10,15 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.bundled.scenes import (
-    MAX_CAPTION_WORDS,
-    BundledRegions,
-    BundledRetrieval,
-    BundledScenes,
-    draw_scene,
-    export_public,
-    load_glyphs,
-)
+from datasets.bundled.captions import MAX_CAPTION_WORDS
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import BundledRegions, BundledRetrieval, BundledScenes, draw_scene
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.regions import RegionDataset
 from datasets.tasks.retrieval import RetrievalEvalDataset

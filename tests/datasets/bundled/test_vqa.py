@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.bundled.scenes import MAX_OBJECTS, SceneObject, draw_scene, load_glyphs
+from datasets.bundled.captions import SceneObject
+from datasets.bundled.glyphs import load_glyphs
+from datasets.bundled.scenes import MAX_OBJECTS, draw_scene
 from datasets.bundled.vqa import KINDS, BundledQuestions, answer_list, questions_about
 from datasets.tasks.vqa import Words, bundled_questions
 

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.pruning import Evaluation, Files, PruneConfig, Stage
+from configs.pretraining import Stage
+from configs.pruning import Evaluation, PruneConfig
+from configs.sources import Files
 from datasets.bundled.curriculum import Curriculum
-from datasets.bundled.scenes import export_public, load_glyphs
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, clear_skipped, skipped_path
 
 VISION = SimpleNamespace(image_size=32, patch_size=16)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.pruning import LabelledImages, LabelsEvaluation, LabelsPruneConfig, LabelsStage
+from configs.pretraining import LabelsStage
+from configs.pruning import LabelsEvaluation, LabelsPruneConfig
+from configs.sources import LabelledImages
 from datasets.bundled.curriculum import LabelledCurriculum
-from datasets.bundled.scenes import load_glyphs
+from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import LabelsCalibration
 from datasets.labelled.public import labelled
 from datasets.transforms import IMAGENET, EvalTransform

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from configs.loading import load_config
-from configs.pruning import Files, PruneConfig
+from configs.pruning import PruneConfig
 from configs.shard_names import shard_paths
-from datasets.bundled.scenes import export_public, load_glyphs
+from configs.sources import Files
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, proportional
 from datasets.collate import Skipped, SkippedImages, collate
 from datasets.pairs.pretraining import ImageTextDataset

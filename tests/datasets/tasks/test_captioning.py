@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from configs.finetuning import BundledPairs, CaptionedScenes, CaptioningConfig, CaptioningPretrainConfig
-from configs.pruning import Files
-from datasets.bundled.scenes import export_public, load_glyphs
+from configs.sources import Files
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from datasets.collate import Skipped, collate
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.tasks.captioning import BundledCaptions, CaptioningEvalDataset, evaluation_sets, prompted, training_set

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.finetuning import OptimizerConfig, SchedulerConfig, VQAConfig
+from configs.finetuning import VQAConfig
+from configs.task import OptimizerConfig, SchedulerConfig
 from datasets.collate import Skipped
 from datasets.tasks.vqa import Images, VQATrainDataset, Words, candidates, evaluation_sets, file_questions, training_set
 from datasets.transforms import CLIP, EvalTransform, to_tensor

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from configs.pruning import Evaluation, Files
-from datasets.bundled.scenes import load_glyphs
+from configs.pruning import Evaluation
+from configs.sources import Files
+from datasets.bundled.glyphs import load_glyphs
 from datasets.text import TextEncoder
 from engine.evaluation.retrieval import NOT_RANKED, ZeroShot, retrieval_scores
 from models.parts.bert import TextConfig

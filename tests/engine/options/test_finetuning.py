@@ -16,7 +16,7 @@ def prepared(folder, *given):
 
 
 def test_the_bundled_model_where_the_full_size_one_is_not_here(tmp_path, caplog):
-    with caplog.at_level("INFO", "engine"):
+    with caplog.at_level("INFO", "configs"):
         args, config = prepared(tmp_path)
     assert args.config == Path("configs/xvlm/retrieval_mini.yaml") and config.bundled
     assert "using the bundled xvlm-mini" in caplog.text

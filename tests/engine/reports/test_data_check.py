@@ -4,8 +4,10 @@ import json
 import pytest
 
 import prune
-from configs.pruning import Evaluation, Files, PruneConfig
-from datasets.bundled.scenes import export_public, load_glyphs
+from configs.pruning import Evaluation, PruneConfig
+from configs.sources import Files
+from datasets.bundled.export import export_public
+from datasets.bundled.glyphs import load_glyphs
 from engine.reports.data_check import Finding, check_data, table
 from tests.datasets.pairs.test_shards import png, write_shard
 

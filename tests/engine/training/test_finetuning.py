@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.finetuning import OptimizerConfig, SchedulerConfig
+from configs.task import OptimizerConfig, SchedulerConfig
 from engine.reports.model_card import model_card
 from engine.training.finetuning import checkpoint_blocks, rate, read_masks
 from engine.training.optimizer import finetuning_optimizer

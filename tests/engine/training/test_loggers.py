@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.training.loggers import CsvLog, TensorBoardLog, WandbLog, check_loggers
+from engine.options.command_line import check_loggers
+from engine.training.loggers import CsvLog, TensorBoardLog, WandbLog
 
 
 def rows(path):

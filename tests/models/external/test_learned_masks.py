@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from models.external import model as external
 from sparsity.learned.gates import candidates, gumbel
-from sparsity.maskllm import LearnableMasks, folded
+from sparsity.learned.layer import folded
+from sparsity.learned.learnable_masks import LearnableMasks
 from sparsity.pattern import NM
 from tests.tiny_models import TIMM, TRANSFORMERS, batch_for, make_timm, side
 

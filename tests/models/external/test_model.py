@@ -470,12 +470,12 @@ def factory():
 
 
 def test_a_function_that_returns_a_model(tmp_path):
-    model = external.build("tests.models.test_external:factory")
+    model = external.build("tests.models.external.test_model:factory")
     assert not model.training
     assert external.prunable_view(model).groups.keys() == {"vision"}
     changed = {key: t + 1 for key, t in model.state_dict().items()}
     save_file(changed, tmp_path / "w.safetensors")
-    other = external.build("tests.models.test_external:factory", tmp_path / "w.safetensors")
+    other = external.build("tests.models.external.test_model:factory", tmp_path / "w.safetensors")
     assert all(torch.equal(t, changed[key]) for key, t in other.state_dict().items())
 
 
@@ -516,8 +516,8 @@ def test_half_precision_weights_are_pruned_in_float32(tmp_path):
         ("hf:tests", "random", "-m hf:tests: cannot be read: "),
         ("timm:test_vit", "absent.pth", "--weights absent.pth: there is no such file"),
         ("no.such_module:f", "published", "-m no.such_module:f: there is no module 'no' here or in PYTHONPATH"),
-        ("tests.models.test_external:factoy", "published", "has no function 'factoy', did you mean 'factory'?"),
-        ("tests.models.test_external:linear_list", "published", "has no function 'linear_list'"),
+        ("tests.models.external.test_model:factoy", "published", "has no function 'factoy', did you mean 'factory'?"),
+        ("tests.models.external.test_model:linear_list", "published", "has no function 'linear_list'"),
         ("collections:OrderedDict", "published", "expected a function that returns an nn.Module, got OrderedDict"),
     ],
 )

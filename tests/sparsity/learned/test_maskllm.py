@@ -11,17 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparsity
+from sparsity.learned.checkpoint import fold
 from sparsity.learned.gates import candidates, gumbel, new_gate
+from sparsity.learned.layer import MaskedLinear, MaskedLinearFrozen, add_prior, folded, masked_layers
+from sparsity.learned.learnable_masks import LearnableMasks
 from sparsity.learned.schedule import RECIPES, Recipe, progress
-from sparsity.maskllm import (
-    LearnableMasks,
-    MaskedLinear,
-    MaskedLinearFrozen,
-    add_prior,
-    fold,
-    folded,
-    masked_layers,
-)
 from sparsity.masks import Masks
 from sparsity.pattern import NM
 from tests.toys import Attention, Conv1D, layers, view_of
@@ -321,7 +315,7 @@ def test_what_is_kept_for_the_backward_pass_is_there_anyway():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("make", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, lambda: nn.LayerNorm(16), nn.Tanh])
 def test_inputs_that_are_computed_again_give_the_same_gradients(sampled, monkeypatch, make, frozen):
-    monkeypatch.setattr("sparsity.maskllm._Again.ROWS", 3)
+    monkeypatch.setattr("sparsity.learned.autograd.Again.ROWS", 3)
     layer, x, _ = sampled(NM(2, 4))
     maker = make().double()
     layer.weight.requires_grad_(not frozen)
@@ -331,7 +325,7 @@ def test_inputs_that_are_computed_again_give_the_same_gradients(sampled, monkeyp
         source, extra = x.clone().requires_grad_(), []
         made = maker(source)
         with monkeypatch.context() as patch:
-            patch.setattr("sparsity.maskllm._Again.of", staticmethod(lambda x, dtype: None)) if kept else None
+            patch.setattr("sparsity.learned.autograd.Again.of", staticmethod(lambda x, dtype: None)) if kept else None
             y = layer(made)
         extra = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == x.shape]
         y.square().sum().backward()
@@ -362,7 +356,7 @@ def test_the_quick_start():
     model = Attention()
     weights = {name: p.clone() for name, p in model.named_parameters()}
     model = sparsity.utils.replace_linear_with_(
-        model, sparsity.maskllm.MaskedLinear, exclude=[model.head], N=1, M=4, hard=True
+        model, sparsity.learned.layer.MaskedLinear, exclude=[model.head], N=1, M=4, hard=True
     )
     assert type(model.head) is nn.Linear and type(model.q) is MaskedLinear
     assert model.q.pattern == NM(1, 4) and model.q.hard and "mask=1:4" in repr(model)
@@ -381,7 +375,7 @@ def test_the_quick_start():
 def test_the_quick_start_keeps_what_a_layer_is():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval()
     model[0].weight.requires_grad_(False)
-    sparsity.utils.replace_linear_with_(model, sparsity.maskllm.MaskedLinearFrozen, exclude=[model[1]])
+    sparsity.utils.replace_linear_with_(model, sparsity.learned.layer.MaskedLinearFrozen, exclude=[model[1]])
     assert type(model[0]) is MaskedLinearFrozen and not model[0].training and not model[0].weight.requires_grad
     model[0].mask[:, ::2] = 0
     x = torch.randn(3, 8)

@@ -1,0 +1,140 @@
+"""What every fine-tuning configuration says: weights, optimizer, schedule, batches, logging. Needs no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from configs.sources import at_least
+from sparsity.errors import MissingFileError, UserError
+
+OPTIMIZERS = ("adamW", "sgd")
+SCHEDULES = ("linear", "cosine")
+DEBUG_STEPS = 4  # of an epoch
+DEBUG_IMAGES = 32  # that are evaluated
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have. min_lr: where a
+    cosine ends. betas: of AdamW; the first is the momentum of SGD.
+    """
+
+    lr: float
+    opt: str = "adamW"
+    weight_decay: float = 0.01
+    lr_mult: float = 1.0
+    min_lr: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.98)
+
+    def __post_init__(self):
+        at_least(self, 0, "lr", "weight_decay", "lr_mult", "min_lr")
+        if self.opt not in OPTIMIZERS:
+            raise UserError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {self.opt!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr must be at most lr = {self.lr:g}, got {self.min_lr!r}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """sched: "linear" or "cosine", down from the peak. num_warmup_steps: share of all steps in which the rate rises."""
+
+    epochs: int
+    sched: str = "linear"
+    num_warmup_steps: float = 0.0
+
+    def __post_init__(self):
+        at_least(self, 0, "epochs")
+        if self.sched not in SCHEDULES:
+            raise UserError(f"sched must be one of {', '.join(SCHEDULES)}, got {self.sched!r}")
+        if not 0 <= self.num_warmup_steps <= 1:
+            raise UserError(f"num_warmup_steps is a share from 0 to 1 of all steps, got {self.num_warmup_steps!r}")
+
+
+@dataclass(frozen=True)
+class WandbData:
+    """Of a run on Weights & Biases; `--experiment_name` takes the place of `name`."""
+
+    project: str = "sparse-finetuning"
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What all tasks have. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at a time on
+    each device, as often as needed.
+
+    image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
+    steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.
+    """
+
+    # What does not change the result of a run: a snapshot may be resumed with other values.
+    FREE: ClassVar = ("workers", "max_skipped", "save_every", "log_every", "wandb_data")
+
+    model_config: str
+    weights: str
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    batch_size_train: int
+    batch_size_target: int
+    image_res: int | None = None
+    max_tokens: int | None = None
+    clip_norm: float = 0.0
+    gradient_checkpointing: bool = False
+    workers: int = 1
+    max_skipped: float = 0.01
+    save_every: int | None = None
+    log_every: int = 20
+    wandb_data: WandbData = field(default_factory=WandbData)
+
+    def __post_init__(self):
+        at_least(self, 1, "batch_size_train", "batch_size_target", "image_res", "max_tokens", "save_every", "log_every")
+        at_least(self, 0, "clip_norm", "workers")
+        if not 0 <= self.max_skipped <= 1:
+            raise UserError(f"max_skipped must be a fraction between 0 and 1, got {self.max_skipped!r}")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The file with the pretrained weights; None for random ones."""
+        return None if self.weights == "random" else self.weights
+
+    def overridden(self, options: Mapping[str, Any]) -> "TaskConfig":
+        """With what options of the task's own on the command line say where they are given, that is, not None."""
+        return self
+
+    def check_weights(self) -> None:
+        """Raises FileNotFoundError where the file is not there."""
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise MissingFileError(f"{self.checkpoint}: weights file not found; give --pretraining_weights PATH")
+
+    def check_data(self, where: str) -> None:
+        """Raises UserError or FileNotFoundError where the data of the task is not configured or not there."""
+        raise NotImplementedError
+
+    def accumulation(self, devices: int) -> int:
+        """Batches of each device in a step; UserError unless they make up `batch_size_target` samples."""
+        at_once = self.batch_size_train * devices
+        if self.batch_size_target % at_once:
+            raise UserError(
+                f"batch_size_target {self.batch_size_target} is no multiple of batch_size_train "
+                f"{self.batch_size_train} x {devices} device{'s' * (devices > 1)} = {at_once}: change one of them"
+            )
+        return self.batch_size_target // at_once
+
+    def steps_per_epoch(self, samples: int, debug: bool = False) -> int:
+        steps = math.ceil(samples / self.batch_size_target)
+        return min(steps, DEBUG_STEPS) if debug else steps
+
+    def sizes(self, pretrained: Any) -> Any:
+        """Those of the pretrained model, a dataclass with `vision.image_size` and `max_tokens`, made the task's."""
+        tokens = pretrained.max_tokens if self.max_tokens is None else self.max_tokens
+        side = pretrained.vision.image_size if self.image_res is None else self.image_res
+        return replace(pretrained, max_tokens=tokens, vision=replace(pretrained.vision, image_size=side))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a run."""
+        return {name: value for name, value in asdict(self).items() if name not in self.FREE}

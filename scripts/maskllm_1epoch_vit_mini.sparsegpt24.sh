@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# Learns 2:4 masks of vit_mini from those of sparsegpt: four short epochs. See scripts/maskllm.sh.
-exec "$(dirname "${BASH_SOURCE[0]}")/maskllm.sh" vit_mini sparsegpt short "$@"

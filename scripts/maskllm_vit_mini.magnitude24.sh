@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# Learns 2:4 masks of vit_mini from those of magnitude: 18 short epochs with a moving average. See scripts/maskllm.sh.
-exec "$(dirname "${BASH_SOURCE[0]}")/maskllm.sh" vit_mini magnitude long "$@"

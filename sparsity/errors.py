@@ -1,0 +1,12 @@
+"""Mistakes of the user, told apart from mistakes of the program. Needs no torch: every package may import this."""
+
+
+class UserError(ValueError):
+    """Bad input that the user can mend: an option, a file, a combination. The message is one line that says how.
+
+    Scripts print it without a traceback and exit with code 2; any other exception is a bug and keeps its traceback.
+    """
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user named, or that the project expects, is not there."""
