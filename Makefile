@@ -9,8 +9,8 @@ WORKERS ?= 2
 # Idle threads sleep: a run that shares its cores is many times faster so, one that does not is as fast.
 export OMP_WAIT_POLICY ?= passive
 
-# WORKERS processes of one thread each. A worker takes tests in their order, so that a module's fixtures are made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# WORKERS processes of one thread each; tests/conftest.py says which tests share one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-fast test-all test-newest lint format lock
 
@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 demo: $(VENV)/.installed
 	$(BIN)/python prune.py -m xvlm -p multiflow --num_batches 500 --evaluate
 
-# All tests but the slow ones: what must pass before a change is accepted.
+# All tests but the slow ones: with lint, what must pass before a change is accepted.
 test: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
 
