@@ -50,7 +50,7 @@ format: $(VENV)/.installed-dev
 lock:
 	test -e $(VENV)/.installed-dev
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel > $(VENV)/freeze
-	( echo "# Exact versions of what the tests have passed with, direct and indirect; \`make lock\` writes this file."; \
+	( echo "# Exact versions that the tests run with, direct and indirect; \`make lock\` writes this file."; \
 	  sed -n 's/^\([^ ]*==[^+ ]*\).*/\1/p' $(VENV)/freeze | LC_ALL=C sort -f ) > deps/constraints.txt
 
 $(BIN)/python:
