@@ -106,6 +106,8 @@ BAD_VALUES = {
     },
     "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
     "experiment_name": {},  # whatever one likes
+    "finetuned": {"absent": "give one of -m/--model"},
+    "nm": {"absent": "give one of -m/--model"},
     "config": {
         "absent.yaml": "absent.yaml: configuration file not found",
         "README.md": "README.md: not valid YAML",
