@@ -8,15 +8,18 @@ import types
 import typing
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def load_config(path: str | Path, schema: type[T]) -> T:
@@ -104,7 +107,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, where)
     if origin in (list, tuple):
         if not isinstance(value, list):
@@ -135,7 +138,9 @@ def _number(value: Any, where: str) -> float:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration beside a result, as YAML that `load_config` reads."""
-    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    plain = config
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        plain = dataclasses.asdict(config)
     write_atomic(path, yaml.safe_dump(_lists(plain), sort_keys=False, allow_unicode=True).encode())
 
 
