@@ -21,6 +21,7 @@ from engine.pruning.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, 
 from models.xvlm import model as xvlm
 from pruners import base
 from sparsity.allocation.budget import budget
+from sparsity.run.request import Request
 from tests.test_scripts import CONFIGS, PLAIN, SMALL, early, only_bars, pruned, refused, without_torch  # noqa: F401
 
 ONE_SHOT = ["l2", "lamp", "localmp", "magnitude", "multiflow", "omp", "rand", "snip", "wanda"]
@@ -51,6 +52,7 @@ def calls(monkeypatch):
 
     metrics = {f"{way}_r{k}": 50.0 for way in ("txt", "img") for k in (1, 5, 10)}
     monkeypatch.setattr("pruners.base.collect", counting)
+    monkeypatch.setattr("pruners.layer_wise.collect", counting)
     monkeypatch.setattr(evaluate, lambda self: counted.update(["evaluate"]) or metrics)
     return counted
 
@@ -228,7 +230,7 @@ def test_what_draws_nothing_gives_the_same_masks_under_all_seeds(name):
     if pruner.statistic:
         return
     view = xvlm.prunable_view(xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)))
-    digests = {next(iter(pruner.masks(view, {}, ["0.5"], seed=seed)))[1].digest() for seed in (1, 2)}
+    digests = {next(iter(pruner.masks(view, {}, Request(["0.5"], seed=seed))))[1].digest() for seed in (1, 2)}
     assert len(digests) == (2 if pruner.draws else 1)
 
 

@@ -27,6 +27,7 @@ from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks, state_digest
+from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
 Row = dict[str, str]
@@ -184,7 +185,8 @@ def _masks(
     measured = measure(pruners[todo[0][0]], seed, 0)
     for name, label, missing in todo:
         again = partial(measure, pruners[name], seed)
-        for sparsity, masks, seconds in timed(pruners[name].masks(view, measured, missing, seed=seed, again=again)):
+        chosen = pruners[name].masks(view, measured, Request(missing, seed=seed), again)
+        for sparsity, masks, seconds in timed(chosen):
             yield (name, percent(sparsity), label), masks, seconds
 
 

@@ -16,6 +16,7 @@ from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget, step_sparsity
 from sparsity.masks import Masks
 from sparsity.pattern import NM
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Scratch
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused, script  # noqa: F401
 from tests.toys import Conv1D, layers, view_of
@@ -49,9 +50,10 @@ def chita(view, data, sparsities, *, scratch=lambda epoch: None, computed=None, 
     def measure(epoch):
         if computed is not None:
             computed.append(epoch)
-        return pruner.measure(view, data[epoch], rounds=[2] * (len(data[epoch]) // 2), scratch=scratch(epoch))
+        reading = CalibrationPass(rounds=[2] * (len(data[epoch]) // 2), scratch=scratch(epoch))
+        return pruner.measure(view, data[epoch], reading)
 
-    return dict(pruner.masks(view, measure(0), sparsities, again=measure))
+    return dict(pruner.masks(view, measure(0), Request(sparsities), measure))
 
 
 def same(a, b):
@@ -133,7 +135,7 @@ def test_two_steps_are_one_after_the_other(view, epochs):
     before = parameters(view)
     pruner = pruners.build("chita")
     with first.applied(view):
-        rows = pruner.measure(view, epochs[1], rounds=[2, 2])
+        rows = pruner.measure(view, epochs[1], CalibrationPass(rounds=[2, 2]))
         second = pruner._step(view, rows, first, view.numel - budget("0.6", view.numel), {})
     assert same(second, both)
     assert all(torch.equal(weight, before[name]) for name, weight in parameters(view).items())

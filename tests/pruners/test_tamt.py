@@ -14,6 +14,7 @@ from engine.pruning.comparison import sharing
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradients import batch_generator
 from tests.test_scripts import CONFIGS, SMALL, mask_files, no_pictures, prune_options, pruned, script  # noqa: F401
 
@@ -36,12 +37,13 @@ def tamt(view, batches, sparsities, *, pattern=None, pool=None, reads=None, **op
     """Masks from rounds of two batches."""
     pruner = pruners.build("tamt", **options)
 
-    def again(epoch, **target):
+    def again(epoch, *, request):
         if reads is not None:
             reads.append(epoch)
-        return pruner.measure(view, batches, rounds=ROUNDS, **target)
+        return pruner.measure(view, batches, CalibrationPass(rounds=ROUNDS, request=request))
 
-    return dict(pruner.masks(view, pruner.measure(view, batches), sparsities, pattern=pattern, pool=pool, again=again))
+    request = Request(sparsities or (), pattern, pool)
+    return dict(pruner.masks(view, pruner.measure(view, batches), request, again))
 
 
 def pruned_of(masks):
@@ -106,7 +108,7 @@ def test_batches_of_the_python_call(view, in_lockstep):
     with pytest.raises(ValueError, match="'tamt' needs calibration data"):
         next(pruner.prune(view, None, ["0.5"]))
     with pytest.raises(ValueError, match="reads the batches anew"):
-        next(pruner.masks(view, {}, ["0.5"]))
+        next(pruner.masks(view, {}, Request(["0.5"])))
     assert pruner.measure(view, in_lockstep) == {}
     seen = []
     list(pruner.prune(view, in_lockstep[:2], ["0.5", "0.6"], progress=lambda b: seen.append(len(b)) or b))
