@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.export import save_model
 from engine.pruning.tensor_stream import stream_tensors
+from engine.ranks import summed
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.masks import Masks
@@ -56,9 +58,6 @@ def calibrate(
         quiet = not fabric.is_global_zero
         return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
 
-    def total(tensor: Tensor) -> Tensor:
-        return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
-
     scratch = None
     if folder:
         read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)
@@ -66,7 +65,7 @@ def calibrate(
 
     reading = CalibrationPass(
         progress=progress,
-        reduce=total if fabric.world_size > 1 else None,
+        reduce=partial(summed, fabric) if fabric.world_size > 1 else None,
         generators=lambda i: batch_generator(seed, numbers[i]),
         rounds=data.rounds,
         scratch=scratch,
