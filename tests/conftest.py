@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from datasets.text import TextEncoder
 from engine.launch import PACKAGES
 from models.blip import model as blip
 from models.parts.bert import TextConfig
 from models.parts.clip_vision import VisionConfig
+from models.parts.tokenizer import WordPiece
 from models.xvlm import model as xvlm
 
 SMALL = Path("tests/data/xvlm_small")
@@ -130,3 +132,13 @@ def write_json():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return WordPiece("data/vocab/mini_vocab.txt")
+
+
+@pytest.fixture(scope="session")
+def text(tokenizer):
+    return TextEncoder(tokenizer, max_tokens=12, max_masks=3)
