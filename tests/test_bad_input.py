@@ -41,6 +41,7 @@ from engine.launch import run
 from engine.options import Parser
 from models import blip, dino, dit, xvlm
 from models.tokenizer import WordPiece
+from tests.processes import PATIENCE, error_line
 
 CONFIGS = Path("tests/data/configs")
 MODEL = str(CONFIGS / "model.yaml")
@@ -506,7 +507,7 @@ def outcomes(tmp_path_factory):
     given = json.dumps([[case.script, case.arguments, file] for case, file in zip(cases, files, strict=True)])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(blocked)))}
     command = [sys.executable, "-c", DRIVER, str(folder)]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     *lines, modules = done.stdout.splitlines()
     assert not set(json.loads(modules)) & set(HEAVY)
@@ -518,7 +519,8 @@ def check(outcomes: dict, cases: list[Case]) -> None:
     found = []
     for case in cases:
         code, out, err, written = outcomes[case.name]
-        one_line = re.fullmatch(r"error: [^\n]+\n", err) and all(part in err for part in case.told)
+        lines = re.findall(r"(?m)^error: .+$", err)
+        one_line = len(lines) == 1 and "Traceback" not in err and all(part in lines[0] for part in case.told)
         if code != 2 or out or written or not one_line:
             found.append(f"{case.name}: expected {case.told}, got {code} {out}{err}{written}")
     assert not found, "\n".join([f"{len(found)} of {len(cases)}", *found])
@@ -559,9 +561,8 @@ def refused(capsys, main: Callable[[], Any]) -> str:
     with pytest.raises(SystemExit) as caught:
         run(main)
     out, err = capsys.readouterr()
-    lines = [line for line in re.split("[\r\n]", err) if line.strip()]
-    assert caught.value.code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: "), err
-    return lines[0]
+    assert caught.value.code == 2 and out == "", err
+    return error_line(err)
 
 
 SIZES = {  # model -> its dataclass, a configuration, and changes that it must refuse beside wrong types

@@ -22,6 +22,7 @@ from engine.launch import run
 from models import dino
 from sparsity.allocation import budget
 from sparsity.masks import Masks
+from tests.processes import PATIENCE, error_line
 
 CONFIGS = Path("tests/data/configs")
 SMALL = ["-m", "dino", "--accelerator", "cpu"]
@@ -109,8 +110,7 @@ def refused(capsys, main, options):
     with pytest.raises(SystemExit) as stopped:
         run(lambda: main(options))
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
+    return error_line(capsys.readouterr().err)
 
 
 def test_what_a_user_may_do_wrong(tmp_path, capsys):
@@ -140,7 +140,7 @@ def pretrain_options(folder, config=CONFIGS / "dino_pretrain.yaml"):
 def script(*command):
     """A script in a process of its own, which must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 
@@ -150,6 +150,7 @@ def table(folder):
     return [line.split("|")[:-2] for line in text.split("\n") if line.startswith(("| dense", "| 50"))]
 
 
+@pytest.mark.multiprocess
 def test_two_processes_give_the_masks_and_the_accuracy_of_one(tmp_path):
     options = ["-s", "50", "--evaluate"]
     one = pruned(tmp_path / "one", "snip", *options)

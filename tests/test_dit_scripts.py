@@ -23,6 +23,7 @@ from engine.launch import run
 from engine.sampling import GAP, grid
 from models import dit, dit_sizes
 from sparsity.masks import Masks
+from tests.processes import error_line
 
 CONFIGS = Path("tests/data/configs")
 MODEL = CONFIGS / "dit_model.yaml"
@@ -90,8 +91,7 @@ def refused(capsys, main, options):
     with pytest.raises(SystemExit) as stopped:
         run(lambda: main(list(map(str, options))))
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
+    return error_line(capsys.readouterr().err)
 
 
 def test_a_picture_is_a_function_of_the_seed(tmp_path, weights, capsys):

@@ -21,7 +21,8 @@ from models.external import prunable_view
 from sparsity.maskllm import fold
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from tests.test_scripts import PLAIN, refused, script
+from tests.processes import PLAIN
+from tests.test_scripts import refused, script
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "test_vit", "--img-size", "32", "--num-classes", "2", "--accelerator", "cpu", "--workers", "0"]
@@ -161,6 +162,7 @@ def test_the_moving_average_is_what_is_written(tmp_path, photos):
     )
 
 
+@pytest.mark.multiprocess
 def test_two_processes_learn_what_one_does(tmp_path, photos):
     more = [
         "--mask-only",

@@ -15,7 +15,8 @@ import nm_table
 import oneshot_pruning_timm
 import timm_validate
 from engine.nm_table import METHODS, read_results, table
-from tests.test_scripts import PLAIN, refused
+from tests.processes import PLAIN
+from tests.test_scripts import refused
 
 ROOT = Path(__file__).resolve().parent.parent
 

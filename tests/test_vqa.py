@@ -82,6 +82,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path):
     torch.testing.assert_close(whole, parts, rtol=0, atol=0)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("name", FILES)
 def test_two_processes_evaluate_as_one(tmp_path, name):
     """With a rate of 0 the weights are the same, whoever reads what."""

@@ -21,6 +21,7 @@ from datasets.sources import Files, PruneConfig
 from datasets.tars import count_samples, read_shard
 from datasets.transforms import TrainTransform
 from engine.config import load_config
+from tests.processes import PATIENCE
 
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
 TOTAL = sum(COUNTS)
@@ -372,4 +373,4 @@ import datasets.shards, webdataset
 assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsignal(2), logging.root.handlers)
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.shards" in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=PATIENCE)

@@ -298,6 +298,7 @@ def test_its_statistic_is_its_own():
     assert not pruners.one_shot("chita")
 
 
+@pytest.mark.multiprocess
 def test_two_processes_give_the_masks_of_one(tmp_path):
     one = pruned(tmp_path / "one", "chita", "-s", "50")
     script("prune.py", *prune_options(tmp_path / "two", "chita", "-s", "50", "--memory_budget", "0", "--devices", "2"))

@@ -146,6 +146,7 @@ def test_scores_that_serve_all_sparsities_are_refused_at_once(tmp_path):
         prune.main(prune_options(tmp_path, "tamt", "--save_scores"))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_give_the_masks_of_one(tmp_path):
     options = ("-s", "50,75", "--mask_lr", "0.1")
     script("prune.py", *prune_options(tmp_path / "two", "tamt", *options, "--devices", "2"))
