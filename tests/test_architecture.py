@@ -11,6 +11,8 @@ import pytest
 
 from tests.processes import PATIENCE
 
+pytestmark = pytest.mark.script
+
 ROOT = Path(__file__).resolve().parent.parent
 # Which of our packages each package may import.
 ALLOWED = {

@@ -27,6 +27,8 @@ from sparsity.masks import Masks
 from tests.processes import PATIENCE, PLAIN, only_bars
 from tests.test_scripts import CONFIGS, early, refused, without_torch  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 FILES = {"xvlm": "captioning.yaml", "blip": "blip_captioning.yaml"}
 SIZES = {"xvlm": "model.yaml", "blip": "blip_model.yaml"}
 CPU = ["--accelerator", "cpu", "--precision", "32-true"]
@@ -164,7 +166,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, trunks):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["xvlm", pytest.param("blip", marks=pytest.mark.slow)])
 def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, name, trunks):
     """Evaluated as it is, by ranks that have unequal parts of it; what is left out without Java is said once."""
     config = changed(tmp_path / "c.yaml", CONFIGS / FILES[name], scheduler={"epochs": 0})
@@ -179,6 +181,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, name, trunks
     assert printed.stdout.count("cider_own_tokens") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_training_losses_do_not_depend_on_the_number_of_processes(tmp_path, trunks):
     """Without dropout: a step of one process has two batches, of two processes one each."""
@@ -214,6 +217,7 @@ def test_the_first_stage_and_the_second(tmp_path, trunks, capsys):
     torch.testing.assert_close(second, torch.load(last, weights_only=True)["model"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_first_stage_on_two_processes(tmp_path, trunks):
     config = CONFIGS / "captioning_pretrain.yaml"

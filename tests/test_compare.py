@@ -23,6 +23,8 @@ from sparsity.allocation import budget
 from tests.processes import PATIENCE, PLAIN, held, only_bars
 from tests.test_scripts import CONFIGS, SMALL, early, pruned, refused, without_torch  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 ONE_SHOT = ["l2", "lamp", "localmp", "magnitude", "multiflow", "omp", "rand", "snip", "wanda"]
 
 
@@ -89,6 +91,7 @@ def test_iterative_pruners_measure_again(tmp_path, calls):
     assert calls["mean_gradient"] == 1 + 2
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_prune(tmp_path):
     """Group sparsities and recalls are what prune.py says of the same run."""
     state = xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()

@@ -24,6 +24,8 @@ from sparsity.allocation import budget
 from sparsity.masks import Masks
 from tests.processes import PATIENCE, error_line
 
+pytestmark = pytest.mark.script
+
 CONFIGS = Path("tests/data/configs")
 SMALL = ["-m", "dino", "--accelerator", "cpu"]
 
@@ -150,6 +152,7 @@ def table(folder):
     return [line.split("|")[:-2] for line in text.split("\n") if line.startswith(("| dense", "| 50"))]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_masks_and_the_accuracy_of_one(tmp_path):
     options = ["-s", "50", "--evaluate"]

@@ -25,6 +25,8 @@ from models import dit, dit_sizes
 from sparsity.masks import Masks
 from tests.processes import error_line
 
+pytestmark = pytest.mark.script
+
 CONFIGS = Path("tests/data/configs")
 MODEL = CONFIGS / "dit_model.yaml"
 CPU = ["--accelerator", "cpu"]

@@ -14,9 +14,9 @@ from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, ANNOTATIONS = "scripts/download_images.sh", "download_annots.sh"
-pytestmark = pytest.mark.skipif(
+pytestmark = [pytest.mark.script, pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "curl", "unzip", "tar"))), reason="bash, curl, unzip and tar are needed"
-)
+)]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.processes import PATIENCE, PLAIN
 from tests.test_scripts import CONFIGS, refused
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="bash is needed")
+pytestmark = [pytest.mark.script, pytest.mark.skipif(not shutil.which("bash"), reason="bash is needed")]
 
 # In place of python: writes down its arguments, and leaves the results that the script looks for.
 STUB = """#!{python}
@@ -105,6 +105,7 @@ def test_a_part_of_it_at_debug_sizes(recipe):
     assert all("--debug" in command for command in commands if command[0] in ("vqa.py", "image_classification.py"))
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     """Really, on the two-layer model."""
     configs = tmp_path / "configs" / "dino"

@@ -29,6 +29,8 @@ from sparsity.masks import Masks
 from tests.processes import PATIENCE, only_bars
 from tests.test_scripts import CONFIGS, early, refused, script, without_torch  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 KILLS = int(os.environ.get("KILLS", "2"))  # of a run, at random moments
 EPOCHS = 8 * KILLS
 STEPS = 4 * EPOCHS
@@ -255,6 +257,7 @@ def killed(arguments, folder, rng):
         torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, trunk):
     """`KILLS=20 python -m pytest tests/test_finetuning.py -k killed` does it more often."""
@@ -286,6 +289,7 @@ def test_two_processes(tmp_path, trunk):
         tuned(tmp_path, trunk)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     config = changed(tmp_path, scheduler={"epochs": 0}, batch_size_train=2)  # evaluated as it is
@@ -294,6 +298,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     assert (tmp_path / "two/result/metrics.json").read_bytes() == (one / "metrics.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_under_torchrun(tmp_path, trunk):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -36,6 +36,8 @@ from tests.processes import only_bars
 from tests.test_finetuning import log_rows, zeros
 from tests.test_scripts import CONFIGS, early, refused, script, without_torch  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 CONFIG = CONFIGS / "dino_image_classification.yaml"
 SIZES = load_config(CONFIGS / "dino_model.yaml", dino.Config)
 
@@ -159,6 +161,7 @@ def test_label_smoothing(trunk):
 # Two processes
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     one = tuned(tmp_path / "one", trunk, "--epochs", "0")  # evaluated as it is

@@ -29,7 +29,7 @@ TINY = ["--model", "test_vit", "--img-size", "32", "--num-classes", "2", "--acce
 QUICK = ["--batch-size", "4", "--epochs", "2", "--lr", "0.05", "--log-interval", "1"]
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,7 @@ def test_the_moving_average_is_what_is_written(tmp_path, photos):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_learn_what_one_does(tmp_path, photos):
     more = [

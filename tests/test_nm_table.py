@@ -18,6 +18,8 @@ from engine.nm_table import METHODS, read_results, table
 from tests.processes import PLAIN
 from tests.test_scripts import refused
 
+pytestmark = pytest.mark.script
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # In place of python: writes down its arguments, and leaves the results that the script looks for.

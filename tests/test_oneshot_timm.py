@@ -22,7 +22,7 @@ CPU = ["--accelerator", "cpu"]
 KEYS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from sparsity.allocation import budget, members, pools
 from sparsity.masks import Masks, model_digest
 from tests.processes import PATIENCE, PLAIN, error_line, held, only_bars
 
+pytestmark = pytest.mark.script
+
 CONFIGS = Path("tests/data/configs")
 SMALL = ["--accelerator", "cpu", "--num_batches", "3"]
 
@@ -165,7 +167,7 @@ def test_the_table_is_on_stdout_and_the_bars_are_not(whole_run):
     assert f"  {folder}/report.md" in lines
     assert only_bars(printed.stderr) and "batch/s]" in printed.stderr
     last = printed.stderr.rpartition("batch/s]")[2]
-    assert re.match(r"[^\n]*\r {20,}", last), "the last bar is wiped off the screen"
+    assert re.match(r"[^\r\n]*[\r\n] {20,}", last), "the last bar is wiped off the screen"
 
 
 def test_scores_explain_the_masks(whole_run, view):
@@ -243,7 +245,7 @@ def test_public_files(tmp_path):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("pruner", ["omp", "multiflow"])
+@pytest.mark.parametrize("pruner", ["multiflow", pytest.param("omp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_masks_of_one(tmp_path, pruner):
     options = ("-s", "50,75", "--evaluate") if pruner == "multiflow" else ("-s", "50,75")
     printed = script("prune.py", *prune_options(tmp_path / "two", pruner, *options, "--devices", "2"))
@@ -260,6 +262,7 @@ def test_two_processes_give_the_masks_of_one(tmp_path, pruner):
     assert table(tmp_path / "two" / pruner) == table(one)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_snip_on_two_processes_differs_by_the_order_of_sums_alone(tmp_path):
     script("prune.py", *prune_options(tmp_path / "two", "snip", "-s", "50,75", "--devices", "2"))

@@ -122,6 +122,7 @@ def test_nothing_is_shared_with_others():
     assert all(pruners.one_shot(name) for name in ("omp", "snip", "multiflow", "rand"))
 
 
+@pytest.mark.script
 def test_compared_as_pruned(tmp_path, monkeypatch):
     """The rows of a comparison are the masks of prune.py, under every seed."""
     columns = {f"{way}_r{k}": 50.0 for way in ("txt", "img") for k in (1, 5, 10)}
@@ -141,11 +142,14 @@ def test_compared_as_pruned(tmp_path, monkeypatch):
     assert rows["50", "7"] != rows["50", "8"]
 
 
+@pytest.mark.script
 def test_scores_that_serve_all_sparsities_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="--save_scores: tamt has no scores that serve all sparsities"):
         prune.main(prune_options(tmp_path, "tamt", "--save_scores"))
 
 
+@pytest.mark.script
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_give_the_masks_of_one(tmp_path):
     options = ("-s", "50,75", "--mask_lr", "0.1")
