@@ -37,6 +37,10 @@ BLIP_CONFIG = blip.Config(
 )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "script: runs a whole script; `make test-fast` does without")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """For `pytest -n ... --dist loadgroup`: tests that start processes never run beside each other, since these need
