@@ -38,7 +38,7 @@ BLIP_CONFIG = blip.Config(
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "script: runs a whole script; `make test-fast` does without")
+    config.addinivalue_line("markers", "script: runs a whole script, or takes as long; `make test-fast` does without")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -362,6 +362,7 @@ def test_configurations_name_shards(tmp_path):
         missing.check_calibration("c.yaml")
 
 
+@pytest.mark.script
 def test_webdataset_leaves_our_packages_alone_and_configurations_need_no_torch():
     code = """
 import sys
