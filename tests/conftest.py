@@ -42,6 +42,17 @@ BLIP_CONFIG = blip.Config(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """For `pytest -n ... --dist loadgroup`: tests that start processes never run beside each other, since these need
+    the cores; else a file is on one worker, since its fixtures are for all its tests.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            together = "processes" if item.get_closest_marker("multiprocess") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(together))
+
+
 @pytest.fixture
 def small_xvlm():
     """The model of the known answers, in evaluation mode."""

@@ -107,7 +107,7 @@ def test_the_loss_counts_each_token_after_the_prompt(name, model, batch):
 
 def test_padding_changes_nothing(model, batch):
     longer = {key: F.pad(batch[key], (0, 5)) for key in ("text_ids", "text_atts")}
-    torch.testing.assert_close(model(batch | longer)["loss"], model(batch)["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(batch | longer)["loss"], model(batch)["loss"], rtol=1e-5, atol=0)
 
 
 def test_the_decoder_sees_no_later_token(model, batch):
