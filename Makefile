@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev
 
 # Unit tests only, for use while editing.
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow and not multiprocess and not gpu and not network"
+	$(PYTEST) -m "not slow and not script and not multiprocess and not gpu and not network"
 
 # Every test.
 test-all: $(VENV)/.installed-dev

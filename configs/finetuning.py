@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from configs.locations import located
 from configs.pruning import BUNDLED_SPLITS, Evaluation
 from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
 from configs.task import DEBUG_IMAGES, TaskConfig
@@ -275,7 +276,7 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def folder(self) -> str:
-        return self.data_root or f"data/{self.dataset}"
+        return self.data_root or located(f"data/{self.dataset}")
 
     def overridden(self, options: Mapping[str, Any]) -> "ClassificationConfig":
         def given(**names: str) -> dict[str, Any]:

@@ -280,8 +280,8 @@ def check_finite(name: str, score: Tensor) -> None:
         raise _not_finite(name)
 
 
-def _not_finite(name: str) -> ValueError:
-    return ValueError(f"the scores of layer {name!r} hold NaN or Inf")
+def _not_finite(name: str) -> UserError:
+    return UserError(f"the scores of layer {name!r} hold NaN or Inf")
 
 
 def _named(scores: Scores[Name]) -> Iterable[tuple[Name, Tensor]]:

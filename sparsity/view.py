@@ -229,7 +229,7 @@ def _refuse_experts(name: str, module: nn.Module) -> None:
             raise _refusal(name, f"its {key} is 3-D, {tuple(parameter.shape)}")
 
 
-def _refusal(name: str, why: str) -> ValueError:
+def _refusal(name: str, why: str) -> UserError:
     layer = name or "the model itself"
     way_out = f"keep it dense (keep_dense, on the command line --exclude {name!r}) to prune the others"
-    return ValueError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")
+    return UserError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")

@@ -187,6 +187,7 @@ def test_a_killed_chita_plus_plus_goes_on_with_the_next_step(view, epochs, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.script
 def test_a_killed_script_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     options = ("-s", "50", "--memory_budget", "0")
     whole = pruned(tmp_path / "whole", "chita", "-s", "50")
@@ -224,6 +225,7 @@ def load_equal(one, two):
 # In the scripts
 
 
+@pytest.mark.script
 def test_the_weights_are_written_beside_the_masks(tmp_path, capsys):
     folder = pruned(tmp_path, "chita", "-s", "50,75")
     told = capsys.readouterr().out
@@ -238,6 +240,7 @@ def test_the_weights_are_written_beside_the_masks(tmp_path, capsys):
     assert not list(omp.glob("*weights*"))
 
 
+@pytest.mark.script
 def test_what_is_needed_is_said_and_too_much_is_refused_before_any_forward(tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", "pruners")
     pruned(tmp_path / "said", "chita", "-s", "50", "--memory_budget", "0")
@@ -300,6 +303,9 @@ def test_its_statistic_is_its_own():
     assert not pruners.one_shot("chita")
 
 
+@pytest.mark.script
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_give_the_masks_of_one(tmp_path):
     one = pruned(tmp_path / "one", "chita", "-s", "50")
     script("prune.py", *prune_options(tmp_path / "two", "chita", "-s", "50", "--memory_budget", "0", "--devices", "2"))

@@ -374,6 +374,7 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
 # The command line
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("options", [("wanda",), ("sparsegpt", "--enable-update")], ids=" ".join)
 def test_blocks_one_after_the_other_by_command(tmp_path, options):
     sequential = [*options, "--pattern", "2:4", "--calibration_mode", "sequential"]
@@ -387,6 +388,7 @@ def test_blocks_one_after_the_other_by_command(tmp_path, options):
     assert not list(first.glob("*.block*"))
 
 
+@pytest.mark.script
 def test_pools_and_scores_that_cannot_be(tmp_path):
     for options, told in (
         (["--pool", "global", "-s", "50"], "take layer, row, block, or calibration_mode dense"),

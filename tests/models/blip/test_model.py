@@ -172,6 +172,7 @@ def test_full_size_prunable_weights_order_and_groups():
     assert view.numel == PRUNABLE["total"]
 
 
+@pytest.mark.script
 def test_a_public_mask_file_stands_for_every_name_of_a_tied_weight(tmp_path):
     """With all keys of the published files: heads, momentum copies and biases are there, all ones."""
     vision = dataclasses.replace(BLIP_CONFIG.vision, layers=12, width=16, heads=2)
