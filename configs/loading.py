@@ -127,7 +127,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     return _here(value)
 
 
-def _text(value: Any) -> bool:
+def _text(value: Any) -> typing.TypeGuard[str]:
     return isinstance(value, str)
 
 
