@@ -97,12 +97,20 @@ class Gather:
     """Items of an `ImageFolder` to {"batch": a batch as the model takes it}, with the samples that were skipped under
     "skipped", as `SkippedImages.watch` expects them.
 
-    preprocess: (images, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None.
+    preprocess: (images, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None,
+    its `check` refuses images without captions. unlabelled: why the classes have no labels, where they should; batches
+    have none then, which is an error for those alone who need a loss.
     """
 
     def __init__(self, data: ImageFolder, preprocess: Callable[..., Any]):
         self.preprocess, self.captioned = preprocess, data.captioned
-        labels = preprocess.labels(data.classes) if data.classes else None
+        preprocess.check(data.captioned)
+        self.unlabelled: UserError | None = None
+        labels = None
+        try:
+            labels = preprocess.labels(data.classes) if data.classes else None
+        except UserError as error:
+            self.unlabelled = error
         self.labels = dict(zip(data.classes, labels, strict=True)) if labels else None
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:

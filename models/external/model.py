@@ -147,6 +147,11 @@ def resolve(name: str, option: str) -> Callable:
     return chosen
 
 
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch that the model has itself; UserError where it has none."""
+    return library_of(model).loss(batch)
+
+
 def prunable_view(
     model: nn.Module,
     *,
