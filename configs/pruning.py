@@ -213,7 +213,7 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file. calibration: a folder of images, or a function of the user's that returns
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of images, or a function of the user's that returns
     batches; loss: one that gives a batch's loss, both as package.module:function. class_map: a JSON file, {folder of
     images: class of the model}. include, exclude: globs over layers that are prunable and that are not. groups: name ->
     globs over its layers.
@@ -224,6 +224,7 @@ class ExternalPruneConfig(PrunedModel):
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
+    weights_key: str = ""
     model: str = ""
     calibration: str = ""
     class_map: str = ""

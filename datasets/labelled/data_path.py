@@ -84,9 +84,7 @@ def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, s
     names = in_order({name for part in parts or [folder] for name in class_folders(part)})
     labels = {name: label for label, name in enumerate(names)}
     samples = [
-        (f"{name}/{image}", labels[name])
-        for name in class_folders(folder)
-        for image in image_files(folder / name)
+        (f"{name}/{image}", labels[name]) for name in class_folders(folder) for image in image_files(folder / name)
     ]
     if not samples:
         raise UserError(f"{folder}: no image found; expected <class>/ with {', '.join(EXTENSIONS)}")

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class External:
     """A subject (see engine.pruning.data_kinds) without an evaluation.
 
-    module: models.external.model, with `build`, `prunable_view`, `own_loss`, `preprocessing` and `resolve`.
+    module: models.external.model, with `load`, `prunable_view`, `own_loss`, `preprocessing` and `resolve`.
     """
 
     metrics: dict[str, str] = {}
@@ -32,8 +32,9 @@ class External:
     def load(self, fabric: Any) -> PrunableView:
         self.fabric, config = fabric, self.config
         loss = self.module.resolve(config.loss, "--loss") if config.loss else self._own_loss
-        self.model = self.module.build(config.model, config.weights).to(fabric.device)
-        chosen = {"include": config.include, "exclude": config.exclude, "groups": config.groups}
+        model, halves = self.module.load(config.model, config.weights, config.weights_key)
+        self.model = model.to(fabric.device)
+        chosen = {"include": config.include, "exclude": config.exclude, "groups": config.groups, "halves": halves}
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:

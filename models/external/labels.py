@@ -69,7 +69,9 @@ def read_map(path: str | Path, classes: Classes) -> dict[str, int]:
     if not isinstance(content, dict):
         raise UserError(f"--class_map {path}: expected {{folder: class}}, got a {type(content).__name__}")
     known = _by_plain_name(classes.names)
-    labels = {folder: known.get(_plain(value)) if isinstance(value, str) else value for folder, value in content.items()}
+    labels = {
+        folder: known.get(_plain(value)) if isinstance(value, str) else value for folder, value in content.items()
+    }
     for folder, label in labels.items():
         if type(label) is not int or not 0 <= label < classes.count:
             told = f"is none of the model's {classes.count} classes: a number from 0, or a name"

@@ -190,6 +190,7 @@ def load_processor(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoProcessor.from_pretrained(name, local_files_only=local_only(name))
+        options = {"trust_remote_code": False, "local_files_only": local_only(name)}
+        return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
         raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error

@@ -52,14 +52,18 @@ def test_by_position_where_no_class_has_a_name_and_all_are_there(caplog):
     model = timm.create_model("test_vit", num_classes=12)
     assert classes_of_timm(model).labels([str(i) for i in range(12)]) == list(range(12))
     for few in (["a", "b"], [str(i) for i in range(11)]):
-        with pytest.raises(ValueError, match="none of the model's 12 classes: .*, which have no names; give --class_map"):
+        with pytest.raises(
+            ValueError, match="none of the model's 12 classes: .*, which have no names; give --class_map"
+        ):
             classes_of_timm(model).labels(few)
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_synsets_of_imagenet(first):
     """Published classifiers have ImageNet's words as names, some with a class for the background before them."""
-    names = ["background"] * first + [f"{d}" if DESCRIPTIONS.count(d) == 1 else f"{d} {i}" for i, d in enumerate(DESCRIPTIONS)]
+    names = ["background"] * first + [
+        f"{d}" if DESCRIPTIONS.count(d) == 1 else f"{d} {i}" for i, d in enumerate(DESCRIPTIONS)
+    ]
     for classes in (
         classes_of_transformers(config(names)),
         classes_of_transformers(transformers.ViTConfig(num_labels=1000 + first)),

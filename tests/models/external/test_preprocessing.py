@@ -83,7 +83,9 @@ def test_pairs_with_captions_have_a_loss_and_without_them_are_refused(tmp_path, 
     assert batch["return_loss"] and external.prunable_view(model).loss(batch).isfinite()
     assert preprocess.labels(["a", "b"]) is None
     for refused in (lambda: preprocess.check(False), lambda: preprocess(images, None, None)):
-        with pytest.raises(ValueError, match="CLIPModel reads texts, and the folder has no captions: put captions.json"):
+        with pytest.raises(
+            ValueError, match="CLIPModel reads texts, and the folder has no captions: put captions.json"
+        ):
             refused()
 
 
