@@ -7,6 +7,7 @@ and refuses by name what it could only prune wrongly. `canonical` is the one pla
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,6 +47,15 @@ def bare(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def eager(model: nn.Module) -> AbstractContextManager:
+    """Modules of the model that are compiled run as they were written: hooks that are traced do not see tensors."""
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def module_name(raw: str) -> str:
@@ -137,13 +147,15 @@ class PrunableView:
     def forward(self, batch: Any) -> Any:
         if self._forward is None:
             raise UserError("this pruner needs calibration data, and the model's view has no forward to run it")
-        return self._forward(batch)
+        with eager(self.model):
+            return self._forward(batch)
 
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""
         if self._loss is None:
             raise UserError("this pruner needs gradients, and the model's view has no loss")
-        return self._loss(batch, generator)
+        with eager(self.model):
+            return self._loss(batch, generator)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
         return None if self._valid_tokens is None else self._valid_tokens(key, batch)
