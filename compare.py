@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.pruning.comparison import Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import calibrate, plain
+    from engine.ranks import place_of
     from sparsity.run.request import Request
 
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     view, file = subject.load(fabric), args.output_dir / "results.csv"
     digest = digests(view, subject.sizes, config, vars(args), chosen)
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
-    clear_skipped(args.output_dir, fabric.global_rank, fabric.world_size)
+    clear_skipped(args.output_dir, place_of(fabric))
     evaluate = subject.evaluation(args.output_dir)
     arguments = {name: plain(value) for name, value in vars(args).items()}
     save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
+from engine.ranks import place_of
 from sparsity.view import PrunableView
 
 
@@ -30,11 +31,11 @@ class External:
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:
-        config, place = self.config, {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        config, place = self.config, place_of(self.fabric)
         if not Path(config.calibration).is_dir():
             make = self.module.resolve(config.calibration, "--calibration")
-            return LoaderBatches(make, config.calibration, num_batches, seed, **place)
-        return FolderBatches(config, self.module.preprocessing(self.model), folder, num_batches, seed, **place)
+            return LoaderBatches(make, config.calibration, num_batches, seed, place)
+        return FolderBatches(config, self.module.preprocessing(self.model), folder, num_batches, seed, place)
 
     def evaluation(self, folder: Path) -> NoReturn:
         self.config.check_evaluation("")
