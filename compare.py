@@ -17,7 +17,7 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 
 import argparse
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     def measure(pruner: Any, seed: int, epoch: int, *, names: Any = None, request: Request | None = None) -> Any:
         own = data(seed) if pruner.statistic else None
-        what = {"folder": args.output_dir, "config": config, "names": names, "request": request}
-        return calibrate(pruner, view, own, fabric, seed, epoch, **what)
+        kept = partial(calibrate, folder=args.output_dir, config=config)
+        return kept(pruner, view, own, fabric, seed, epoch, names=names, request=request)
 
     for pruner in chosen.values():
         rounds = data(args.seeds[0]).rounds if pruner.statistic else None

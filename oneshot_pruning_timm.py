@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
         data = None
         if pruner.statistic:
             train = opened(train=True, length=args.nsamples, seed=args.seed)
-            share = {"place": place_of(fabric), **reading}
-            data = Samples(train, args.nsamples, args.batch_size, folder, seed=args.seed, **share)
+            place, size = place_of(fabric), args.batch_size
+            data = Samples(train, args.nsamples, size, folder, seed=args.seed, place=place, **reading)
         asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size)
         kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
         masks = one_shot(pruner, view, data, fabric, args.target, args.seed, **kept)

@@ -23,8 +23,9 @@ def loader(
     shuffle: bool = True,
 ) -> DataLoader:
     """Batches `start` to `stop` of this rank; see `ResumableSampler`. `workers` processes read them ahead."""
-    order = {"seed": seed, "shuffle": shuffle, "start": start, "stop": stop, "place": place}
-    sampler = ResumableSampler(len(dataset), batch_size=batch_size, **order)
+    sampler = ResumableSampler(
+        len(dataset), seed=seed, batch_size=batch_size, shuffle=shuffle, start=start, stop=stop, place=place
+    )
     return DataLoader(
         dataset,
         batch_size=batch_size,
