@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from datasets.place import Place
+
 T = TypeVar("T")
 
 
@@ -30,3 +32,8 @@ def summed(fabric: Any, tensor: Tensor) -> Tensor:
     if fabric.world_size == 1:
         return tensor
     return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
+
+
+def place_of(fabric: Any) -> Place:
+    """Return where this process stands among the ranks."""
+    return Place(fabric.global_rank, fabric.world_size)

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
+<<<<<<< HEAD
 from sparsity.errors import UserError
+=======
+from engine.ranks import place_of
+>>>>>>> types
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
@@ -38,9 +42,10 @@ class External:
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:
-        config, place = self.config, {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        config, place = self.config, place_of(self.fabric)
         if not Path(config.calibration).is_dir():
             make = self.module.resolve(config.calibration, "--calibration")
+<<<<<<< HEAD
             return LoaderBatches(make, config.calibration, num_batches, seed, **place)
         preprocess = self.module.preprocessing(self.model, config.class_map)
         batches = FolderBatches(config, preprocess, folder, num_batches, seed, **place)
@@ -54,6 +59,10 @@ class External:
         if self.unlabelled:
             raise self.unlabelled
         return self.module.own_loss(model, batch)
+=======
+            return LoaderBatches(make, config.calibration, num_batches, seed, place)
+        return FolderBatches(config, self.module.preprocessing(self.model), folder, num_batches, seed, place)
+>>>>>>> types
 
     def evaluation(self, folder: Path) -> NoReturn:
         self.config.check_evaluation("")
