@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
-<<<<<<< HEAD
-from sparsity.errors import UserError
-=======
 from engine.ranks import place_of
->>>>>>> types
+from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
@@ -45,10 +42,9 @@ class External:
         config, place = self.config, place_of(self.fabric)
         if not Path(config.calibration).is_dir():
             make = self.module.resolve(config.calibration, "--calibration")
-<<<<<<< HEAD
-            return LoaderBatches(make, config.calibration, num_batches, seed, **place)
+            return LoaderBatches(make, config.calibration, num_batches, seed, place)
         preprocess = self.module.preprocessing(self.model, config.class_map)
-        batches = FolderBatches(config, preprocess, folder, num_batches, seed, **place)
+        batches = FolderBatches(config, preprocess, folder, num_batches, seed, place)
         self.unlabelled = batches.unlabelled
         if self.unlabelled and config.loss:
             log.warning("%s: --loss gets batches without labels", self.unlabelled)
@@ -59,10 +55,6 @@ class External:
         if self.unlabelled:
             raise self.unlabelled
         return self.module.own_loss(model, batch)
-=======
-            return LoaderBatches(make, config.calibration, num_batches, seed, place)
-        return FolderBatches(config, self.module.preprocessing(self.model), folder, num_batches, seed, place)
->>>>>>> types
 
     def evaluation(self, folder: Path) -> NoReturn:
         self.config.check_evaluation("")
