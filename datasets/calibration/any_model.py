@@ -30,7 +30,7 @@ class FolderBatches(Lockstep):
         seed: int,
         **options: int,
     ):
-        data = ImageFolder(config.calibration, seed=seed)
+        data = ImageFolder(config.calibration, seed=seed, decoding=config.decoding)
         super().__init__([[(data, Gather(data, preprocess))]], config, folder, num_batches, seed, **options)
 
     def __iter__(self) -> Iterator[Any]:

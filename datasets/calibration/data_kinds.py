@@ -151,7 +151,12 @@ class LabelsCalibration(Lockstep):
             times = math.ceil(num_batches * config.batch_size / len(glyphs))  # whole rounds of the concepts, shuffled
             data = BundledClassification(glyphs, "train", times * len(glyphs), side=sizes.image_size, seed=seed)
         else:
-            data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
+            data = labelled(
+                config.images,
+                TrainTransform(sizes.image_size, statistics=IMAGENET),
+                seed=seed,
+                decoding=config.decoding,
+            )
         check_classes(len(data.class_names), sizes.classes)
         super().__init__([[(data, collate)]], config, folder, num_batches, seed, **options)
 
@@ -220,7 +225,8 @@ def _region(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, nu
         scenes = num_batches * config.batch_size
         return [(BundledRegions(load_glyphs(), encode, scenes, patch=patch, side=side, seed=seed), collate_regions)]
     annotated = [(files.annotations, files.folders) for files in config.region]
-    return [(RegionDataset(annotated, encode, side, patch, seed=seed), collate_regions)] if annotated else []
+    reading = {"seed": seed, "decoding": config.decoding}
+    return [(RegionDataset(annotated, encode, side, patch, **reading), collate_regions)] if annotated else []
 
 
 def _pairs(
@@ -233,9 +239,10 @@ def _pairs(
         return [(BundledScenes(load_glyphs(), encode, scenes, side=side, seed=seed), collate)]
     annotated = [(each.annotations, each.folders) for each in files if each.annotations]
     shards = [each.images for each in files if not each.annotations]
+    reading = {"seed": seed, "decoding": config.decoding}
     sources: list[Source] = []
     if annotated:
-        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, **reading), collate))
     if shards:
-        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ShardDataset(shards, TrainTransform(side), encode, **reading), collate))
     return sources
