@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
+    from datasets.calibration.data_kinds import clear_skipped
     from datasets.calibration.image_batches import Samples
     from datasets.labelled.data_path import check_data, has_validation, open_data
     from datasets.labelled.public import check_classes
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         classifiers.load(model, args.ckpt)
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), args.save_model.parent if args.save_model else Path("output")
+    clear_skipped(folder, fabric.global_rank, fabric.world_size)
     view = prunable_view(model.to(fabric.device))
     opened = partial(open_data, args.data_path, transform=classifiers.transform(images), side=images["input_size"][-1])
     reading = {"workers": args.workers, "max_skipped": args.max_skipped}

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
+    from datasets.calibration.data_kinds import clear_skipped
     from datasets.labelled.data_path import check_data, open_data
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
@@ -80,11 +81,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.sparsity_mode != "dense" or args.mask:
         tell_zeros(view, str(args.checkpoint or args.mask))
     images = classifiers.data_config(model, args.image_size)
-    fabric = launch(args)
+    fabric, folder = launch(args), Path("output")
+    clear_skipped(folder, fabric.global_rank, fabric.world_size)
     test = open_data(args.data_path, False, classifiers.transform(images), side=images["input_size"][-1])
     check_classes(len(test.class_names), model.num_classes)
     reading = {"workers": args.workers, "max_skipped": args.max_skipped, "batch_size": args.batch_size}
-    accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, Path("output"), **reading)()
+    accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, folder, **reading)()
     if fabric.is_global_zero:
         print(json.dumps(result(args.model, accuracy, model, gates, images), indent=4))
     fabric.barrier()

@@ -1,7 +1,7 @@
 """Weights and models that load without this project."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsity.casting import cast
+from sparsity.errors import UserError
 from sparsity.files import replacing, replacing_folder
 from sparsity.packing import pack
 
@@ -20,22 +22,29 @@ FORMAT = {"format": "pt"}  # metadata without which transformers does not read a
 def save_weights(
     model: nn.Module,
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     without: Sequence[str] = (),
     tied_once: bool = False,
+    allowed: Collection[str] = (),
 ) -> Path:
-    """Write the state dict as safetensors, floating-point tensors as `dtype`.
+    """Write the state dict as safetensors, floating-point tensors as `dtype`, or as they are where None.
 
     without: globs over names that are left out. tied_once: a tied tensor stands under its first name alone, which
-    `models.checkpoint.load_weights` understands; by default under each, as other programs want it.
+    `models.checkpoint.load_weights` understands; by default under each, as other programs want it. allowed: what the
+    cast may lose, see `sparsity.casting.cast`, whose UserError names the file.
     """
     state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        state[name] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = tensor.detach()
+    if dtype is not None:
+        try:
+            state = cast(state, dtype, allowed=allowed)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     save_state(state, path)
     return Path(path)
 

@@ -199,9 +199,12 @@ def skipped_path(folder: Path, rank: int) -> Path:
 
 
 def clear_skipped(folder: Path, rank: int, world_size: int) -> None:
-    """Remove the lists that earlier runs left in a folder of results. Every rank calls it, before it reads anything; a
-    list that another rank of this run may write is left to that rank.
+    """Remove the lists that earlier runs left in a folder of results: a fresh run begins its own. Every rank calls it,
+    before it reads anything; a list that another rank of this run may write is left to that rank, and one of a
+    calibration that goes on from the rows in its files is kept.
     """
+    if any(folder.glob(f"*_rank{rank}.rows")):  # as sparsity.statistics.gradient_rows keeps them
+        return
     skipped_path(folder, rank).unlink(missing_ok=True)
     ours = {skipped_path(folder, other) for other in range(world_size)}
     for path in set(folder.glob("skipped_rank*.txt")) - ours if not rank else ():

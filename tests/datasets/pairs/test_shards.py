@@ -19,8 +19,8 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, proportional
 from datasets.collate import Skipped, SkippedImages, collate
-from datasets.pairs.pretraining import ImageTextDataset
 from datasets.images import FORMATS
+from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardBatches, ShardDataset, shard_loader
 from datasets.pairs.tars import count_samples, read_shard
 from datasets.transforms import TrainTransform
