@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.data_kinds import Lockstep
-from datasets.labelled.image_folder import CAPTIONS, Gather, ImageFolder
+from datasets.labelled.image_folder import Gather, ImageFolder
 from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 class FolderBatches(Lockstep):
     """Batches of a folder's images as a model takes them; see `Lockstep`.
 
-    preprocess: see `Gather`; its `reads_text` says whether the model needs captions. folder: of the results. options:
-    `rank` and `world_size`. Raises UserError where it needs captions and there are none.
+    preprocess: see `Gather`. folder: of the results. options: `rank` and `world_size`.
     """
 
     def __init__(
@@ -32,10 +31,6 @@ class FolderBatches(Lockstep):
         **options: int,
     ):
         data = ImageFolder(config.calibration, seed=seed, decoding=config.decoding)
-        if preprocess.reads_text and not data.captioned:
-            ways = f"{data.root.root / CAPTIONS}, {{image path: caption or [captions]}}, or 1.txt beside 1.jpg"
-            needed = "the model reads texts, and these images have no captions"
-            raise UserError(f"--calibration {config.calibration}: {needed}: write {ways}")
         super().__init__([[(data, Gather(data, preprocess))]], config, folder, num_batches, seed, **options)
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,8 +2,7 @@
 processor of transformers).
 
 `preprocessing(model)` is a callable: a list of B RGB images, B captions or None, B labels or None -> batch. Its
-`labels(names)` are the labels of classes with these names; with `reads_text` the model reads the captions, and
-calibration on the same words for every image would see next to nothing of its text tower.
+`labels(names)` are the labels of classes with these names.
 """
 
 from collections.abc import Sequence
@@ -18,14 +17,13 @@ from models.hub import first_line, local_only
 from sparsity.errors import UserError
 
 PROMPT = "Describe the image."  # what a generative model is asked
+CAPTION = "a photo"  # the text of images without captions, for models that need one
 IGNORED = -100  # label of tokens that are not predicted
 OWN_LOADER = "give --calibration package.module:loader, a function of yours that returns the batches"
 
 
 class TimmImages:
     """Batches (images,) or (images, labels)."""
-
-    reads_text = False
 
     def __init__(self, model: nn.Module):
         from timm.data import create_transform, resolve_data_config
@@ -45,8 +43,6 @@ class TimmImages:
 class Images:
     """transformers models of images alone: what the image processor makes, and labels."""
 
-    reads_text = False
-
     def __init__(self, model: nn.Module, processor: Any):
         self.processor = processor
         self.known = {name: int(label) for label, name in model.config.id2label.items()}
@@ -62,9 +58,7 @@ class Images:
 
 
 class Pairs:
-    """Models that compare images and texts (CLIP, SigLIP)."""
-
-    reads_text = True
+    """Models that compare images and texts (CLIP, SigLIP); their loss needs captions."""
 
     def __init__(self, model: nn.Module, processor: Any):
         self.processor, tokenizer = processor, processor.tokenizer
@@ -77,18 +71,17 @@ class Pairs:
     def labels(self, names: Sequence[str]) -> None:
         return None
 
-    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str], labels: Any) -> dict[str, Any]:
+    def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
+        texts = [CAPTION] * len(images) if captions is None else list(captions)
         options = {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        batch = dict(self.processor(images=list(images), text=list(captions), **options))
-        return batch | ({"return_loss": True} if self.contrastive else {})
+        batch = dict(self.processor(images=list(images), text=texts, **options))
+        return batch | ({"return_loss": True} if self.contrastive and captions is not None else {})
 
 
 class Generative:
     """Models that write a text about an image (BLIP-2, LLaVA, Qwen-VL): asked `PROMPT`, they answer the caption, and
     the loss is that of the answer's tokens.
     """
-
-    reads_text = True
 
     def __init__(self, model: nn.Module, processor: Any):
         self.processor, tokenizer = processor, processor.tokenizer

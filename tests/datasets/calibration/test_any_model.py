@@ -28,8 +28,6 @@ def photos(tmp_path):
 class Shades:
     """A preprocessing: (how red each image is, captions, labels)."""
 
-    reads_text = False
-
     def labels(self, names):
         return [10 * i for i in range(len(names))]
 
@@ -98,18 +96,6 @@ def test_captions_beside_the_images(photos, tmp_path):
     (photos / "7.txt").unlink()
     with pytest.raises(ValueError, match=r"photos: 1 of 10 images have no caption, for example 7\.png"):
         ImageFolder(photos, seed=0)
-
-
-def test_a_model_that_reads_texts_needs_captions(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(Shades, "reads_text", True)
-    told = (
-        r"photos: the model reads texts, .* no captions: write .*photos/captions.json, \{image path: .* or 1.txt beside"
-    )
-    with pytest.raises(ValueError, match=told):
-        batches(photos, tmp_path)
-    for i in range(10):
-        (photos / f"{i}.txt").write_text("a photo")
-    assert list(batches(photos, tmp_path))[0][1] == ["a photo"] * 3
 
 
 def test_captions_of_a_list(photos, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from models.external import model as external
-from models.external.preprocessing import PROMPT, preprocessing
+from models.external.preprocessing import CAPTION, PROMPT, preprocessing
 from tests import tiny_models
 from tests.tiny_models import IMAGE_TOKEN, TRANSFORMERS, VISION, image_processor, tokenizer
 
@@ -75,14 +75,17 @@ def test_classifiers_of_transformers_know_their_classes(tmp_path, images):
     assert set(preprocess(images, None, None)) == {"pixel_values"}
 
 
-def test_pairs_have_a_loss(tmp_path, images):
+def test_pairs_with_captions_have_a_loss_and_without_them_a_text(tmp_path, images):
     model, preprocess = published("clip", tmp_path)
     batch = preprocess(images, CAPTIONS, None)
     assert [
         row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ] == ANSWERS
     assert batch["return_loss"] and external.prunable_view(model).loss(batch).isfinite()
-    assert preprocess.reads_text and preprocess.labels(["a", "b"]) is None
+    batch = preprocess(images, None, preprocess.labels(["a", "b"]))
+    assert "return_loss" not in batch and batch["input_ids"].tolist() == 2 * [tokenizer()(CAPTION)["input_ids"]]
+    with pytest.raises(ValueError, match="returns no loss"):
+        external.prunable_view(model).loss(batch)
 
 
 def test_texts_longer_than_the_positions_are_cut(tmp_path, images):
