@@ -13,4 +13,4 @@ class Wanda(LayerWise):
     mode = "dense"
 
     def score(self, weight, statistic, generator):
-        return weight.double().abs_() * statistic.sqrt()
+        return weight.abs().double() * statistic.sqrt()

@@ -27,9 +27,13 @@ class Loss:
 
 
 def cast(
-    state: Mapping[str, Tensor], dtype: torch.dtype, *, allowed: Collection[str] = (), way_out: str = ""
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    *,
+    allowed: Collection[str] = (),
+    way_out: str = "",
 ) -> dict[str, Tensor]:
-    """Cast the tensors of `FLOATS` to `dtype`, one of them; all others are as they were.
+    """Cast the tensors of `FLOATS` to `dtype`, or each to its own, one of them; all others are as they were.
 
     A number that `dtype` makes infinite has overflowed, one that is not 0 and becomes 0 has vanished: of a pruned
     weight that is kept, that is another mask. Rounding is no loss.
@@ -41,20 +45,23 @@ def cast(
     Raises:
         UserError: a loss that is not allowed.
     """
-    result = {name: tensor.to(dtype) if tensor.dtype in FLOATS else tensor for name, tensor in state.items()}
+    targets = dtype if isinstance(dtype, Mapping) else dict.fromkeys(state, dtype)
+    result = {n: t.to(targets.get(n, t.dtype)) if t.dtype in FLOATS else t for n, t in state.items()}
     lost = [loss for name, tensor in state.items() for loss in losses(name, tensor, result[name])]
     for kind, fate in LOSSES.items():
         found = [loss for loss in lost if loss.kind == kind]
         if not found:
             continue
         names = ", ".join(loss.name for loss in found[:_SHOWN]) + " ..." * (len(found) > _SHOWN)
-        told = f"{sum(loss.values for loss in found)} values {fate} as {str(dtype).removeprefix('torch.')}, in {names}"
+        types = ", ".join(sorted({_named(result[loss.name].dtype) for loss in found}))
+        told = f"{sum(loss.values for loss in found)} values {fate} as {types}, in {names}"
         if kind not in allowed:
             raise UserError(f"{told}: take a type that holds them{way_out and '; ' + way_out}")
         log.warning("%s", told)
-    carried = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dtype not in FLOATS]
+    asked = {name for name, tensor in state.items() if tensor.dtype != targets.get(name, tensor.dtype)}
+    carried = [n for n, t in state.items() if n in asked and t.is_floating_point() and t.dtype not in FLOATS]
     if carried:
-        kinds = ", ".join(sorted({str(state[name].dtype).removeprefix("torch.") for name in carried}))
+        kinds = ", ".join(sorted({_named(state[name].dtype) for name in carried}))
         log.warning("%d tensors of %s stay as they are, for example %s", len(carried), kinds, carried[0])
     return result
 
@@ -75,3 +82,7 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     wide, narrow = torch.finfo(dtype), torch.finfo(other)
     smallest = [kind.tiny * kind.eps for kind in (wide, narrow)]  # subnormal
     return wide.max >= narrow.max and smallest[0] <= smallest[1]
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -76,6 +76,13 @@ def test_what_is_allowed_is_logged(caplog):
     assert "10 values vanish (become 0) as float16, in w0, w1, w2 ..." in caplog.text
 
 
+def test_each_to_its_own():
+    state = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2).to(torch.float8_e5m2)}
+    found = cast(state, {"a": torch.bfloat16, "c": torch.float16})
+    assert [tensor.dtype for tensor in found.values()] == [torch.bfloat16, torch.float32, torch.float8_e5m2]
+    assert found["b"] is state["b"]
+
+
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_is_carried(dtype, caplog):
     state = {"w": torch.randn(8, 8).to(dtype), "scale": torch.ones(1), "steps": torch.tensor([3])}
