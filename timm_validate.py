@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
-from engine.options.command_line import Parser, add_device_options, count, positive_int, share
+from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
 from sparsity.errors import MissingFileError, UserError
 
 MODES = ("dense", "sparse", "maskllm")
@@ -40,15 +40,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
     add("--batch-size", type=positive_int, default=128, help="images at a time (default: %(default)s)")
-    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
-    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add_reading_options(parser)
     add_device_options(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    args.data_path = args.data_path or images_of(args.model)
+    args.data_path, args.decoding = args.data_path or images_of(args.model), decoding(args)
     if bool(args.checkpoint) == args.pretrained:
         raise UserError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
     if args.weights_key and (args.use_ema or not args.checkpoint):
@@ -92,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), Path("output")
     clear_skipped(folder, fabric.global_rank, fabric.world_size)
-    test = open_data(args.data_path, False, classifiers.transform(images), side=images["input_size"][-1])
+    how = {"side": images["input_size"][-1], "decoding": args.decoding}
+    test = open_data(args.data_path, False, classifiers.transform(images), **how)
     check_classes(len(test.class_names), model.num_classes)
     reading = {"workers": args.workers, "max_skipped": args.max_skipped, "batch_size": args.batch_size}
     accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, folder, **reading)()

@@ -39,5 +39,5 @@ def stream_tensors(
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             if name != given or tuple(tensor.shape) != tuple(shape):
                 raise UserError(f"expected {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
-            narrow = cast({name: tensor.detach()}, kinds[name], allowed=("vanished",))[name].to("cpu")
+            narrow = cast({name: tensor.detach()}, kinds[name], allowed=("vanished",))[name].to("cpu", kinds[name])
             file.write(narrow.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
