@@ -11,8 +11,9 @@ MOST_PIXELS = 89_478_485  # Pillow's own limit, beyond which it takes a file for
 @dataclass(frozen=True)
 class Decoding:
     """exif_rotation: turn an image as its EXIF data says and viewers show it (boxes of regions are of the turned image
-    then); by default pixels stay as they are stored. transparency: "ignored", the colours that are stored under it, as
-    Pillow's `convert("RGB")` gives them, or "white", laid on white. max_pixels: larger images are not decoded.
+    then); by default pixels stay as they are stored, but for TIFF, which Pillow always turns. transparency: "ignored",
+    the colours that are stored under it, as Pillow's `convert("RGB")` gives them, or "white", laid on white.
+    max_pixels: larger images are not decoded.
     """
 
     exif_rotation: bool = False

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from configs.loading import read_yaml
 from datasets.annotations import (
     get_box,
     get_id,
@@ -19,6 +20,7 @@ from datasets.annotations import (
     read_records,
     shown,
 )
+from datasets.labelled.image_folder import ImageFolder
 from datasets.pairs.pretraining import parse_pair
 from datasets.pairs.regions import parse_regions
 from datasets.pairs.tars import count_samples
@@ -144,6 +146,13 @@ def test_brackets_in_brackets(tmp_path, depth):
         with pytest.raises(UserError, match=r"a.json: ") as error:
             read()
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    (tmp_path / "1.png").touch()
+    (tmp_path / "captions.json").write_text("[" * depth + "]" * depth)
+    with pytest.raises(UserError, match=r"captions.json: expected JSON"):
+        ImageFolder(tmp_path, seed=0)
+    (tmp_path / "a.yaml").write_text("[" * depth + "]" * depth)
+    with pytest.raises(UserError, match=r"a.yaml: (not valid YAML: brackets in brackets|expected a mapping)"):
+        read_yaml(tmp_path / "a.yaml")
     stats = tmp_path / "0_stats.json"
     stats.write_text("[" * depth + "]" * depth)
     with pytest.raises(UserError, match="0_stats.json: expected img2dataset's JSON"):

@@ -215,6 +215,15 @@ def test_rotation_by_option(orientation, form):
     assert (turned.size == (16, 32)) == (orientation > 4)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("levels", [np.uint8([[0, 255]]), np.uint16([[0, 65535]])], ids=["8 bits", "16 bits"])
+def test_a_tiff_is_turned_once(levels, turned):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(levels), "TIFF", exif=exif)
+    assert grey(decoded(content, Decoding(exif_rotation=turned))).tolist() == [[0], [255]]
+
+
 def test_rotation_of_deep_greys():
     exif = Image.Exif()
     exif[0x0112] = 6
