@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     view, file = subject.load(fabric), args.output_dir / "results.csv"
     digest = digests(view, subject.sizes, config, vars(args), chosen)
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
-    clear_skipped(args.output_dir, place_of(fabric))
+    if not ledger.rows:  # else it goes on
+        clear_skipped(args.output_dir, place_of(fabric))
     evaluate = subject.evaluation(args.output_dir)
     arguments = {name: plain(value) for name, value in vars(args).items()}
     save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")

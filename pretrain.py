@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     fit(training, course.data.steps(start, place_of(fabric)), start)
     if fabric.is_global_zero:
         file = args.output_dir / f"{args.model}.safetensors"
-        path = save_weights(result, file, torch.float16, without=module.REBUILT, tied_once=True)
+        half = {"dtype": torch.float16, "allowed": ("vanished",)}
+        path = save_weights(result, file, **half, without=module.REBUILT, tied_once=True)
         print(f"weights: {path}\nlog: {args.output_dir / 'log.csv'}")
     fabric.barrier()
 

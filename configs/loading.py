@@ -39,7 +39,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: brackets in brackets, too many to be read") from None
+    except (yaml.YAMLError, ValueError) as error:  # also what is not UTF-8, and dates that there are not
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.decoding import Decoding
 from configs.general_loader import GeneralLoader
 from configs.loading import load_config, read_yaml
 from configs.sources import FUNCTION, Files, LabelledImages, at_least, is_hosted
@@ -46,7 +47,7 @@ class PrunedModel:
     """Model and weights of a pruning run, and how its calibration data is read.
 
     bundled: calibrate on the bundled images. batch_size: samples in a calibration batch. max_skipped: share of
-    unreadable images that is tolerated.
+    unreadable images that is tolerated. decoding: how image files become pictures.
     """
 
     model_config: str
@@ -55,6 +56,7 @@ class PrunedModel:
     batch_size: int = 8
     workers: int = 1
     max_skipped: float = 0.01
+    decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self):
         at_least(self, 1, "batch_size")
@@ -82,7 +84,8 @@ class PruneConfig(PrunedModel):
     files, see `configs.general_loader`.
     """
 
-    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size")  # what decides the calibration batches
+    # What decides the calibration batches.
+    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "decoding")
 
     general: list[Files] = field(default_factory=list)
     region: list[Files] = field(default_factory=list)
@@ -169,7 +172,7 @@ class LabelsPruneConfig(PrunedModel):
     ImageNet, see `configs.general_loader`.
     """
 
-    CALIBRATION: ClassVar = ("bundled", "images", "batch_size")  # what decides the calibration batches
+    CALIBRATION: ClassVar = ("bundled", "images", "batch_size", "decoding")  # what decides the calibration batches
 
     images: LabelledImages | None = None
     general_loader: str = ""
@@ -220,7 +223,8 @@ class ExternalPruneConfig(PrunedModel):
     over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
-    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size")  # what decides the calibration batches
+    # What decides the calibration batches.
+    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size", "decoding")
 
     model_config: str = ""  # there is none
     weights: str = "published"

@@ -1,7 +1,7 @@
 """Weights and models that load without this project."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsity.casting import cast
+from sparsity.errors import UserError
 from sparsity.files import replacing, replacing_folder
 from sparsity.packing import pack
 from sparsity.view import canonical
@@ -27,20 +29,26 @@ def save_weights(
     halves: Mapping[str, torch.dtype] | None = None,
     without: Sequence[str] = (),
     tied_once: bool = False,
+    allowed: Collection[str] = (),
 ) -> Path:
     """Write the state dict as safetensors, floating-point tensors as `dtype`; by default each as it is, or as `halves`
     says (see `sparsity.view.PrunableView`).
 
     without: globs over names that are left out. tied_once: a tied tensor stands under its first name alone, which
-    `models.checkpoint.load_weights` understands; by default under each, as other programs want it.
+    `models.checkpoint.load_weights` understands; by default under each, as other programs want it. allowed: what the
+    cast may lose, see `sparsity.casting.cast`, whose UserError names the file.
     """
-    state, seen = {}, set()
+    state, targets, seen = {}, {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        wanted = (dtype if tensor.is_floating_point() else None) or (halves or {}).get(canonical(name), tensor.dtype)
-        state[name] = tensor.detach().to(wanted)
+        state[name] = tensor.detach()
+        targets[name] = dtype or (halves or {}).get(canonical(name), tensor.dtype)
+    try:
+        state = cast(state, targets, allowed=allowed)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     save_state(state, path)
     return Path(path)
 
@@ -58,11 +66,12 @@ def save_state(state: Mapping[str, Tensor], path: str | Path, *, packed: bool = 
 @contextmanager
 def as_published(model: nn.Module, halves: Mapping[str, torch.dtype]) -> Iterator[None]:
     """The model inside the block with its tensors in the dtypes that its source has; afterwards with its own again."""
-    tensors = {id(t): (t, halves[key]) for key, t in _tensors(model) if key in halves}
-    before = [(tensor, tensor.data) for tensor, _ in tensors.values()]
+    tensors = {key: tensor for key, tensor in _tensors(model) if key in halves}
+    narrow = cast({key: tensor.detach() for key, tensor in tensors.items()}, halves, allowed=("vanished",))
+    before = [(tensor, tensor.data) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values()]
     try:
-        for tensor, dtype in tensors.values():
-            tensor.data = tensor.data.to(dtype)
+        for key, tensor in tensors.items():
+            tensor.data = narrow[key]
         yield
     finally:
         for tensor, data in before:
@@ -79,7 +88,7 @@ def save_model(model: nn.Module, path: str | Path, halves: Mapping[str, torch.dt
     own is here, else its state dict in `path`.safetensors. halves: of `sparsity.view.PrunableView`.
     """
     if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
-        return save_weights(model, f"{path}.safetensors", halves=halves)
+        return save_weights(model, f"{path}.safetensors", halves=halves, allowed=("vanished",))
     own = model.config.dtype
     with replacing_folder(path) as temporary:
         with as_published(model, halves or {}):

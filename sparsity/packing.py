@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsity.bits import to_bits, to_bytes
+from sparsity.casting import FLOATS
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern, patterns_of
 
@@ -30,13 +31,13 @@ _VALUES, _INDICES, _BITMASK = ".values", ".indices", ".bitmask"
 def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, of tensors on the processor.
 
-    Floating-point matrices, and what has more dimensions, are packed where that is smaller; a zero comes back as +0,
-    all other values bit by bit.
+    Matrices of 16 bits or more, and what has more dimensions, are packed where that is smaller; a zero comes back as
+    +0, all other values bit by bit. Quantised ones, such as float8, are as they were.
     """
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
-        layout = _smallest(tensor) if tensor.is_floating_point() and tensor.ndim > 1 else None
+        layout = _smallest(tensor) if tensor.dtype in FLOATS and tensor.ndim > 1 else None
         if layout is None:
             tensors[name] = tensor.clone().contiguous()
             continue

@@ -194,6 +194,12 @@ FILES = {"annotations": "a.json", "images": "images", "roots": {"cc3m": "images"
 STAGE = {"steps": 1, "batch_size": 2, "max_objects": 1, "objectives": ["itc"], "region_images": 1, "fused_pairs": 1}
 IMAGES = {"dataset": "imagenet", "split": "train", "root": "data/imagenet"}
 PRUNED = {"model_config": MODEL, "weights": "random", "batch_size": 2, "workers": 0, "max_skipped": 0.5}
+DECODED = {"exif_rotation": True, "transparency": "white", "max_pixels": 9}
+PRUNED |= {"decoding": DECODED}
+UNDECODED = [
+    ({"decoding": {"transparency": "black"}}, "decoding: transparency must be one of ignored, white, got 'black'"),
+    ({"decoding": {"max_pixels": 0}}, "decoding: max_pixels must be from 1 to 89478485, got 0"),
+]
 TRAINED = {"model_config": MODEL, "betas": [0.9, 0.98]}
 ONE_VALUE_REFUSED = {
     name: {bool: not GeneralLoader.__dict__[name], str: "text"}.get(type(GeneralLoader.__dict__[name]), 1)
@@ -209,8 +215,10 @@ TUNED = {
     "batch_size_train": 2,
     "batch_size_target": 4,
     "wandb_data": {"project": "a", "tags": ["b"]},
+    "decoding": DECODED,
 }
 TUNED_REFUSED = [
+    *UNDECODED,
     ({"optimizer": {"lr": 1e-3, "opt": "adam"}}, "optimizer: opt must be one of adamW, sgd, got 'adam'"),
     ({"optimizer": {"lr": 1e-3, "betas": [0.9]}}, "optimizer: betas must be two numbers"),
     ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, "optimizer: min_lr must be at most lr"),
@@ -240,6 +248,7 @@ SCHEMAS = {
         [],
         PRUNED | {"general": [FILES], "region": [FILES], "evaluation": {"k_test": 1, "files": FILES, "limit": 3}},
         [
+            *UNDECODED,
             ({"max_skipped": 1.5}, "max_skipped must be a fraction between 0 and 1, got 1.5"),
             ({"bundled": True}, "set bundled: true, or give general and region files, not both"),
             ({"general": [{}]}, "general[0]: images must name a folder"),

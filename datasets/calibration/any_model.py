@@ -31,7 +31,7 @@ class FolderBatches(Lockstep):
         seed: int,
         place: Place = ALONE,
     ):
-        data = ImageFolder(config.calibration, seed=seed)
+        data = ImageFolder(config.calibration, seed=seed, decoding=config.decoding)
         gather = Gather(data, preprocess)
         self.unlabelled = gather.unlabelled
         super().__init__([[(data, gather)]], config, folder, num_batches, seed, place)

@@ -147,7 +147,12 @@ class LabelsCalibration(Lockstep):
             times = math.ceil(num_batches * config.batch_size / len(glyphs))  # whole rounds of the concepts, shuffled
             data = BundledClassification(glyphs, "train", times * len(glyphs), side=sizes.image_size, seed=seed)
         else:
-            data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
+            data = labelled(
+                config.images,
+                TrainTransform(sizes.image_size, statistics=IMAGENET),
+                seed=seed,
+                decoding=config.decoding,
+            )
         check_classes(len(data.class_names), sizes.classes)
         super().__init__([[(data, collate)]], config, folder, num_batches, seed, place)
 
@@ -189,9 +194,12 @@ def skipped_path(folder: Path, rank: int) -> Path:
 
 
 def clear_skipped(folder: Path, place: Place) -> None:
-    """Remove the lists that earlier runs left in a folder of results. Every rank calls it, before it reads anything; a
-    list that another rank of this run may write is left to that rank.
+    """Remove the lists that earlier runs left in a folder of results: a fresh run begins its own. Every rank calls it,
+    before it reads anything; a list that another rank of this run may write is left to that rank, and one of a
+    calibration that goes on from the rows in its files is kept.
     """
+    if any(folder.glob(f"*_rank{place.rank}.rows")):  # as sparsity.statistics.gradient_rows keeps them
+        return
     skipped_path(folder, place.rank).unlink(missing_ok=True)
     ours = {skipped_path(folder, other) for other in range(place.world_size)}
     for path in set(folder.glob("skipped_rank*.txt")) - ours if not place.rank else ():
@@ -215,7 +223,8 @@ def _region(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, nu
         scenes = num_batches * config.batch_size
         return [(BundledRegions(load_glyphs(), encode, scenes, patch=patch, side=side, seed=seed), collate_regions)]
     annotated = [(files.annotations, files.folders) for files in config.region]
-    return [(RegionDataset(annotated, encode, side, patch, seed=seed), collate_regions)] if annotated else []
+    reading = {"seed": seed, "decoding": config.decoding}
+    return [(RegionDataset(annotated, encode, side, patch, **reading), collate_regions)] if annotated else []
 
 
 def _pairs(
@@ -228,9 +237,10 @@ def _pairs(
         return [(BundledScenes(load_glyphs(), encode, scenes, side=side, seed=seed), collate)]
     annotated = [(each.annotations, each.folders) for each in files if each.annotations]
     shards = [each.images for each in files if not each.annotations]
+    reading = {"seed": seed, "decoding": config.decoding}
     sources: list[Source] = []
     if annotated:
-        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, **reading), collate))
     if shards:
-        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ShardDataset(shards, TrainTransform(side), encode, **reading), collate))
     return sources

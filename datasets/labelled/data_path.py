@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from configs.decoding import Decoding
 from configs.locations import located
 from datasets.annotations import ImageRoot
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
+from datasets.images import DEFAULT
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.labelled.class_folders import EXTENSIONS, class_folders, image_files, in_order
 from datasets.labelled.public import ClassificationDataset
@@ -44,19 +46,20 @@ def open_data(
     side: int,
     seed: int = 0,
     length: int | None = None,
+    decoding: Decoding = DEFAULT,
 ) -> Dataset:
     """Images to calibrate on, or those that accuracy is reported on, never the same; `class_names` are theirs.
 
     transform: RGB image -> tensor. The bundled glyphs (`side` pixels, normalised by ImageNet's statistics) have theirs;
-    of theirs to calibrate on there are as many as wanted, `length`. seed: of all that is drawn. Raises OSError and
-    UserError where there is no such data.
+    of theirs to calibrate on there are as many as wanted, `length`. seed: of all that is drawn. decoding: how image
+    files become pictures. Raises OSError and UserError where there is no such data.
     """
     if path == BUNDLED:
         split, length = ("train", length) if train else ("unseen", None)
         return BundledClassification(load_glyphs(), split, length, side=side, seed=seed)
     if path in READERS:
         return CifarDataset(path, train, Plain(transform), seed=seed, root=located(DOWNLOADED))
-    return labelled_folder(Path(path), train, Plain(transform), seed=seed)
+    return labelled_folder(Path(path), train, Plain(transform), seed=seed, decoding=decoding)
 
 
 def check_data(path: str) -> None:
@@ -70,7 +73,9 @@ def has_validation(path: str) -> bool:
     return path in (BUNDLED, *READERS) or _part(Path(path), train=False) is not None
 
 
-def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, seed: int) -> ClassificationDataset:
+def labelled_folder(
+    root: Path, train: bool, transform: Callable[..., Any], *, seed: int, decoding: Decoding = DEFAULT
+) -> ClassificationDataset:
     """`{root}/train/<class>/*.JPEG` or `{root}/val/<class>/*.JPEG`; for validation `{root}/<class>/*.JPEG`, too.
 
     Labels count the classes of both parts together in natural order (2 before 10), as timm does when it trains.
@@ -89,7 +94,7 @@ def labelled_folder(root: Path, train: bool, transform: Callable[..., Any], *, s
     ]
     if not samples:
         raise UserError(f"{folder}: no image found; expected <class>/ with {', '.join(EXTENSIONS)}")
-    return ClassificationDataset(folder, samples, names, transform, seed=seed)
+    return ClassificationDataset(folder, samples, names, transform, seed=seed, decoding=decoding)
 
 
 def _part(root: Path, train: bool) -> Path | None:

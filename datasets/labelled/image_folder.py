@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from datasets.annotations import ImageRoot, Records, get_texts
+from configs.decoding import Decoding
+from datasets.annotations import ImageRoot, Records, get_texts, parse_json
 from datasets.collate import Skipped
+from datasets.images import DEFAULT
 from datasets.labelled.class_folders import EXTENSIONS, images_below, in_order
 from datasets.sampler import sample_generator
 from sparsity.errors import UserError
@@ -30,14 +31,15 @@ class ImageFolder(Dataset):
 
     Args:
         seed: of all that is drawn.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: the folder is missing.
         UserError: there is no image in it, or only some have captions.
     """
 
-    def __init__(self, root: str | Path, *, seed: int):
-        self.root, self.seed = ImageRoot(root), seed
+    def __init__(self, root: str | Path, *, seed: int, decoding: Decoding = DEFAULT):
+        self.root, self.seed = ImageRoot(root, decoding), seed
         folder = self.root.root
         paths = images_below(folder)
         if not paths:
@@ -76,7 +78,7 @@ def _captions(folder: Path, paths: Sequence[str]) -> dict[str, list[str]] | None
 
 def _read_listed(path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise UserError(f"it holds a {type(content).__name__}")
         return {image: get_texts(content, image) for image in content}

@@ -13,9 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from configs.decoding import Decoding
 from configs.shard_names import HOW_TO_GET, shard_paths
-from datasets.annotations import decode_image
 from datasets.collate import Skipped
+from datasets.images import DEFAULT, decode_image
 from datasets.pairs.tars import Sample, miscounted, open_shard, read_shard
 from datasets.place import ALONE, Place
 from datasets.sampler import sample_generator
@@ -37,6 +38,7 @@ class ShardDataset:
         seed: of all that is drawn.
         streams: places of a pass at which is read at the same time; consecutive batches come from different ones.
         block: samples whose encoded images are held in memory, for each stream.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -52,6 +54,7 @@ class ShardDataset:
         seed: int,
         streams: int = 16,
         block: int = 256,
+        decoding: Decoding = DEFAULT,
     ):
         for name, value in (("streams", streams), ("block", block)):
             if value < 1:
@@ -63,6 +66,7 @@ class ShardDataset:
         self.paths, self.counts = paths, np.array(counts, dtype=np.int64)
         self.first = np.cumsum(self.counts) - self.counts  # index of the first sample of each shard
         self.transform, self.text, self.seed, self.streams, self.block = transform, text, seed, streams, block
+        self.decoding = decoding
 
     def __len__(self) -> int:
         """Samples in a pass."""
@@ -96,9 +100,11 @@ class ShardDataset:
 
     def item(self, epoch: int, index: int, sample: Sample) -> dict[str, torch.Tensor] | Skipped:
         """The tensors of a sample, or why there are none."""
-        if sample.image is None or sample.caption is None:
-            return Skipped(sample.name, f"the shard has no {'caption' if sample.image else 'image'} for this sample")
-        image = decode_image(io.BytesIO(sample.image), sample.name)
+        if sample.image is None:
+            return Skipped(sample.name, "the shard has no image for this sample")
+        if sample.caption is None:
+            return Skipped(sample.name, sample.fault)
+        image = decode_image(io.BytesIO(sample.image), sample.name, self.decoding)
         if isinstance(image, Skipped):
             return image
         _, rng = sample_generator(epoch * len(self) + index, len(self), self.seed)

@@ -63,8 +63,8 @@ def training_set(config: CaptioningPretrainConfig, encode: TextEncoder, side: in
         return Pairs(scenes, None)
     annotated = [(files.annotations, files.images) for files in config.train if files.annotations]
     shards = [files.images for files in config.train if not files.annotations]
-    transform = TrainTransform(side)
+    transform, reading = TrainTransform(side), {"seed": seed, "decoding": config.decoding}
     return Pairs(
-        ImageTextDataset(annotated, transform, fields, seed=seed) if annotated else None,
-        ShardDataset(shards, transform, fields, seed=seed) if shards else None,
+        ImageTextDataset(annotated, transform, fields, **reading) if annotated else None,
+        ShardDataset(shards, transform, fields, **reading) if shards else None,
     )

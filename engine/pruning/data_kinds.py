@@ -76,7 +76,7 @@ class Pairs:
         return Calibration(self.config, self.encode, self.sizes.vision, folder, num_batches, seed, **what)
 
     def evaluation(self, folder: Path) -> ZeroShot:
-        reading = {"workers": self.config.workers, "max_skipped": self.config.max_skipped}
+        reading = {name: getattr(self.config, name) for name in ("workers", "max_skipped", "decoding")}
         evaluation = self.config.evaluation
         return ZeroShot(self.model, evaluation, self.encode, self.fabric, self.sizes.vision, folder, **reading)
 
@@ -110,7 +110,8 @@ class Labels:
     def _tested(self) -> ClassificationDataset | BundledClassification:
         evaluation, side = self.config.evaluation, self.sizes.image_size
         if evaluation.images:
-            return labelled(evaluation.images, EvalTransform(side, IMAGENET), seed=0)
+            reading = {"seed": 0, "decoding": self.config.decoding}
+            return labelled(evaluation.images, EvalTransform(side, IMAGENET), **reading)
         return BundledClassification(load_glyphs(), evaluation.bundled_split, evaluation.bundled_images, side=side)
 
 

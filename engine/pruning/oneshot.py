@@ -67,7 +67,7 @@ def save(
     halves: of `sparsity.view.PrunableView`.
     """
     if path.suffix == ".safetensors":
-        save_weights(model, path, halves=halves)
+        save_weights(model, path, halves=halves, allowed=("vanished",))
     else:
         with as_published(model, halves or {}), replacing(path) as temporary:
             torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsity.casting import cast
 from sparsity.errors import UserError
 from sparsity.files import replacing
 
@@ -23,7 +24,7 @@ def stream_tensors(
     """Write tensors in the order of `shapes`, each as soon as it is there: a safetensors file, whole or not at all.
     UserError where a tensor is not the one that comes next.
 
-    dtypes: of the tensors in the file (default: float32).
+    dtypes: of the tensors in the file (default: float32), which must not make a number infinite.
     """
     header, offset = {}, 0
     kinds = {name: (dtypes or {}).get(name, torch.float32) for name in shapes}
@@ -38,6 +39,5 @@ def stream_tensors(
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             if name != given or tuple(tensor.shape) != tuple(shape):
                 raise UserError(f"expected {name} {tuple(shape)}, got {given} {tuple(tensor.shape)}")
-            file.write(
-                tensor.detach().to("cpu", kinds[name]).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
+            narrow = cast({name: tensor.detach()}, kinds[name], allowed=("vanished",))[name].to("cpu", kinds[name])
+            file.write(narrow.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

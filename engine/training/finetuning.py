@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from configs.loading import save_config
 from configs.task import TaskConfig
-from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
 from engine.export import save_weights
@@ -101,6 +101,8 @@ class Finetuning:
         best; the last ones are where None.
         """
         run, epochs = self.run, self.config.scheduler.epochs
+        if not run.checkpoint_path.is_file():
+            clear_skipped(self.args.output_dir, self.fabric.global_rank, self.fabric.world_size)
         if validate is not None and not self.args.skip_eval:
             run.validate, run.select = partial(self.evaluate, validate), select
         start = run.resume()

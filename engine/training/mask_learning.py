@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from configs.loading import save_config
-from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.labelled.data_path import BUNDLED
 from datasets.labelled.public import check_classes
@@ -335,6 +335,8 @@ class MaskLearning:
 
     def fit(self) -> None:
         """Train on from the last checkpoint, to the end."""
+        if not self.run.checkpoint_path.is_file():
+            clear_skipped(self.args.folder, self.fabric.global_rank, self.fabric.world_size)
         start = self.run.resume()
         if start < self.steps:
             self.run.loggers = on_leader(self.fabric, self._begin) or ()

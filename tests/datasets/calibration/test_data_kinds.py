@@ -175,6 +175,17 @@ def test_each_run_begins_its_lists_anew_and_leaves_those_of_other_ranks(tmp_path
     clear_skipped(tmp_path / "nowhere", Place())
 
 
+def test_a_calibration_that_goes_on_keeps_its_list(tmp_path):
+    listed = skipped_path(tmp_path, 0)
+    listed.write_text("of/the/first/half.jpg\tbroken\n")
+    (tmp_path / "chita_epoch0_rank0.rows").touch()
+    clear_skipped(tmp_path, 0, 1)
+    assert listed.exists()
+    (tmp_path / "chita_epoch0_rank0.rows").unlink()
+    clear_skipped(tmp_path, 0, 1)
+    assert not listed.exists()
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "{}", "not json", '[{"image": "x.png"}]', '[{"image": "x.png", "caption": "c", "elems": []}]']
 )

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,11 +20,13 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, proportional
 from datasets.collate import Skipped, SkippedImages, collate
+from datasets.images import FORMATS
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardBatches, ShardDataset, shard_loader
 from datasets.pairs.tars import count_samples, read_shard
 from datasets.place import Place
 from datasets.transforms import TrainTransform
+from sparsity.errors import UserError
 from tests.processes import PATIENCE
 
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
@@ -166,7 +169,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path, text):
     assert sorted(sum(numbers(account.watch(loader)), [])) == [0, 1, 4, 5]
     name = f"{tmp_path}/00000.tar/000000002.png"
     assert sorted((tmp_path / "skipped.txt").read_text().splitlines()) == [
-        f"{name}\tUnidentifiedImageError: cannot identify image file {name}",
+        f"{name}\tit is damaged, or no image in one of the formats {', '.join(FORMATS)}",
         f"{tmp_path}/00000.tar/000000003\tthe shard has no image for this sample",
     ]
     with pytest.raises(ValueError, match="more than max_skipped = 0.01"):
@@ -378,3 +381,39 @@ assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsigna
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.pairs.shards" in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"txt": b"caf\xe9"}, r"its caption \(.txt\) is not UTF-8"),
+        ({"txt": b" \n"}, "'caption' must not be empty"),
+        ({"json": b'{"caption": ""}'}, "'caption' must not be empty"),
+        ({"json": b'{"caption": "\\ud800"}'}, "'caption' has half a character"),
+        ({"json": b'{"caption": [1]}'}, "'caption' must be a text"),
+        ({"json": b"[" * 200_000}, "its .json is not JSON"),
+        ({"json": b"[3]"}, "no caption"),
+        ({}, "no caption"),
+    ],
+)
+def test_captions_that_are_none_are_named(tmp_path, text, files, told):
+    """The first sample's stops a run at its start, a later one is skipped."""
+    good, bad = sample(0), ("bad", {"png": png(1), **files})
+    write_shard(tmp_path / "first.tar", [bad, good])
+    with pytest.raises(UserError, match=rf"first.tar/bad.png: .*{told}"):
+        dataset(str(tmp_path / "first.tar"), text)
+    (tmp_path / "first.tar").unlink()
+    write_shard(tmp_path / "later.tar", [good, bad])
+    items = dict(dataset(str(tmp_path / "later.tar"), text).read(0, 0))
+    (item,) = [dataset(str(tmp_path / "later.tar"), text).item(0, 1, items[1])]
+    assert isinstance(item, Skipped) and item.path.endswith("later.tar/bad.png") and re.search(told, item.reason)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"successes": "3"}', '{"successes": -1}', '{"successes": 2.5}', '{"successes": true}']
+)
+def test_counts_that_are_none(tmp_path, content):
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    (tmp_path / "0_stats.json").write_text(content)
+    with pytest.raises(UserError, match="0_stats.json: expected img2dataset's JSON with 'successes'"):
+        count_samples(tmp_path / "0.tar")

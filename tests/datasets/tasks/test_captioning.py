@@ -90,7 +90,7 @@ def test_image_ids_as_texts(coco, write_json):
         ([], "no list 'annotations'"),
         ({"images": []}, "no list 'annotations'"),
         ({"annotations": [{"image_id": 42}]}, "annotation 0 is {'image_id': 42}"),
-        ({"annotations": [{"image_id": "x", "caption": "a"}]}, "annotation 0 is"),
+        ({"annotations": [{"image_id": None, "caption": "a"}]}, "annotation 0 is .* 'image_id' must be a number"),
         ({"annotations": ["a"]}, "annotation 0 is 'a'"),
         ({"annotations": [{"image_id": 42, "caption": "a"}]}, "no caption of image 7, which .*val.json has"),
     ],
@@ -108,21 +108,6 @@ def test_files_that_are_not_there(coco):
         CaptioningEvalDataset(file, root, EvalTransform(32), gt_file=root / "absent.json")
     with pytest.raises(FileNotFoundError, match="absent.json: annotation file not found"):
         CaptioningEvalDataset(root / "absent.json", root, EvalTransform(32))
-
-
-@pytest.mark.parametrize(
-    ("names", "told"),
-    [
-        (["cat.png"], "no number at the end of cat.png"),
-        (["a7.png", "b/x_007.png"], "two images have the number 7 at the end of their names"),
-    ],
-)
-def test_images_without_a_number_of_their_own(tmp_path, write_image, write_json, names, told):
-    for name in names:
-        write_image(tmp_path / name)
-    file = write_json(tmp_path / "val.json", [{"image": name, "caption": "a"} for name in names])
-    with pytest.raises(ValueError, match=rf"val.json: {told}"):
-        CaptioningEvalDataset(file, tmp_path, EvalTransform(32))
 
 
 def test_an_image_that_cannot_be_read(coco):
