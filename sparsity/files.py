@@ -76,8 +76,9 @@ def check_archive(path: str | Path) -> None:
 
     Files in the format before torch 1.6 have no checksums, nor have those that were written without; they pass.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = any(entry.CRC for entry in archive.infolist()) and archive.testzip()
