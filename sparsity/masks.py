@@ -158,7 +158,10 @@ class Masks(Mapping[str, Tensor]):
             if not isinstance(value, Tensor) or not _is_binary(value):
                 raise BadFileError(f"{key!r} holds values other than 0 and 1")
             if key.endswith(_WEIGHT):
-                masks[canonical(key.removesuffix(_WEIGHT) + ".weight")] = value.bool()
+                name = canonical(key.removesuffix(_WEIGHT) + ".weight")
+                if name in masks and not torch.equal(masks[name], value.bool()):
+                    raise BadFileError(f"it has two masks of {name!r}, which differ")
+                masks[name] = value.bool()
             elif not bool(value.all()):
                 raise BadFileError(f"{key!r} prunes a bias, and biases are never pruned")
         if not masks:
