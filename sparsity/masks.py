@@ -370,7 +370,9 @@ def _sha(shapes: list[list], packed: Mapping[str, Tensor]) -> Any:
 
 
 def _is_binary(value: Tensor) -> bool:
-    """Whether all are 0 or 1; a damaged bool holds other bytes, too."""
+    """Whether all are 0 or 1; a damaged bool holds other bytes, too, and a sparse or meta tensor is none of ours."""
+    if value.layout != torch.strided or value.is_meta:
+        return False
     value = value.contiguous().view(torch.uint8) if value.dtype == torch.bool else value
     return bool(((value == 0) | (value == 1)).all())
 
