@@ -11,7 +11,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from sparsity.errors import MissingFileError, UserError
 
 HOW_TO_GET = "img2dataset --output_format webdataset writes such shards, see README.md"
-_MOST = 1_000_000  # names that one pattern stands for
+_MOST = 100_000  # names that one pattern stands for
 _LONGEST = 18  # digits of a number in it
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 _TOKENS = re.compile(r"\{-?\d+\.\.-?\d+(?:\.\.-?\d+)?\}|[{},]")
@@ -33,19 +33,21 @@ def shard_names(images: str) -> list[str]:
     if os.path.isdir(images):
         return sorted(glob.glob(f"{glob.escape(images)}/*.tar"))
     if _count(images) > _MOST:
-        raise UserError(f"{images!r:.100}: its braces stand for more than {_MOST:,} names")
+        raise UserError(f"{_line(images)}: its braces stand for more than {_MOST:,} names")
     try:
         patterns = list(braceexpand(images, escape=False))
         names = [n for pattern in patterns for n in (sorted(glob.glob(pattern)) if _magic(pattern) else [pattern])]
     except UnbalancedBracesError:
-        raise UserError(f"{images}: unbalanced braces; expected e.g. images/cc3m/{{00000..00331}}.tar") from None
+        raise UserError(f"{_line(images)}: unbalanced braces; expected e.g. images/cc3m/{{00000..00331}}.tar") from None
     except (ValueError, RecursionError) as error:  # a zero byte; braces in braces in braces
-        raise UserError(f"{images!r:.100}: no names of shards can be made of it ({error})") from None
-    for i, name in enumerate(sorted(names)):
+        raise UserError(f"{_line(images)}: no names of shards can be made of it ({error})") from None
+    last = None
+    for name in sorted(names):
         if not name.endswith(".tar"):
-            raise UserError(f"{name}: expected .tar files (of {images}); {HOW_TO_GET}")
-        if i and name == sorted(names)[i - 1]:
-            raise UserError(f"{name}: named twice by {images}")
+            raise UserError(f"{_line(name)}: expected .tar files (of {_line(images)}); {HOW_TO_GET}")
+        if name == last:
+            raise UserError(f"{_line(name)}: named twice by {_line(images)}")
+        last = name
     return names
 
 
@@ -69,6 +71,10 @@ def _in_range(first: str, last: str, step: str | None) -> int:
     if max(map(len, (first, last, step or ""))) > _LONGEST:
         return _MOST + 1
     return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
+
+
+def _line(name: str) -> str:
+    return " ".join(name.split())[:200]
 
 
 def _magic(pattern: str) -> bool:

@@ -1,10 +1,11 @@
 """Bounds of memory, and the table of what came of the damaged files."""
 
+import re
 import resource
 
 import pytest
 
-from tests.fuzz.damage import TALLIES
+from tests.fuzz.damage import FAILURES, TALLIES
 
 ROOM = 6 << 30  # bytes that a test may take beside those that the process has
 
@@ -22,6 +23,17 @@ def bounded():
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """In a full run, what went wrong with single files, each kind of fault once."""
+    FAILURES.clear()
+    result = yield
+    if FAILURES:
+        different = {re.sub(r".*\((.*)\)$", r"\1", failure): failure for failure in FAILURES}
+        pytest.fail("\n".join([f"{len(FAILURES)} files", *different.values()]), pytrace=False)
+    return result
 
 
 def pytest_terminal_summary(terminalreporter):

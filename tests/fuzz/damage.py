@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import struct
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -44,12 +46,25 @@ class Tally:
         return self.files - self.refused - self.right
 
 
+FAILURES: list[str] = []  # of the test that runs, where all its files are to be counted
 TALLIES: dict[str, Tally] = defaultdict(Tally)
 
 
 def check(kind: str, file: Path | str, load: Callable[[], Any], right: Callable[[Any], bool]) -> None:
-    """Count what `load` makes of a damaged file of this format: `right` of it, or a UserError with its name."""
-    tally = TALLIES[kind]
+    """Count what `load` makes of a damaged file of this format: `right` of it, or a UserError with its name.
+
+    What is wrong fails at once, so that hypothesis finds the smallest such file; in a full run, after all files.
+    """
+    try:
+        _check(TALLIES[kind], file, load, right)
+    except (Exception, TooSlow) as error:
+        if not FULL:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        FAILURES.append(f"{kind}: {type(error).__name__}: {error!s:.200} ({last.filename}:{last.lineno})")
+
+
+def _check(tally: Tally, file: Path | str, load: Callable[[], Any], right: Callable[[Any], bool]) -> None:
     tally.files += 1
     try:
         with at_most(SECONDS):
@@ -61,6 +76,11 @@ def check(kind: str, file: Path | str, load: Callable[[], Any], right: Callable[
         return
     assert right(found), f"wrong content: {found!r:.500}"
     tally.right += 1
+
+
+def elsewhere(what: str) -> pytest.MarkDecorator:
+    """A fault that is known, in code that is not mended here yet."""
+    return pytest.mark.xfail(reason=what, strict=False)
 
 
 class TooSlow(BaseException):  # noqa: N818 (nothing that catches errors may catch it)
