@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from safetensors import safe_open
 
 from sparsity.errors import UserError
 
@@ -58,10 +60,32 @@ def read_description(text: str) -> dict[str, Any]:
     return fields
 
 
-def check_tensors(description: Mapping[str, Any], found: Collection[str]) -> None:
-    """Raise BadFileError unless exactly these tensors are described."""
-    if set(found) != {name for name, _ in description["shapes"]}:
+@contextmanager
+def opened(path: str | os.PathLike, framework: str) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Open a safetensors file, with its checked description, or None where it has none.
+
+    Raises BadFileError where what is in the file, or read from it in the block, is not as described.
+    """
+    try:
+        with safe_open(path, framework=framework) as file:
+            text = (file.metadata() or {}).get(METADATA)
+            description = None if text is None else read_description(text)
+            if description:
+                _check_tensors(description, file)
+            yield file, description
+    except BadFileError:
+        raise
+    except Exception as error:  # safetensors raises several kinds
+        raise BadFileError("it is truncated or damaged") from error
+
+
+def _check_tensors(description: Mapping[str, Any], file: Any) -> None:
+    if set(file.keys()) != {name for name, _ in description["shapes"]}:
         raise BadFileError("its description is of other tensors than it holds")
+    for name, shape in description["shapes"]:
+        packed = file.get_slice(name)
+        if packed.get_dtype() != "U8" or math.prod(packed.get_shape()) != -(-math.prod(shape) // 8):
+            raise BadFileError(f"the mask of {name!r:.200} has more or fewer bits than its shape says")
 
 
 def begin_digest(shapes: list[list]) -> Any:
@@ -92,8 +116,3 @@ def _aliases(aliases: Any) -> bool:
     return isinstance(aliases, dict) and all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in aliases.values()
     )
-
-
-def packed_size(shape: list[int]) -> int:
-    """Return the bytes of a packed mask of this shape."""
-    return -(-math.prod(shape) // 8)

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -44,10 +43,8 @@ from sparsity.mask_file import (
     BadFileError,
     begin_digest,
     check_digest,
-    check_tensors,
     named,
-    packed_size,
-    read_description,
+    opened,
     write_description,
 )
 from sparsity.view import PrunableView, canonical
@@ -133,22 +130,16 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def _read_safetensors(cls, path: Path) -> "Masks":
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                text = (file.metadata() or {}).get(METADATA)
-        except Exception as error:  # safetensors raises several kinds
-            raise BadFileError("it is truncated or damaged") from error
-        if text is None:
+        with opened(path, "pt") as (file, description):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if description is None:
             return cls._read_public(tensors)
-        description = read_description(text)
         shapes = description["shapes"]
-        check_tensors(description, tensors)
-        for name, shape in shapes:
-            if tensors[name].dtype != torch.uint8 or tensors[name].numel() != packed_size(shape):
-                raise BadFileError(f"the mask of {name!r} has more or fewer bits than its shape says")
         check_digest(_sha(shapes, tensors), description)
-        masks = {name: _unpack(tensors[name], shape) for name, shape in shapes}
+        try:
+            masks = {name: _unpack(tensors[name], shape) for name, shape in shapes}
+        except UserError as error:
+            raise BadFileError(str(error)) from error
         return cls(masks, description["provenance"], description["aliases"])
 
     @classmethod

@@ -9,16 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from sparsity.errors import MissingFileError, UserError
-from sparsity.mask_file import (
-    METADATA,
-    BadFileError,
-    begin_digest,
-    check_digest,
-    check_tensors,
-    named,
-    packed_size,
-    read_description,
-)
+from sparsity.mask_file import BadFileError, begin_digest, check_digest, named, opened
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # set bits of a byte
 
@@ -29,16 +20,9 @@ def description(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise MissingFileError(f"there is no mask file {str(path)!r}")
-    with named(path):
-        try:
-            with safe_open(path, framework="np") as file:
-                text, tensors = (file.metadata() or {}).get(METADATA), list(file.keys())
-        except Exception as error:  # safetensors raises several kinds
-            raise BadFileError("it is truncated or damaged, or no safetensors file") from error
-        if text is None:
+    with named(path), opened(path, "np") as (_, found):
+        if found is None:
             raise BadFileError("it has no description")
-        found = read_description(text)
-        check_tensors(found, tensors)
         return found
 
 
@@ -57,12 +41,9 @@ def overlap(paths: Sequence[str | os.PathLike]) -> tuple[np.ndarray, np.ndarray]
     digests = [begin_digest(own) for own in shapes]
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="np")) for path in paths]
-        for name, shape in shapes[0]:
-            packed = [file.get_tensor(name) for file in files]
-            for path, one, sha in zip(paths, packed, digests, strict=True):
-                with named(path):
-                    if one.dtype != np.uint8 or one.size != packed_size(shape):
-                        raise BadFileError(f"the mask of {name!r} has more or fewer bits than its shape says")
+        for name, _ in shapes[0]:
+            packed = [file.get_tensor(name).reshape(-1) for file in files]
+            for one, sha in zip(packed, digests, strict=True):
                 sha.update(one)
             for i, one in enumerate(packed):
                 for j, other in enumerate(packed[: i + 1]):

@@ -80,5 +80,7 @@ def parse_pattern(text: str | None) -> NM | None:
     match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text, re.ASCII)
     pattern = NM(int(match[1]), int(match[2])) if match else None
     if pattern is None or not 1 <= pattern.n < pattern.m:
-        raise UserError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r:.60}")
+        raise UserError(
+            f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r:.60}"
+        )
     return pattern

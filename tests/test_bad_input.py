@@ -429,7 +429,11 @@ def example(kind: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         kinds, missing = typing.get_type_hints(kind), dataclasses.MISSING
-        return {f.name: example(kinds[f.name]) for f in dataclasses.fields(kind) if f.default is f.default_factory is missing}
+        return {
+            f.name: example(kinds[f.name])
+            for f in dataclasses.fields(kind)
+            if f.default is f.default_factory is missing
+        }
     if origin in (list, tuple):
         return [example(arguments[0])]
     return {int: 2, float: 0.5, str: "a", bool: False}.get(kind)

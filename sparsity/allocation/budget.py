@@ -16,8 +16,8 @@ POOLS = ("global", "layer", "group", "row", "block", "magnitude")
 WITHIN = ("layer", "row", "block")  # pools that lie within a layer, so that it is pruned whatever the others are
 
 SCHEDULES = ("linear", "exp", "const")
-# Digits of a sparsity, before and after the point: on the command line, and at most (a float has 1074 when it is written
-# out). To compute with 1e-999999999 would take forever.
+# Digits of a sparsity, before and after the point: on the command line, and at most (a float written out has 1074). To
+# compute with 1e-999999999 would take forever.
 _TYPED, _DIGITS = 25, 1100
 
 Sparsity = str | int | float | Decimal | Fraction
@@ -84,9 +84,13 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
     try:
         value = Decimal(item)
     except InvalidOperation:
-        raise UserError(f"sparsities are comma-separated numbers like 63,75,90, got {item!r:.60} in {text!r:.60}") from None
+        raise UserError(
+            f"sparsities are comma-separated numbers like 63,75,90, got {item!r:.60} in {text!r:.60}"
+        ) from None
     if not _short(value, _TYPED) or not 0 < value <= Decimal("99.99"):
-        raise UserError(f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r:.60} in {text!r:.60}")
+        raise UserError(
+            f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r:.60} in {text!r:.60}"
+        )
     return value if value < 1 else value / 100
 
 

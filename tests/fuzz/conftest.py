@@ -2,6 +2,7 @@
 
 import re
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def bounded():
     """A file that asks for more memory than there is ends in a MemoryError, not in a machine that swaps."""
-    pages = int(open("/proc/self/statm").read().split()[0])
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
     yield

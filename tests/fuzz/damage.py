@@ -83,8 +83,8 @@ def elsewhere(what: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(reason=what, strict=False)
 
 
-class TooSlow(BaseException):  # noqa: N818 (nothing that catches errors may catch it)
-    """A file took longer than it may."""
+class TooSlow(BaseException):
+    """A file took longer than it may; nothing that catches errors may catch this."""
 
 
 @contextmanager

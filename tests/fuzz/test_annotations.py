@@ -106,7 +106,8 @@ class Kind(NamedTuple):
 
 
 CAPTIONED = [
-    {"image": f"{i}.png", "caption": ["a dog", "a cat"][: i % 2 + 1], "image_id": i, "dataset": "coco"} for i in range(4)
+    {"image": f"{i}.png", "caption": ["a dog", "a cat"][: i % 2 + 1], "image_id": i, "dataset": "coco"}
+    for i in range(4)
 ]
 PAIRS = [
     {"image": "0.png", "caption": "a dog", "dataset": "cc3m"},
@@ -173,5 +174,3 @@ def test_annotations(folder, root, kind, data):
         text = data.draw(damaged_bytes(text))
     path.write_bytes(text)
     check(f"annotations, {kind}", path, lambda: load(path, root), lambda found: same(found, told(json.loads(text))))
-
-

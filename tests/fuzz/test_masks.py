@@ -71,7 +71,7 @@ def test_mask_files_of_older_versions(folder, own, data):
 
     def older(metadata):
         told.update({key: value for key, value in json.loads(metadata["sparsity"]).items() if key != "checksum"})
-        changed = data.draw(damaged_json(told))
+        changed = data.draw(damaged_json(dict(told)))
         told.clear()
         told.update(changed if isinstance(changed, dict) else {})
         return {"sparsity": json.dumps(changed)}
@@ -281,8 +281,4 @@ def test_blocks_that_are_resumed(folder, data):
             raise UserError(path.name)
         return found["b.weight"]
 
-    check(
-        "blocks", path, load_blocks, lambda done: same(done.kept, KEPT_BITS["b.weight"]) and done.updated is None
-    )
-
-
+    check("blocks", path, load_blocks, lambda done: same(done.kept, KEPT_BITS["b.weight"]) and done.updated is None)
