@@ -74,7 +74,7 @@ def _in_range(first: str, last: str, step: str | None) -> int:
 
 
 def _line(name: str) -> str:
-    return " ".join(name.split())[:200]
+    return " ".join(name.split())[:500]
 
 
 def _magic(pattern: str) -> bool:
