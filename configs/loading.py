@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
     """The value for a message: short, also where aliases in a file make it endless."""
     shown = reprlib.Repr()
     shown.maxstring = shown.maxother = 60
-    shown.maxlevel = 3
+    shown.maxlevel = 2
     try:
         return shown.repr(value)
     except ValueError:  # an integer of thousands of digits
