@@ -198,6 +198,11 @@ def test_counts_are_found_without_statistics(shards):
         ("00009.tar", "00009.tar: shard not found; img2dataset"),
         ("{00000..00004.tar", "unbalanced braces"),
         ("{00000,00000}.tar", "00000.tar: named twice"),
+        ("{0..99999999999}.tar", "stand for more than 100,000 names"),
+        (
+            "{{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b},c}.tar",
+            "stand for",
+        ),
         ("*_stats.json", "00001_stats.json: expected .tar files"),
         ("cc*.tar", "no shard .* found"),
         ("", "no sample in these shards"),
