@@ -237,5 +237,6 @@ def _pairs(
     if annotated:
         sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
     if shards:
-        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+        pairs = ShardDataset(shards, TrainTransform(side), encode, seed=seed, streams=config.streams)
+        sources.append((pairs, collate))
     return sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -20,6 +21,9 @@ from datasets.pairs.tars import Sample, miscounted, open_shard, read_shard
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
+STREAMS = 16
 
 
 class ShardDataset:
@@ -49,7 +53,7 @@ class ShardDataset:
         text: TextEncoder,
         *,
         seed: int,
-        streams: int = 16,
+        streams: int = STREAMS,
         block: int = 256,
     ):
         for name, value in (("streams", streams), ("block", block)):
@@ -115,8 +119,16 @@ def shard_loader(
     world_size: int = 1,
     workers: int = 0,
 ) -> DataLoader:
-    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them."""
+    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them.
+
+    Warns where several processes read the same stretch.
+    """
     batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, rank=rank, world_size=world_size)
+    readers = world_size * max(1, workers)
+    if batches.streams % readers and not rank:
+        told = "streams: %d stretches of the shards for %d processes (%d devices x %d workers): "
+        told += "some are read more than once; make streams a multiple of %d"
+        log.warning(told, batches.streams, readers, world_size, max(1, workers), readers)
     return DataLoader(
         batches,
         batch_size=None,

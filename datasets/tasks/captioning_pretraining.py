@@ -66,5 +66,5 @@ def training_set(config: CaptioningPretrainConfig, encode: TextEncoder, side: in
     transform = TrainTransform(side)
     return Pairs(
         ImageTextDataset(annotated, transform, fields, seed=seed) if annotated else None,
-        ShardDataset(shards, transform, fields, seed=seed) if shards else None,
+        ShardDataset(shards, transform, fields, seed=seed, streams=config.streams) if shards else None,
     )

@@ -1,13 +1,18 @@
-"""Zero-shot image-text retrieval: features once, then the best candidates of several queries re-ranked together."""
+"""Zero-shot image-text retrieval: features once, then all texts that are candidates of an image re-ranked together.
 
+Shapes: I images, N texts, L image tokens, T text tokens, V vision width, D text width, E embedding width.
+"""
+
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from configs.pruning import Evaluation
@@ -18,17 +23,24 @@ from datasets.collate import Skipped, SkippedImages, trim_text
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
+from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
 NOT_RANKED = -100.0  # score of the candidates that the contrastive similarity left out
-READ = 64  # images read together
+READ = 32  # images read together
+PAIRS = 256  # pairs of an image re-ranked together
+ROWS = 1024  # queries whose candidates are chosen together
+CHECKED = 4  # images that are also re-ranked in full precision, to tell the difference of half
 
 
 class ZeroShot:
-    """Recalls of a model, in per cent, as it is when this is called; the ranks share the re-ranking.
+    """Recalls of a model, in per cent, as it is when this is called; the ranks share the images.
 
     encode: of the captions. vision: has the model's `image_size`, in pixels. Images that cannot be read are listed in
-    `folder` and count as not found; more than `max_skipped` of them is an error.
+    `folder` and count as not found; more than `max_skipped` of them is an error. Encoders run as autocast says, the
+    scores of pairs are float32.
     """
 
     def __init__(
@@ -43,38 +55,43 @@ class ZeroShot:
         workers: int = 0,
         max_skipped: float = 0.01,
     ):
-        self.model, self.k_test, self.fabric = model, evaluation.k_test, fabric
+        self.model, self.evaluation, self.fabric = model, evaluation, fabric
         self.items, captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size)
         self.texts = trim_text(encode.plain(captions))
         gather = partial(_stack, side=vision.image_size)
-        self.images = DataLoader(self.items, READ, num_workers=workers, collate_fn=gather)
-        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), len(self.items), max_skipped)
+        # Whole batches to each rank, so that no score depends on how many ranks there are.
+        batches = torch.arange(len(self.items)).split(READ)[fabric.global_rank :: fabric.world_size]
+        self.own = [i for batch in batches for i in batch.tolist()]
+        self.images = DataLoader(Subset(self.items, self.own), READ, num_workers=workers, collate_fn=gather)
+        expected = max(1, len(self.own))
+        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), expected, max_skipped)
 
     def __call__(self) -> dict[str, float]:
-        shared = self.fabric.world_size > 1
-        # The scores of bf16 have few digits: many would be equal, which counts against the match.
-        with torch.autocast(self.fabric.device.type, enabled=False):
-            scores = retrieval_scores(
-                self.model,
-                self._read(),
-                self.texts,
-                k_test=self.k_test,
-                device=self.fabric.device,
-                share=(self.fabric.global_rank, self.fabric.world_size),
-                reduce=partial(self.fabric.all_reduce, reduce_op="sum") if shared else None,
-                progress=partial(self._progress, desc="re-ranking"),
-            )
+        scores = retrieval_scores(
+            self.model,
+            self._read(),
+            self.texts,
+            k_test=self.evaluation.k_test,
+            device=self.fabric.device,
+            share=Share(self.own, self._total) if self.fabric.world_size > 1 else None,
+            half=self.evaluation.half_tokens,
+            progress=partial(self._progress, desc="re-ranking", unit="image"),
+        )
         return recall(*scores, self.txt2img, self.img2txt)
 
+    def _total(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, on the device: not every backend adds up what is on the host."""
+        return self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum").to(tensor.device)
+
     def _read(self) -> Iterator[Tensor]:
-        """Batches (B, 3, H, W) of all images, NaN for those that cannot be read."""
+        """Batches (B, 3, H, W) of this rank's images, NaN for those that cannot be read."""
         self.skipped.count = 0  # the same images at each call
         for batch in self._progress(self.images, desc="images"):
             self.skipped.add(batch["skipped"])
             yield batch["image"]
 
-    def _progress(self, batches: Iterable, desc: str) -> Iterable:
-        return tqdm(batches, desc=desc, unit="batch", leave=False, disable=not self.fabric.is_global_zero)
+    def _progress(self, batches: Iterable, desc: str, unit: str = "batch") -> Iterable:
+        return tqdm(batches, desc=desc, unit=unit, leave=False, disable=not self.fabric.is_global_zero)
 
 
 def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
@@ -97,6 +114,14 @@ def _stack(items: Sequence[Mapping[str, Any] | Skipped], side: int) -> dict[str,
     return {"image": torch.stack(images), "skipped": [item for item in items if isinstance(item, Skipped)]}
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of one process in an evaluation: the images `own`; `total` sums a tensor over all processes."""
+
+    own: Sequence[int]
+    total: Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
 def retrieval_scores(
     model: nn.Module,
@@ -105,73 +130,185 @@ def retrieval_scores(
     *,
     k_test: int,
     device: Any = None,
-    batch_size: int = 128,
-    share: tuple[int, int] = (0, 1),
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = PAIRS,
+    share: Share | None = None,
+    half: bool = False,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of all image-text pairs both ways, in float32 and evaluation mode.
+    """Scores of all image-text pairs both ways, in evaluation mode: (I, N) and (N, I), float32 on the CPU.
 
-    model gives `encode_image`, `encode_text`, `match` and `pair_scores` (see models/xvlm/model.py). images: batches
-    (B, 3, H, W). texts: `text_ids`, `text_atts` (N, T). k_test: candidates of each query that the ITM head re-ranks,
-    the others get -100; 0 scores by contrastive similarity alone. share: (rank, ranks), of which this one re-ranks its
-    part of the queries; reduce: sums a tensor over them. progress: wraps the batches to re-rank, as tqdm does. Returns
-    (I, N) and (N, I), on the CPU; NaN stays NaN.
+    Each process encodes the images of its share and re-ranks their candidates; image tokens stay with it, on the host.
+    Texts are encoded by each: their states are needed everywhere, and cost less to compute than to send. NaN stays NaN.
+
+    Args:
+        model: gives `encode_image`, `encode_text`, `project_image`, `match` and `pair_scores`, see models/xvlm/model.py.
+        images: batches (B, 3, H, W), of the images of the share in its order.
+        texts: `text_ids`, `text_atts` (N, T).
+        k_test: candidates of each query that the ITM head re-ranks, the others get -100; 0 scores by contrastive
+            similarity alone.
+        batch_size: texts that are encoded, and pairs of an image that are re-ranked together.
+        share: of this process; None where it is alone.
+        half: image tokens are held in float16; logs by how much that changes the scores.
+        progress: wraps the images to re-rank, as tqdm does.
     """
     was_training = model.training
     model.eval()
     try:
-        encoded = [model.encode_image(batch.to(device)) for batch in images]
-        tokens, image_feat = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        pairs = zip(texts["text_ids"].split(batch_size), texts["text_atts"].split(batch_size), strict=True)
-        encoded = [model.encode_text(ids.to(device), atts.to(device)) for ids, atts in pairs]
-        states, text_feat = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        atts = texts["text_atts"].to(device)
-        similarity = image_feat @ text_feat.t()  # (I, N)
+        tokens = _ImageTokens(half) if k_test else None
+        image_feat = _encode_images(model, images, device, tokens)
+        encoded = _Texts(model, texts, device, batch_size)
+        own = range(len(image_feat)) if share is None else share.own
+        if share is not None:
+            image_feat = _of_all(image_feat, encoded.features.shape[1], share)
+        with torch.autocast(encoded.features.device.type, enabled=False):
+            similarity = (image_feat.float() @ encoded.features.float().t()).cpu()  # (I, N)
         if not k_test:
-            return similarity.cpu(), similarity.t().cpu()
-        lengths = atts.sum(1)
-
-        def matched(image: Tensor, text: Tensor) -> Tensor:
-            longest = lengths[text].max()  # padding costs time and changes nothing
-            logits = model.match(states[text, :longest], atts[text, :longest], tokens[image])
-            return model.pair_scores(logits, similarity[image, text])
-
-        scores = _rerank(similarity, k_test, matched, lengths, batch_size, share, progress)
-        i2t, t2i = (reduce(way) if reduce else way for way in scores)
-        unread = similarity.isnan()
-        return i2t.masked_fill(unread, torch.nan).cpu(), t2i.masked_fill(unread, torch.nan).t().cpu()
+            return similarity, similarity.t()
+        chosen = _best(similarity, k_test), _best(similarity.t(), k_test).t()
+        scores = torch.zeros_like(similarity)
+        reranking = _Reranking(model, encoded, tokens, similarity, chosen[0] | chosen[1], batch_size)
+        for place, number in enumerate(progress(list(own))):
+            reranking.score(place, number, scores[number])
+        reranking.tell()
+        return _both_ways(scores if share is None else share.total(scores), chosen, similarity.isnan())
     finally:
         model.train(was_training)
 
 
-def _rerank(
-    similarity: Tensor,
-    k_test: int,
-    matched: Callable[[Tensor, Tensor], Tensor],
-    lengths: Tensor,
-    batch_size: int,
-    share: tuple[int, int],
-    progress: Callable[[Sequence], Iterable],
-) -> tuple[Tensor, Tensor]:
-    """`matched(images, texts)` for the best `k_test` texts of each image, and for the best images of each text, -100
-    for the others, each (I, N); 0 for what other ranks do. A pair that is among both is matched once, and texts of the
-    same length stand together.
-    """
-    rank, ranks = share
-    known = similarity.nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
-    chosen = _best(known, k_test), _best(known.t(), k_test).t()
-    images, texts = (chosen[0] | chosen[1]).nonzero(as_tuple=True)
-    order = lengths[texts].argsort(stable=True)[rank::ranks]
-    pairs = zip(images[order].split(batch_size), texts[order].split(batch_size), strict=True)
-    scores = torch.zeros_like(similarity)
-    for image, text in progress(list(pairs)):
-        scores[image, text] = matched(image, text).to(scores.dtype)
-    others = 0.0 if rank else NOT_RANKED
-    return scores.masked_fill(~chosen[0], others), scores.masked_fill(~chosen[1], others)
+def _of_all(own: Tensor, width: int, share: Share) -> Tensor:
+    """Features (I, E) of all images, from those of each process."""
+    count = int(share.total(torch.tensor(float(len(share.own)))))
+    features = torch.zeros(count, width)
+    features[torch.tensor(share.own, dtype=torch.long)] = own.float().cpu().reshape(-1, width)
+    return share.total(features).to(own.device)
+
+
+def _both_ways(scores: Tensor, chosen: tuple[Tensor, Tensor], unread: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of what each way has chosen, -100 for the others, NaN for what has no similarity: (I, N) and (N, I)."""
+    i2t, t2i = scores.clone(), scores
+    for way, kept in zip((i2t, t2i), chosen, strict=True):
+        way.masked_fill_(~kept, NOT_RANKED).masked_fill_(unread, torch.nan)
+    return i2t, t2i.t()
 
 
 def _best(similarity: Tensor, k_test: int) -> Tensor:
     """Which columns are the best `k_test` of each row."""
-    best = similarity.topk(min(k_test, similarity.shape[1]), dim=1).indices
-    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, best, True)
+    chosen = torch.zeros(similarity.shape, dtype=torch.bool)
+    for rows, marks in zip(similarity.split(ROWS), chosen.split(ROWS), strict=True):
+        known = rows.nan_to_num(nan=-torch.inf)  # topk takes NaN for the best of all
+        marks.scatter_(1, known.topk(min(k_test, known.shape[1]), dim=1).indices, True)
+    return chosen
+
+
+def _encode_images(model: nn.Module, images: Iterable[Tensor], device: Any, tokens: "_ImageTokens | None") -> Tensor:
+    """Features (I, E) of images, on the device; their tokens are added to `tokens`."""
+    features = []
+    for batch in images:
+        found, feature = model.encode_image(batch.to(device))
+        features.append(feature)
+        if tokens is not None:
+            tokens.add(found)
+    return torch.cat(features) if features else torch.empty(0, 0, device=device)
+
+
+class _ImageTokens:
+    """Tokens (L, V) of each image on the host; half: in float16, but for the first `CHECKED`, which are also kept as
+    they are.
+    """
+
+    def __init__(self, half: bool):
+        self.half, self.batches, self.places = half, [], []
+        self.exact: list[Tensor] = []
+
+    def add(self, tokens: Tensor) -> None:
+        """Of a batch, (B, L, V). UserError where float16 cannot hold them."""
+        tokens = tokens.cpu()
+        self.dtype = tokens.dtype
+        if self.half:
+            self.exact += [row.clone() for row in tokens[: max(0, CHECKED - len(self.exact))]]
+            tokens = tokens.half()
+            if tokens.isinf().any():
+                raise UserError("half_tokens: float16 cannot hold the image tokens of this model: leave it out")
+        self.places += [(len(self.batches), row) for row in range(len(tokens))]
+        self.batches.append(tokens)  # one tensor of all would be there twice while it is put together
+
+    def __getitem__(self, place: int) -> Tensor:
+        batch, row = self.places[place]
+        return self.batches[batch][row].to(self.dtype)
+
+
+class _Texts:
+    """Features (N, E) of texts, and their states without padding, one text after the other."""
+
+    def __init__(self, model: nn.Module, texts: Mapping[str, Tensor], device: Any, batch_size: int):
+        ids, atts = texts["text_ids"], texts["text_atts"]
+        self.lengths = atts.sum(1)
+        order = self.lengths.argsort(stable=True)  # padding costs time and changes nothing
+        states, features = [], []
+        for rows in order.split(batch_size):
+            longest = int(self.lengths[rows].max())
+            batch = ids[rows, :longest].to(device), atts[rows, :longest].to(device)
+            found, feature = model.encode_text(*batch)
+            states.append(found[batch[1].bool()])  # (sum of lengths, D), or of ids
+            features.append(feature)
+        self.states = torch.cat(states)
+        self.features = torch.cat(features)[order.argsort().to(self.states.device)]
+        self.begin = torch.empty_like(self.lengths)
+        self.begin[order] = self.lengths[order].cumsum(0) - self.lengths[order]
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """States (n, T, D) of the texts `rows`, padded to the longest, and their padding mask (n, T)."""
+        places = torch.arange(int(self.lengths[rows].max()))
+        atts = places < self.lengths[rows, None]
+        found = torch.where(atts, self.begin[rows, None] + places, 0).to(self.states.device)
+        return self.states[found], atts.long().to(self.states.device)
+
+
+class _Reranking:
+    """Scores the candidates of one image after the other: its keys and values are projected once for all of them.
+
+    similarity: (I, N). chosen: (I, N), the candidates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: _Texts,
+        tokens: _ImageTokens,
+        similarity: Tensor,
+        chosen: Tensor,
+        batch_size: int,
+    ):
+        self.model, self.texts, self.tokens, self.similarity = model, texts, tokens, similarity
+        self.chosen, self.batch_size = chosen, batch_size
+        self.differences: list[Tensor] = []
+        self.spread: list[Tensor] = []
+
+    def score(self, place: int, number: int, row: Tensor) -> None:
+        """Fill in the row (N,) of the image `number`, whose tokens are at `place`."""
+        candidates = self.chosen[number].nonzero().flatten()
+        if self.similarity[number].isnan().all():  # it could not be read
+            return
+        candidates = candidates[self.texts.lengths[candidates].argsort(stable=True)]
+        row[candidates] = self._scores(self.tokens[place], number, candidates)
+        if place < len(self.tokens.exact):
+            exact = self._scores(self.tokens.exact[place], number, candidates)
+            self.differences.append((row[candidates] - exact).abs().max())
+            self.spread.append(exact.std())
+
+    def _scores(self, tokens: Tensor, number: int, candidates: Tensor) -> Tensor:
+        """Scores (n,) of an image with tokens (L, V) and n texts."""
+        device = self.texts.states.device
+        image = self.model.project_image(tokens.to(device)[None])
+        similar, scores = self.similarity[number].to(device), []
+        for rows in candidates.split(self.batch_size):
+            logits = self.model.match(*self.texts.padded(rows), image).float()
+            scores.append(self.model.pair_scores(logits, similar[rows.to(device)]))
+        return torch.cat(scores).float().cpu()
+
+    def tell(self) -> None:
+        """Log what half precision has changed."""
+        if self.differences:
+            worst, spread = float(torch.stack(self.differences).max()), float(torch.stack(self.spread).mean())
+            told = "image tokens in float16: scores of %d images differ by at most %.1e (standard deviation %.1e)"
+            log.info(told, len(self.differences), worst, spread)

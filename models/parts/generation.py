@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from models.parts.bert import Attention, Bert, BertForMaskedLM, key_mask
+from models.parts.similarity import head
 
 
 class ImageDecoder(PreTrainedModel, GenerationMixin):
@@ -30,7 +31,7 @@ class ImageDecoder(PreTrainedModel, GenerationMixin):
         super().__init__(PretrainedConfig(num_hidden_layers=len(layers), vocab_size=words))
         self.decoder = decoder
         self.images = len(image)
-        self.image = [None] * fused + [layer.crossattention.self.keys_values(image) for layer in layers[fused:]]
+        self.image = [None] * fused + decoder.bert.project(image)
 
     def forward(
         self,
@@ -42,7 +43,7 @@ class ImageDecoder(PreTrainedModel, GenerationMixin):
         """Logits (B * K, 1, vocab) of the token after the last, from ids (B * K, T) that follow those of the cache."""
         cache = DynamicCache() if past_key_values is None else past_key_values
         last = self._states(self.decoder.bert, input_ids, cache)[:, -1:]
-        return CausalLMOutputWithPast(logits=self.decoder.cls(last), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=head(self.decoder.cls, last), past_key_values=past_key_values)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, **_: object

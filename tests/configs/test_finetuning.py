@@ -74,7 +74,7 @@ def test_the_configurations_of_the_repository(path):
 def test_the_published_recipe_of_xvlm():
     found = load_config("configs/xvlm/retrieval.yaml", RetrievalConfig)
     optimizer, scheduler = found.optimizer, found.scheduler
-    assert (optimizer.opt, optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == ("adamW", 3e-5, 0.01, 2)
+    assert (optimizer.opt, optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == ("adamW", 3e-5, 0.01, 1)
     assert optimizer.betas == (0.9, 0.98)
     assert (scheduler.sched, scheduler.epochs, scheduler.num_warmup_steps) == ("linear", 10, 0.1)
     assert (found.image_res, found.max_tokens, found.k_test) == (384, 40, 256)
