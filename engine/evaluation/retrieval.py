@@ -141,7 +141,7 @@ def retrieval_scores(
     Texts are encoded by each: their states are needed everywhere, and cost less to compute than to send. NaN stays NaN.
 
     Args:
-        model: gives `encode_image`, `encode_text`, `project_image`, `match` and `pair_scores`, see models/xvlm/model.py.
+        model: gives `encode_image`, `encode_text`, `project_image`, `match` and `pair_scores`, as models/xvlm/model.py.
         images: batches (B, 3, H, W), of the images of the share in its order.
         texts: `text_ids`, `text_atts` (N, T).
         k_test: candidates of each query that the ITM head re-ranks, the others get -100; 0 scores by contrastive

@@ -375,3 +375,19 @@ assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsigna
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.pairs.shards" in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("streams", "workers", "world_size", "told"),
+    [
+        (3, 0, 1, None),
+        (4, 2, 2, None),
+        (3, 2, 1, "streams: 3 stretches of the shards for 2 processes (1 devices x 2 workers)"),
+        (6, 2, 2, "make streams a multiple of 4"),
+    ],
+)
+def test_a_stretch_that_is_read_twice_is_told(shards, text, caplog, streams, workers, world_size, told):
+    for rank in range(world_size):
+        split = {"workers": workers, "rank": rank, "world_size": world_size}
+        shard_loader(dataset(shards, text, streams=streams), 1, collate, stop=1, **split)
+    assert [told in message for message in caplog.messages] == [True] * (told is not None)
