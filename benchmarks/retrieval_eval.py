@@ -26,7 +26,7 @@ from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledRetrieval
 from datasets.collate import trim_text
 from datasets.text import TextEncoder
-from engine.evaluation.retrieval import NOT_RANKED, retrieval_scores
+from engine.evaluation.reranking import NOT_RANKED, retrieval_scores
 from models.xvlm import model as xvlm
 from models.xvlm import retrieval as xvlm_retrieval
 

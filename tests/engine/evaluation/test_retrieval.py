@@ -16,12 +16,14 @@ from configs.pruning import Evaluation
 from configs.sources import Files
 from datasets.bundled.glyphs import load_glyphs
 from datasets.text import TextEncoder
-from engine.evaluation.retrieval import NOT_RANKED, READ, Share, ZeroShot, retrieval_scores
+from engine.evaluation.reranking import NOT_RANKED, Share, retrieval_scores
+from engine.evaluation.retrieval import READ, ZeroShot
 from models.blip import model as blip
 from models.parts.bert import TextConfig
 from models.parts.clip_vision import VisionConfig
 from models.parts.tokenizer import WordPiece
 from models.xvlm import model as xvlm
+from sparsity.errors import UserError
 from tests.toys import Ranks
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=16, layers=2, heads=2, mlp_width=32, local_attn_depth=1)
@@ -257,9 +259,24 @@ def test_several_captions_of_an_image(model, encode, files, tmp_path):
     assert set(zero_shot()) >= {"txt_r1", "img_r1", "txt_r5", "img_r5", "txt_r10", "img_r10", "r_mean"}
 
 
-def test_a_rank_reads_whole_batches_of_its_own(model, encode, tmp_path):
-    class Rank:
-        global_rank, world_size, is_global_zero, device = 1, 2, False, torch.device("cpu")
+class Rank:
+    """The second of two; what the first gives is added."""
 
+    global_rank, world_size, is_global_zero, device = 1, 2, False, torch.device("cpu")
+
+    def __init__(self, other=0.0):
+        self.other = other
+
+    def all_reduce(self, tensor, reduce_op):
+        return tensor + self.other
+
+
+def test_a_rank_reads_whole_batches_of_its_own(model, encode, tmp_path):
     zero_shot = ZeroShot(model, Evaluation(bundled_scenes=2 * READ + 5), encode, Rank(), VISION, tmp_path)
     assert zero_shot.own == list(range(READ, 2 * READ)) and [len(batch) for batch in zero_shot._read()] == [READ]
+
+
+def test_too_many_unreadable_images_of_one_rank_end_all_of_them(model, encode, tmp_path):
+    zero_shot = ZeroShot(model, Evaluation(bundled_scenes=2 * READ), encode, Rank(1.0), VISION, tmp_path)
+    with pytest.raises(UserError, match="too many images of another rank"):
+        list(zero_shot._read())
