@@ -49,18 +49,20 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.export import save_weights
     from engine.ranks import place_of
     from engine.training.fit import Run, fit
-    from engine.training.optimizer import build_optimizer
+    from engine.training.optimizer import after_each_step, build_optimizer
     from engine.training.pretraining import PRETRAINING
     from engine.training.schedule import cooldown, warmup_cosine
     from models.parts.pretraining import AROUND
 
     kind, module = models.KINDS[args.model], models.find(args.model)
     course = PRETRAINING[kind](module, config, str(args.config), args.seed)
-    fabric = launch(args, unused_parameters=course.unused_parameters)
+    fabric = launch(args, unused_parameters=course.unused_parameters, broadcast_buffers=False)
     model = module.build(course.sizes)
     around = AROUND[kind](model, **course.options)
     result = around.result
-    trained, optimizer = fabric.setup(around, build_optimizer(around, config, args.precision))
+    plain = build_optimizer(around, config, args.precision)
+    after_each_step(plain, around.on_step)
+    trained, optimizer = fabric.setup(around, plain)
     steps = len(course.data)
 
     def rate(step: int) -> float:

@@ -21,7 +21,8 @@ class Evaluation:
 
     bundled_split: "scenes" (of the vendors that are trained on), "unseen_scenes" or "unseen_glyphs" (of the one that is
     not); bundled_seed gives others of them. limit: at most so many images. k_test: candidates of each query that are
-    re-ranked; 0 for contrastive similarity alone.
+    re-ranked; 0 for contrastive similarity alone. half_tokens: hold image tokens in float16, half the host memory, and
+    log by how much that changes the scores.
     """
 
     k_test: int = 256
@@ -30,6 +31,7 @@ class Evaluation:
     bundled_seed: int = 0
     files: Files | None = None
     limit: int | None = None
+    half_tokens: bool = False
 
     def __post_init__(self):
         at_least(self, 0, "k_test", "bundled_scenes", "bundled_seed")
@@ -81,19 +83,22 @@ class PrunedModel:
 class PruneConfig(PrunedModel):
     """Pruning of a model of images and texts: calibrated on `general` (image-text pairs) and `region` files, pairs in a
     general batch, images in a region batch; or on the bundled scenes. general_loader: a YAML file that names these
-    files, see `configs.general_loader`.
+    files, see `configs.general_loader`. streams: places of the shards that are read at the same time, a multiple of
+    devices x workers.
     """
 
     # What decides the calibration batches.
-    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "decoding")
+    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "decoding", "streams")
 
     general: list[Files] = field(default_factory=list)
     region: list[Files] = field(default_factory=list)
     general_loader: str = ""
+    streams: int = 16
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "streams")
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
             general, region = (

@@ -242,5 +242,6 @@ def _pairs(
     if annotated:
         sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, **reading), collate))
     if shards:
-        sources.append((ShardDataset(shards, TrainTransform(side), encode, **reading), collate))
+        pairs = ShardDataset(shards, TrainTransform(side), encode, streams=config.streams, **reading)
+        sources.append((pairs, collate))
     return sources

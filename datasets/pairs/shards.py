@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -22,6 +23,9 @@ from datasets.place import ALONE, Place
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
+STREAMS = 16
 
 
 class ShardDataset:
@@ -52,7 +56,7 @@ class ShardDataset:
         text: TextEncoder,
         *,
         seed: int,
-        streams: int = 16,
+        streams: int = STREAMS,
         block: int = 256,
         decoding: Decoding = DEFAULT,
     ):
@@ -121,8 +125,16 @@ def shard_loader(
     place: Place = ALONE,
     workers: int = 0,
 ) -> DataLoader:
-    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them."""
+    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them.
+
+    Warns where several processes read the same stretch.
+    """
     batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, place=place)
+    readers = place.world_size * max(1, workers)
+    if batches.streams % readers and not place.rank:
+        told = "streams: %d stretches of the shards for %d processes (%d devices x %d workers): "
+        told += "some are read more than once; make streams a multiple of %d"
+        log.warning(told, batches.streams, readers, place.world_size, max(1, workers), readers)
     return DataLoader(
         batches,
         batch_size=None,

@@ -66,5 +66,5 @@ def training_set(config: CaptioningPretrainConfig, encode: TextEncoder, side: in
     transform, reading = TrainTransform(side), {"seed": seed, "decoding": config.decoding}
     return Pairs(
         ImageTextDataset(annotated, transform, fields, **reading) if annotated else None,
-        ShardDataset(shards, transform, fields, **reading) if shards else None,
+        ShardDataset(shards, transform, fields, streams=config.streams, **reading) if shards else None,
     )

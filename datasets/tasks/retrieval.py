@@ -179,9 +179,10 @@ def recall(
             f"scores must be ({images}, {texts}) and ({texts}, {images}) for {images} images and {texts} texts, "
             f"got {tuple(scores_i2t.shape)} and {tuple(scores_t2i.shape)}"
         )
+    owner = torch.repeat_interleave(torch.tensor([len(own) for own in img2txt]))  # of each match
     ranks = {
-        "txt": torch.stack([_rank(row, torch.as_tensor(own)) for row, own in zip(scores_i2t, img2txt, strict=True)]),
-        "img": torch.stack([_rank(row, torch.as_tensor([i])) for row, i in zip(scores_t2i, txt2img, strict=True)]),
+        "txt": _ranks(scores_i2t, owner, torch.tensor([t for own in img2txt for t in own])),
+        "img": _ranks(scores_t2i, torch.arange(texts), torch.as_tensor(txt2img)),
     }
     metrics = {f"{name}_r{k}": 100 * (rank < k).float().mean().item() for name, rank in ranks.items() for k in ks}
     for name in ranks:
@@ -190,10 +191,21 @@ def recall(
     return metrics
 
 
-def _rank(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Rank (from 0) of the best match among the candidates that do not match; infinite where its score is NaN."""
-    nan = scores.isnan()
-    scores = scores.masked_fill(nan, -torch.inf)
-    best = scores[matches].max()
-    ahead = (scores >= best).sum() - (scores[matches] >= best).sum()
-    return torch.where(nan[matches].all(), torch.inf, ahead.float())
+def _ranks(scores: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Rank (Q,), from 0, of the best match of each query among the candidates that do not match; infinite where the
+    scores of its matches are NaN.
+
+    scores: (Q, C). queries, candidates: (M,), which of them match.
+    """
+    matched = scores[queries, candidates]
+    nan = matched.isnan()
+    matched = matched.masked_fill(nan, -torch.inf)
+    none = matched.new_full((len(scores),), -torch.inf)
+    best = none.scatter_reduce(0, queries, matched, "amax")
+    ahead = (scores >= best[:, None]).sum(1)
+    lowest = best == -torch.inf
+    if lowest.any():  # NaN is no better
+        ahead[lowest] = scores.shape[1]
+    level = torch.zeros_like(ahead).index_add(0, queries, (matched >= best[queries]).long())
+    found = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, queries[~nan], True)
+    return torch.where(found, (ahead - level).float(), torch.inf)

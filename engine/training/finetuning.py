@@ -23,7 +23,7 @@ from engine.ranks import on_leader, place_of
 from engine.reports.model_card import model_card
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
-from engine.training.optimizer import finetuning_optimizer
+from engine.training.optimizer import after_each_step, finetuning_optimizer
 from engine.training.schedule import warmup_cosine, warmup_linear
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
@@ -67,6 +67,7 @@ class Finetuning:
         if config.gradient_checkpointing:
             checkpoint_blocks(model.blocks())
         optimizer = finetuning_optimizer(model, config.optimizer, task.NEW, args.precision)
+        after_each_step(optimizer, model.on_step)
         wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
         self.epoch_steps = config.steps_per_epoch(len(train), args.debug)
         steps = self.epoch_steps * config.scheduler.epochs
@@ -211,7 +212,7 @@ def read_masks(
     heirs: Callable[[str], Sequence[str]] = lambda name: (),
 ) -> Masks:
     """The masks of a file, of the pretrained model or of the task's, under the names that the task model has; its
-    `heirs` take the masks of the weights that they are copies of.
+    `heirs` take the masks of the weights that they are copies of, unless the file has masks of their own.
 
     Raises UserError, naming the file and the first names, where they are another model's.
     """
@@ -220,7 +221,8 @@ def read_masks(
         (key, mask) for name, mask in loaded.items() for key in dict.fromkeys((name, *loaded.aliases.get(name, ())))
     ]
     named = [(new, mask) for key, mask in keys for new in task_names(key)]
-    renamed = Masks({key: mask for new, mask in named for key in (new, *heirs(new))}, loaded.provenance)
+    inherited = {heir: mask for new, mask in named for heir in heirs(new)}
+    renamed = Masks(inherited | dict(named), loaded.provenance)
     try:
         resolved = renamed.resolve(view)
     except ValueError as error:

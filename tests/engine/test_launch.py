@@ -14,6 +14,7 @@ from datasets.sampler import ResumableSampler
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, positive_float, positive_int, share
 from sparsity.allocation.budget import parse_sparsities
+from sparsity.errors import UserError
 from tests.processes import error_line
 
 
@@ -184,3 +185,18 @@ def test_launch_seeds(parser):
         launch(parser.parse_args(["--accelerator", "cpu", "--seed", seed]))
         drawn.append(torch.rand(3))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(monkeypatch, broadcast):
+    class RecordedError(Exception):
+        pass
+
+    def record(strategy, **_):
+        raise RecordedError(strategy._ddp_kwargs["broadcast_buffers"])
+
+    monkeypatch.setattr("lightning.fabric.Fabric", record)
+    parser = Parser("x")
+    add_device_options(parser)
+    with pytest.raises(UserError, match=str(broadcast)):
+        launch(parser.parse_args(["--devices", "2"]), broadcast_buffers=broadcast)

@@ -422,3 +422,19 @@ def test_counts_that_are_none(tmp_path, content):
     (tmp_path / "0_stats.json").write_text(content)
     with pytest.raises(UserError, match="0_stats.json: expected img2dataset's JSON with 'successes'"):
         count_samples(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize(
+    ("streams", "workers", "world_size", "told"),
+    [
+        (3, 0, 1, None),
+        (4, 2, 2, None),
+        (3, 2, 1, "streams: 3 stretches of the shards for 2 processes (1 devices x 2 workers)"),
+        (6, 2, 2, "make streams a multiple of 4"),
+    ],
+)
+def test_a_stretch_that_is_read_twice_is_told(shards, text, caplog, streams, workers, world_size, told):
+    for rank in range(world_size):
+        split = {"workers": workers, "place": Place(rank, world_size)}
+        shard_loader(dataset(shards, text, streams=streams), 1, collate, stop=1, **split)
+    assert [told in message for message in caplog.messages] == [True] * (told is not None)
