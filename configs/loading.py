@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import write_atomic
+from sparsity.files import reading, write_atomic
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +34,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datasets.collate import Skipped
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import reading
 
 HOW_TO_GET = "README.md says how to get the annotations and images"
 _PROBES = 64  # image paths that are looked up at start-up
@@ -84,7 +85,9 @@ def read_json(path: Path, expected: str) -> Any:
     if not path.is_file():
         raise MissingFileError(f"{path}: annotation file not found; expected a JSON list of {expected}; {HOW_TO_GET}")
     try:
-        return json.loads(path.read_bytes())
+        with reading(path):
+            content = path.read_bytes()
+        return json.loads(content)
     except ValueError as error:  # also what is not UTF-8
         raise UserError(f"{path}: not a JSON file ({error}); expected a list of {expected}; {HOW_TO_GET}") from None
 

@@ -59,5 +59,9 @@ def check(name: str) -> None:
 def _find(name: str) -> "type[Pruner]":
     check(name)
     module = importlib.import_module(f"pruners.{name}")
-    (kind,) = (item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__)
-    return kind
+    own = [item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__]
+    kinds = [kind for kind in own if issubclass(kind, importlib.import_module("pruners.base").Pruner)]
+    if len(kinds) != 1:
+        found = f"it has {', '.join(kind.__name__ for kind in kinds)}" if kinds else "it has none"
+        raise UserError(f"pruners/{name}.py: expected one subclass of pruners.base.Pruner, {found}")
+    return kinds[0]

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from sparsity.bits import to_bits, to_bytes
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import write_atomic
+from sparsity.files import reading, write_atomic
 from sparsity.view import PrunableView, canonical
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Masks(Mapping[str, Tensor]):
         if not path.is_file():
             raise MissingFileError(f"there is no mask file {str(path)!r}")
         try:
-            with path.open("rb") as file:
+            with reading(path), path.open("rb") as file:
                 is_safetensors = file.read(9)[8:] == b"{"
             return cls._read_safetensors(path) if is_safetensors else cls._read_public(_unpickle(path))
         except _BadFileError as error:

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.export import save_weights
 from engine.options.oneshot import Target
-from engine.pruning.run import calibrate
+from engine.pruning.run import calibrate, check_finite
 from engine.reports.report import Metrics, markdown_table
 from sparsity.errors import UserError
 from sparsity.files import replacing
@@ -36,6 +36,7 @@ def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Ta
     sparsities, pattern = None if target.pattern else [target.sparsity], target.pattern
     pruner.preflight(view, sparsities, pattern=pattern)
     ((_, masks),) = pruner.masks(view, measure(), sparsities, pattern=pattern, seed=seed, again=measure)
+    check_finite(masks)
     return masks
 
 
@@ -55,8 +56,9 @@ def save(model: nn.Module, path: Path, masks: Masks | None) -> list[Path]:
     if path.suffix == ".safetensors":
         save_weights(model, path)
     else:
-        with replacing(path) as temporary:
-            torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        with replacing(path) as temporary, temporary.open("wb") as file:  # opened here, so that a full disk says so
+            torch.save(state, file)
     if masks is None:
         return [path]
     beside = path.with_name(f"{path.name.removesuffix('.tar').rpartition('.')[0]}_pruning_masks.safetensors")
