@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from engine import locks, stopping
 from engine.exit_codes import BUG, DONE, INTERRUPTED, STOPPED, exit_code, told
 from engine.ranks import OtherRankError, on_leader, peers
@@ -65,6 +67,8 @@ def _ended(code: int, line: str | None, rank: int) -> int:
     """Tell the user, on the rank that is the first to end; returns the exit code of all."""
     if not peers.first(code):
         return peers.code or code
+    for bar in list(getattr(tqdm, "_instances", ())):  # the line begins where a progress bar was
+        bar.close()
     if line is not None:
         print(line.replace("error:", f"error (rank {rank}):", 1) if rank else line, file=sys.stderr)
     return code
