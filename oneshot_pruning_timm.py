@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     masks = None
     if PRUNERS[args.pruner]:
         divisible(view, args.target)
-        chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
-        pruner = pruners.build(PRUNERS[args.pruner], **chosen)
+        name = PRUNERS[args.pruner]
+        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         data = None
         if pruner.statistic:
             place = {"rank": fabric.global_rank, "world_size": fabric.world_size}

@@ -1,4 +1,4 @@
-"""What one process does for all of them, what they agree on, and what all of them do when one fails.
+"""What one process does for all of them, what they add up and agree on, and what they do when one of them fails.
 
 Loads torch only where there are several.
 """
@@ -9,9 +9,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.exit_codes import RESOURCES, exit_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 PAUSE = 0.25  # seconds between two looks at what the other ranks say
@@ -35,6 +38,13 @@ def on_leader(fabric: Any, call: Callable[[], T]) -> T | None:
     if code is not None and not fabric.is_global_zero:
         raise OtherRankError(code)
     return result
+
+
+def summed(fabric: Any, tensor: "Tensor") -> "Tensor":
+    """Return the sum of the ranks' tensors, on the device of each."""
+    if fabric.world_size == 1:
+        return tensor
+    return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
 
 
 class Agreement:
@@ -78,14 +88,17 @@ class Peers:
         self.alone = False  # rank 0 has gone without a word
         self._store: Any = None
         self._left = threading.Event()
+        self._distributed: Any = None
 
     def watch(self) -> None:
         """Begin, in the process group that there is."""
         from torch import distributed
 
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        if not (distributed.is_available() and distributed.is_initialized()):
             return
         self._distributed, self.code, self._left = distributed, None, threading.Event()
+        if distributed.get_world_size() == 1:
+            return
         self._rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
         store = distributed.distributed_c10d._get_default_store()
         self._store = distributed.PrefixStore("peers", store)
@@ -146,22 +159,31 @@ class Peers:
         return self.code is not None
 
     def leave(self, code: int) -> None:
-        """Stop watching. With an exit code other than 0: only after the others have seen what this rank has said, and
-        rank 0 goes first, since the process that started the others kills them all where one goes before it.
+        """Stop watching, and end the process group. With an exit code other than 0: only after the others have seen
+        what this rank has said, and rank 0 goes first, since the process that started the others kills them all where
+        one goes before it.
+
+        Lightning ends the group for NCCL alone. Threads of gloo that are there when the interpreter ends are stopped as
+        they ask for its lock, and C++ may answer with "terminate called without an active exception".
         """
         self._left.set()
         store, self._store = self._store, None
         if store is None or not code:
+            self._end_group()
             return
         with contextlib.suppress(Exception):  # of the connection
             store.set(f"seen {self._rank}", "")
         others = [f"seen {rank}" for rank in range(self._ranks) if rank != self._rank]
         if self.code is None:
             _until(lambda: store.check(others))
-        with contextlib.suppress(Exception):
-            self._distributed.destroy_process_group()  # breaks the collectives in which the others wait
+        self._end_group()  # breaks the collectives in which the others wait
         if self._rank:
             _until(lambda: store.check(["never"]))
+
+    def _end_group(self) -> None:
+        if self._distributed is not None and self._distributed.is_initialized():
+            with contextlib.suppress(Exception):  # of broken connections
+                self._distributed.destroy_process_group()
 
 
 def _until(done: Callable[[], bool]) -> None:

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from pruners.base import Pruner
 
 
+_NO_PRUNERS = ("__init__", "base", "layer_wise")  # files of this folder
+
+
 def available() -> list[str]:
-    """The names of the pruners: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    """The names of the pruners: the files of this folder but for their bases."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NO_PRUNERS)
 
 
-def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
+def build(pruner: "str | type[Pruner]", **options: Any) -> "Pruner":
     """A pruner from its name, or from its class, with its options. UserError for an unknown name (with the nearest
     one) or option.
     """

@@ -1,5 +1,7 @@
 """Mistakes of the user, told apart from mistakes of the program. Needs no torch: every package may import this."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input that the user can mend: an option, a file, a combination. The message is one line that says how.
@@ -18,3 +20,8 @@ class ResourceError(OSError):
     The message is one line. Scripts print it without a traceback and exit with code 4; the same command goes on once
     there is room again.
     """
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first of these names for a message, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

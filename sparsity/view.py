@@ -39,7 +39,9 @@ class PrunableWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        weight = self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        assert weight is not None, "layers without a weight of their own are refused"
+        return weight
 
     @property
     def shape(self) -> torch.Size:
@@ -98,6 +100,11 @@ class PrunableView:
     def groups(self) -> dict[str, list[str]]:
         """Group -> names of its weights, both in prunable order."""
         return members({weight.name: weight.group for weight in self.weights.values()})
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Name -> every state-dict key of that weight."""
+        return {name: weight.aliases for name, weight in self.weights.items()}
 
     @property
     def numel(self) -> int:
@@ -222,7 +229,7 @@ def _refuse_experts(name: str, module: nn.Module) -> None:
             raise _refusal(name, f"its {key} is 3-D, {tuple(parameter.shape)}")
 
 
-def _refusal(name: str, why: str) -> ValueError:
+def _refusal(name: str, why: str) -> UserError:
     layer = name or "the model itself"
     way_out = f"keep it dense (keep_dense, on the command line --exclude {name!r}) to prune the others"
-    return ValueError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")
+    return UserError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")

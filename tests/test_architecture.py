@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE
+
+pytestmark = pytest.mark.script
+
 ROOT = Path(__file__).resolve().parent.parent
 # Which of our packages each package may import.
 ALLOWED = {
@@ -141,4 +145,4 @@ def test_our_names_and_the_libraries_live_together(ours_first):
     order = ours + theirs if ours_first else theirs + ours
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
     code += "import datasets; assert hasattr(datasets.bundled.scenes, 'draw_scene')"
-    subprocess.run([sys.executable, "-c", code, *order], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code, *order], check=True, timeout=PATIENCE)

@@ -46,6 +46,7 @@ def mean_gradients(
             raise UserError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
         if reduce:
             gradient = reduce(torch.zeros_like(view.weights[name].parameter) if gradient is None else gradient)
+        assert gradient is not None, "its one rank has reached it"
         if not gradient.isfinite().all():
             raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
         matrix = view.weights[name].as_matrix(gradient)
