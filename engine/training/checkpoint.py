@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparsity.errors import MissingFileError, ResourceError, UserError
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import reading, replacing
 
 
@@ -19,14 +19,15 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, to the CPU, without unpickling code.
 
-    UserError names a file that is unreadable or lacks one of `keys`; ResourceError where memory does not suffice.
+    UserError names a file that is unreadable or lacks one of `keys`.
     """
     if not Path(path).is_file():
         raise MissingFileError(f"{path}: checkpoint not found")
+    with reading(path), Path(path).open("rb"):  # whether it may be read at all
+        pass
     try:
-        with reading(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, ResourceError, MemoryError):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
         raise
     except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
         way_out = (
