@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
-from sparsity.files import write_atomic
+from sparsity.files import write_atomic, writing
 from sparsity.masks import state_digest
 from sparsity.statistics.gradients import batch_generator, only_prunable, summed_gradients
 from sparsity.statistics.inputs import untouched
@@ -331,16 +331,12 @@ class _File:
 
     def append(self, pieces: Iterable[Tensor], images: int) -> None:
         """Adds a row, and accounts for it."""
-        try:
-            with self.path.open("r+b") as file:
-                file.seek(len(self.images) * self._bytes)
-                for piece in pieces:
-                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(self.path)  # a full disk does not say for which file
-            raise
+        with writing(self.path), self.path.open("r+b") as file:
+            file.seek(len(self.images) * self._bytes)
+            for piece in pieces:
+                file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
         self.images.append(images)
         account = {"identity": self._identity, "images": self.images}
         write_atomic(self.account, json.dumps(account).encode())
