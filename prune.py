@@ -113,7 +113,6 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:
         results.dense(evaluate())
-
     measure = partial(calibrate, pruner, view, data, fabric, args.seed, folder=folder, config=config)
     with results.calibration():
         statistics = measure()
