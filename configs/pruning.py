@@ -214,18 +214,21 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file. calibration: a folder of images, or a function of the user's that returns
-    batches; loss: one that gives a batch's loss, both as package.module:function. include, exclude: globs over layers
-    that are prunable and that are not. groups: name -> globs over its layers.
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
+    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
+    over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
-    CALIBRATION: ClassVar = ("calibration", "loss", "batch_size")  # what decides the calibration batches
+    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size")  # what decides the calibration batches
 
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
+    weights_key: str = ""
     model: str = ""
     calibration: str = ""
+    class_map: str = ""
     loss: str = ""
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
@@ -252,6 +255,8 @@ class ExternalPruneConfig(PrunedModel):
             raise UserError("this pruner needs --calibration, a folder of images or package.module:function")
         if not Path(self.calibration).is_dir() and not FUNCTION.fullmatch(self.calibration):
             raise MissingFileError(f"--calibration {self.calibration}: neither a folder nor package.module:function")
+        if self.class_map and not Path(self.class_map).is_file():
+            raise MissingFileError(f"--class_map {self.class_map}: there is no such file")
 
     def check_evaluation(self, where: str) -> None:
         """Raises UserError: what this model is for is not known."""
