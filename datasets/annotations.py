@@ -18,6 +18,7 @@ from datasets.collate import Skipped
 from sparsity.errors import MissingFileError, UserError
 
 HOW_TO_GET = "README.md says how to get the annotations and images"
+_LARGEST = 1e9  # pixels that a number in a box may be
 _PROBES = 64  # image paths that are looked up at start-up
 
 
@@ -85,7 +86,7 @@ def read_json(path: Path, expected: str) -> Any:
         raise MissingFileError(f"{path}: annotation file not found; expected a JSON list of {expected}; {HOW_TO_GET}")
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, and brackets in brackets in brackets
         raise UserError(f"{path}: not a JSON file ({error}); expected a list of {expected}; {HOW_TO_GET}") from None
 
 
@@ -119,7 +120,7 @@ def get_texts(record: dict, key: str) -> list[str]:
 
 def get_box(value: Any) -> tuple[float, float, float, float]:
     """The box [x, y, width, height] in pixels; raises UserError where it is none."""
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and abs(v) < _LARGEST for v in value)
     if not numbers or len(value) != 4:
         raise UserError(f"a box 'bb' must be [x, y, width, height] in pixels, got {value!r:.60}")
     return tuple(map(float, value))

@@ -107,7 +107,7 @@ def read_references(path: str | Path) -> dict[int, list[str]]:
         raise MissingFileError(f"{path}: annotation file not found; expected {EXPECTED}; {HOW_TO_GET}")
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise UserError(f"{path}: not a JSON file ({error}); expected {EXPECTED}; {HOW_TO_GET}") from None
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import replacing
+from sparsity.files import check_archive, replacing
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -24,6 +24,7 @@ def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any
     if not Path(path).is_file():
         raise MissingFileError(f"{path}: checkpoint not found")
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
