@@ -102,7 +102,7 @@ def _parsed(path: str | Path, i: int, record: Any, parse: Callable[[dict], Any],
 def get_text(record: dict, key: str) -> str:
     """Text under a key; raises UserError where there is none."""
     if key not in record:
-        raise UserError(f"no key {key!r} (it has {', '.join(map(repr, record)) or 'none'})")
+        raise UserError(f"no key {key!r} (it has {', '.join(map(repr, record))[:200] or 'none'})")
     if not isinstance(record[key], str):
         raise UserError(f"{key!r} must be a text, got {record[key]!r:.60}")
     return record[key]

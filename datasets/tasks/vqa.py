@@ -118,7 +118,7 @@ def parse_question(record: dict, answered: bool, identified: bool) -> Record:
     `identified`.
     """
     source = record.get("dataset", "vqa")
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         raise UserError(f"'dataset' must be {' or '.join(map(repr, SOURCES))}, got {source!r:.60}")
     image, number = get_text(record, "image"), record.get("question_id")
     if identified and not isinstance(number, int | str):
