@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.pruning.comparison import Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import calibrate, plain
+    from sparsity.run.request import Request
 
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
     fabric = launch(args)
@@ -103,13 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     def data(seed: int) -> Any:
         return subject.calibration(args.output_dir, args.num_batches, seed)
 
-    def measure(pruner: Any, seed: int, epoch: int, **options: Any) -> dict:
-        read = {"folder": args.output_dir, "config": config}
-        return calibrate(pruner, view, data(seed) if pruner.statistic else None, fabric, seed, epoch, **read, **options)
+    def measure(pruner: Any, seed: int, epoch: int, *, names: Any = None, request: Request | None = None) -> Any:
+        own = data(seed) if pruner.statistic else None
+        what = {"folder": args.output_dir, "config": config, "names": names, "request": request}
+        return calibrate(pruner, view, own, fabric, seed, epoch, **what)
 
     for pruner in chosen.values():
         rounds = data(args.seeds[0]).rounds if pruner.statistic else None
-        pruner.preflight(view, args.sparsities, rounds=rounds, folder=args.output_dir)
+        pruner.preflight(view, Request(args.sparsities), rounds=rounds, folder=args.output_dir)
     compare(view, chosen, args.sparsities, args.seeds, ledger, measure=measure, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
     evaluated = dataclasses.asdict(config.evaluation)

@@ -50,6 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
     add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
     add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
+    add("--weights-key", default="", help="key of --ckpt under which they stand (default: averaged ones before others)")
     add("--skip-eval", action="store_true", help="prune only, and measure no accuracy (default: no)")
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
@@ -62,6 +63,8 @@ def check(args: argparse.Namespace) -> None:
     args.target = check_oneshot(args)
     if args.ckpt and not args.ckpt.is_file():
         raise MissingFileError(f"--ckpt {args.ckpt}: there is no such file")
+    if args.weights_key and not args.ckpt:
+        raise UserError(f"--weights-key {args.weights_key}: is a key of --ckpt FILE, which is not given")
     if args.save_model:
         if not args.save_model.name.endswith(SUFFIXES):
             raise UserError(f"--save-model {args.save_model}: its name must end with {', '.join(SUFFIXES)}")
@@ -85,8 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.data_path = args.data_path or images_of(args.model)
     sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
     model = classifiers.build(args.model, pretrained=args.ckpt is None, way_out=WAY_OUT, **sizes)
-    if args.ckpt:
-        classifiers.load(model, args.ckpt)
+    halves = classifiers.load(model, args.ckpt, key=args.weights_key) if args.ckpt else {}
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), args.save_model.parent if args.save_model else Path("output")
     view = prunable_view(model.to(fabric.device))
@@ -102,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     masks = None
     if PRUNERS[args.pruner]:
         divisible(view, args.target)
-        chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
-        pruner = pruners.build(PRUNERS[args.pruner], **chosen)
+        name = PRUNERS[args.pruner]
+        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         data = None
         if pruner.statistic:
             place = {"rank": fabric.global_rank, "world_size": fabric.world_size}
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         masks.apply(view)
         lines.append((f"{args.pruner} {args.target}", accuracy() if accuracy else {}))
     if fabric.is_global_zero:
-        written = save(model, args.save_model, masks) if args.save_model else []
+        written = save(model, args.save_model, masks, halves) if args.save_model else []
         print(report(lines, view, written))
     fabric.barrier()
 

@@ -29,6 +29,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="weights to evaluate (default: none)")
     add("--pretrained", action="store_true", help="evaluate the published weights (default: no)")
     add("--use-ema", action="store_true", help="the checkpoint's averaged weights (default: no)")
+    add(
+        "--weights-key",
+        default="",
+        help="key of the checkpoint under which the weights stand (default: the usual ones)",
+    )
     add("--sparsity-mode", choices=MODES, default="dense", help="what the checkpoint holds (default: %(default)s)")
     add("--mask", type=Path, help="mask file to apply to the weights (default: none)")
     add("--data-path", help=f"folder with val/, or of classes; cifar10, cifar100 or bundled (default: {IMAGENET})")
@@ -46,6 +51,10 @@ def check(args: argparse.Namespace) -> None:
     args.data_path = args.data_path or images_of(args.model)
     if bool(args.checkpoint) == args.pretrained:
         raise UserError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
+    if args.weights_key and (args.use_ema or not args.checkpoint):
+        raise UserError(
+            f"--weights-key {args.weights_key}: is a key of --checkpoint FILE, and takes the place of --use-ema"
+        )
     if args.pretrained and args.sparsity_mode != "dense":
         raise UserError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
     for option in ("checkpoint", "mask"):
@@ -71,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = classifiers.build(args.model, pretrained=args.pretrained, way_out="give --checkpoint FILE", **sizes)
     gates = 0
     if args.checkpoint:
-        weights = classifiers.read(args.checkpoint, ema=args.use_ema)
+        weights = classifiers.read(args.checkpoint, ema=args.use_ema, key=args.weights_key)
         weights, gates = loaded(weights, args.sparsity_mode, str(args.checkpoint))
         classifiers.load(model, args.checkpoint, weights)
     view = prunable_view(model)

@@ -93,10 +93,11 @@ class PruneConfig(PrunedModel):
         super().__post_init__()
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
-            sources = {
-                kind: [Files(*files, loader.roots) for files in getattr(loader, kind)] for kind in ("general", "region")
-            }
-            _take(self, loader, **sources)
+            general, region = (
+                [Files(annotations, images, loader.roots) for annotations, images in source]
+                for source in (loader.general, loader.region)
+            )
+            _take(self, loader, general=general, region=region)
         if self.bundled and (self.general or self.region):
             raise UserError("set bundled: true, or give general and region files, not both")
         if not all(files.annotations for files in self.region):
@@ -124,7 +125,7 @@ class PruneConfig(PrunedModel):
         return replace(self, evaluation=replace(self.evaluation, k_test=k_test))
 
 
-def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
+def _take(config: PruneConfig | LabelsPruneConfig, loader: GeneralLoader, **sources: Any) -> None:
     """Put what a general loader says into a configuration, which may say the same (as a saved one does) or nothing."""
     if not any(sources.values()):
         raise UserError(f"{config.general_loader}: names no data for this kind of model")
@@ -136,7 +137,7 @@ def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
         object.__setattr__(config, "batch_size", loader.batch_size)
 
 
-def _check_loader(config: PrunedModel) -> None:
+def _check_loader(config: PruneConfig | LabelsPruneConfig) -> None:
     """UserError where a general loader is for another model."""
     if config.general_loader:
         loader = load_config(config.general_loader, GeneralLoader)
@@ -213,18 +214,21 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file. calibration: a folder of images, or a function of the user's that returns
-    batches; loss: one that gives a batch's loss, both as package.module:function. include, exclude: globs over layers
-    that are prunable and that are not. groups: name -> globs over its layers.
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
+    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
+    over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
-    CALIBRATION: ClassVar = ("calibration", "loss", "batch_size")  # what decides the calibration batches
+    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size")  # what decides the calibration batches
 
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
+    weights_key: str = ""
     model: str = ""
     calibration: str = ""
+    class_map: str = ""
     loss: str = ""
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
@@ -251,6 +255,8 @@ class ExternalPruneConfig(PrunedModel):
             raise UserError("this pruner needs --calibration, a folder of images or package.module:function")
         if not Path(self.calibration).is_dir() and not FUNCTION.fullmatch(self.calibration):
             raise MissingFileError(f"--calibration {self.calibration}: neither a folder nor package.module:function")
+        if self.class_map and not Path(self.class_map).is_file():
+            raise MissingFileError(f"--class_map {self.class_map}: there is no such file")
 
     def check_evaluation(self, where: str) -> None:
         """Raises UserError: what this model is for is not known."""

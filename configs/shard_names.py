@@ -6,7 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+# The package's stub leaves the error out.
+from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportAttributeAccessIssue]
 
 from sparsity.errors import MissingFileError, UserError
 
@@ -62,8 +63,8 @@ def _count(pattern: str) -> int:
         elif token == "}" and len(counts) > 1:
             inside = sum(counts.pop())
             counts[-1][1] *= inside
-        elif len(token) > 1:
-            counts[-1][1] *= _in_range(*_RANGE.fullmatch(token).groups())
+        elif found := _RANGE.fullmatch(token):
+            counts[-1][1] *= _in_range(*found.groups())
     return math.prod(map(sum, counts))
 
 

@@ -1,7 +1,8 @@
 """Weights and models that load without this project."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsity.files import replacing, replacing_folder
 from sparsity.packing import pack
+from sparsity.view import canonical
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +22,14 @@ FORMAT = {"format": "pt"}  # metadata without which transformers does not read a
 def save_weights(
     model: nn.Module,
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
+    halves: Mapping[str, torch.dtype] | None = None,
     without: Sequence[str] = (),
     tied_once: bool = False,
 ) -> Path:
-    """Write the state dict as safetensors, floating-point tensors as `dtype`.
+    """Write the state dict as safetensors, floating-point tensors as `dtype`; by default each as it is, or as `halves`
+    says (see `sparsity.view.PrunableView`).
 
     without: globs over names that are left out. tied_once: a tied tensor stands under its first name alone, which
     `models.checkpoint.load_weights` understands; by default under each, as other programs want it.
@@ -35,7 +39,8 @@ def save_weights(
         if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        state[name] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        wanted = (dtype if tensor.is_floating_point() else None) or (halves or {}).get(canonical(name), tensor.dtype)
+        state[name] = tensor.detach().to(wanted)
     save_state(state, path)
     return Path(path)
 
@@ -50,14 +55,36 @@ def save_state(state: Mapping[str, Tensor], path: str | Path, *, packed: bool = 
         save_file(tensors, temporary, metadata=metadata)
 
 
-def save_model(model: nn.Module, path: str | Path) -> Path:
+@contextmanager
+def as_published(model: nn.Module, halves: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """The model inside the block with its tensors in the dtypes that its source has; afterwards with its own again."""
+    tensors = {id(t): (t, halves[key]) for key, t in _tensors(model) if key in halves}
+    before = [(tensor, tensor.data) for tensor, _ in tensors.values()]
+    try:
+        for tensor, dtype in tensors.values():
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Canonical name and tensor: parameters and buffers themselves, under all their names."""
+    return ((canonical(name), tensor) for name, tensor in model.state_dict(keep_vars=True).items())
+
+
+def save_model(model: nn.Module, path: str | Path, halves: Mapping[str, torch.dtype] | None = None) -> Path:
     """Write a model as its own library loads it: for transformers a folder `path`, with the processor where the model's
-    own is here, else its state dict in `path`.safetensors.
+    own is here, else its state dict in `path`.safetensors. halves: of `sparsity.view.PrunableView`.
     """
     if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
-        return save_weights(model, f"{path}.safetensors")
+        return save_weights(model, f"{path}.safetensors", halves=halves)
+    own = model.config.dtype
     with replacing_folder(path) as temporary:
-        model.save_pretrained(temporary)
+        with as_published(model, halves or {}):
+            model.save_pretrained(temporary)
+        model.config.dtype = own  # what is in memory is not what was written
         _save_processor(model.name_or_path, temporary)
     return Path(path)
 

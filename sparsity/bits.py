@@ -29,5 +29,5 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     sha = hashlib.sha256(text.encode())
     for name, tensor in tensors.items():
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

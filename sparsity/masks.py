@@ -36,7 +36,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from sparsity.bits import tensors_digest, to_bits, to_bytes
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import check_archive, write_atomic
 from sparsity.mask_file import (
     METADATA,
@@ -115,7 +115,7 @@ class Masks(Mapping[str, Tensor]):
         digest = _sha(shapes, packed).hexdigest()
         # One entry: the order in which safetensors writes several is not fixed.
         description = write_description(shapes, self.aliases, TIES, digest, self.provenance)
-        write_atomic(path, serialize(packed, {METADATA: description}))
+        write_atomic(Path(path), serialize(packed, {METADATA: description}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Masks":
@@ -184,10 +184,10 @@ class Masks(Mapping[str, Tensor]):
         unknown = [name for name in self if name not in used and name not in view.dense]
         problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
         if any(problems.values()):
-            lists = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+            lists = "; ".join(f"{len(names)} {kind}: {listed(names, 3)}" for kind, names in problems.items() if names)
             raise UserError(f"the masks do not fit this model: {lists}")
         if any(not self[name].all() for name in ignored):
-            logger.warning("masks of layers that this model keeps dense are not used: %s", _first(ignored))
+            logger.warning("masks of layers that this model keeps dense are not used: %s", listed(ignored, 3))
         return resolved
 
     def check(self, view: PrunableView) -> None:
@@ -356,7 +356,7 @@ def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
 def _sha(shapes: list[list], packed: Mapping[str, Tensor]) -> Any:
     sha = begin_digest(shapes)
     for name, _ in shapes:
-        sha.update(packed[name].numpy())
+        sha.update(packed[name].numpy().data)
     return sha
 
 
@@ -386,7 +386,3 @@ def _public_entries(content: Any) -> Iterator[tuple[str, Any]]:
             yield from entries
             return
         content = next((content[nest] for nest in _NESTS if nest in content), None)
-
-
-def _first(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -22,7 +22,7 @@ CPU = ["--accelerator", "cpu"]
 KEYS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,7 @@ def test_pruning_without_a_look_at_the_accuracy(photos, capsys):
     assert "(50.00 %)" in told and "top-1" not in told
 
 
+@pytest.mark.multiprocess
 def test_two_processes_prune_as_one_does(photos, tmp_path):
     """Each adds up the Hessians of its half of the samples."""
     given = ["--model", "test_vit", "--img-size", "32", "--num-classes", "76", "--data-path", str(photos), *CPU]

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class FolderBatches(Lockstep):
     """Batches of a folder's images as a model takes them; see `Lockstep`.
 
-    preprocess: see `Gather`. folder: of the results. options: `rank` and `world_size`.
+    preprocess, unlabelled: see `Gather`. folder: of the results. options: `rank` and `world_size`.
     """
 
     def __init__(
@@ -31,7 +31,9 @@ class FolderBatches(Lockstep):
         **options: int,
     ):
         data = ImageFolder(config.calibration, seed=seed)
-        super().__init__([[(data, Gather(data, preprocess))]], config, folder, num_batches, seed, **options)
+        gather = Gather(data, preprocess)
+        self.unlabelled = gather.unlabelled
+        super().__init__([[(data, gather)]], config, folder, num_batches, seed, **options)
 
     def __iter__(self) -> Iterator[Any]:
         for gathered in super().__iter__():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from torch.utils.data import Dataset
 from configs.sources import LabelledImages
 from datasets.annotations import HOW_TO_GET, ImageRoot, Records
 from datasets.collate import Skipped
+from datasets.labelled.class_folders import class_folders, image_files
 from datasets.sampler import sample_generator
 from sparsity.errors import MissingFileError, UserError
 
 log = logging.getLogger(__name__)
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 FLOWERS_SPLITS = {"train": ("train", "val"), "test": ("test",)}  # train and val together train
 
 
@@ -87,11 +86,10 @@ def imagenet(
     synsets = {synset: label for label, synset in enumerate(sorted(names))}
     folder = ImageRoot(Path(root, split)).root
     samples = []
-    for synset in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+    for synset in class_folders(folder):
         if synset not in synsets:
             raise UserError(f"{folder / synset}: this folder is no class of {table}; {HOW_TO_GET}")
-        images = sorted(name for name in os.listdir(folder / synset) if name.lower().endswith(EXTENSIONS))
-        samples += [(f"{synset}/{name}", synsets[synset]) for name in images]
+        samples += [(f"{synset}/{name}", synsets[synset]) for name in image_files(folder / synset)]
     if not samples:
         raise UserError(f"{folder}: no image found; expected <synset>/*.JPEG; {HOW_TO_GET}")
     missing = len(synsets) - len({label for _, label in samples})

@@ -13,7 +13,8 @@ from engine.exit_codes import BAD_INPUT
 from sparsity.allocation.budget import SCHEDULES
 from sparsity.errors import UserError
 
-EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
+# Options of models that are not the project's own.
+EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 CALIBRATION_MODES = ("dense", "sequential")
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
@@ -126,7 +127,12 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
     add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
+    keys = (
+        "key of a --weights file under which they stand, e.g. state_dict_ema (default: as the model's library reads it)"
+    )
+    add("--weights_key", help=keys)
     add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
+    add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
     add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
 

@@ -224,7 +224,7 @@ def read_masks(
         resolved = renamed.resolve(view)
     except ValueError as error:
         raise UserError(f"--mask {path}: {error}") from error
-    return Masks(resolved, loaded.provenance, {weight.name: weight.aliases for weight in view.weights.values()})
+    return Masks(resolved, loaded.provenance, view.aliases)
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:

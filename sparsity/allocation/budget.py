@@ -43,7 +43,8 @@ def fraction(sparsity: Sparsity) -> Fraction:
 
 
 def _short(value: Decimal, digits: int = _DIGITS) -> bool:
-    return value.is_finite() and -digits <= value.as_tuple().exponent <= digits
+    exponent = value.as_tuple().exponent  # a letter for what is not finite
+    return isinstance(exponent, int) and -digits <= exponent <= digits
 
 
 def budget(sparsity: Sparsity, numel: int) -> int:

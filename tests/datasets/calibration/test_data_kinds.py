@@ -64,11 +64,13 @@ def test_general_and_region_batches_take_turns(read, config):
             assert set(batch["idx_to_group_img"].tolist()) == {0, 1, 2} and len(batch["text_ids"]) == regions
 
 
+@pytest.mark.script
 def test_the_seed_decides(read, config):
     first, again, other = (list(read(config, num_batches=2, seed=seed)) for seed in (1, 1, 2))
     assert all(map(same, first, again)) and not any(map(same, first, other))
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(read, config, workers):
     alone = list(read(config, num_batches=2))
@@ -76,6 +78,7 @@ def test_workers_change_nothing(read, config, workers):
     assert all(map(same, alone, helped)) and len(alone) == len(helped)
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_read_each_batch_once(read, world_size):
     whole = list(read(BUNDLED, num_batches=5))
@@ -100,6 +103,7 @@ def test_epochs_are_fresh_batches_and_ranks_share_them(read, public):
                 assert same(batch, whole[number]) and number // 2 % 2 == rank
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_round_is_a_batch_of_each_kind(read, world_size):
     whole = read(BUNDLED, num_batches=5)

@@ -23,6 +23,7 @@ from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardBatches, ShardDataset, shard_loader
 from datasets.pairs.tars import count_samples, read_shard
 from datasets.transforms import TrainTransform
+from tests.processes import PATIENCE
 
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
 TOTAL = sum(COUNTS)
@@ -368,6 +369,7 @@ def test_configurations_name_shards(tmp_path):
         missing.check_calibration("c.yaml")
 
 
+@pytest.mark.script
 def test_webdataset_leaves_our_packages_alone_and_configurations_need_no_torch():
     code = """
 import sys
@@ -379,4 +381,4 @@ import datasets.pairs.shards, webdataset
 assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsignal(2), logging.root.handlers)
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.pairs.shards" in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=PATIENCE)
