@@ -332,7 +332,7 @@ class _File:
         if not isinstance(account, dict) or account.get("identity") != self._identity:
             return []
         self._digests = account.get("digests", [])
-        images, text = account.get("images"), _checksum(account)
+        images, text = account.get("images", []), _checksum(account)
         if account.get("checksum") != text or size < len(images) * self._bytes:
             return []
         return images if all(map(self._intact, range(len(images)))) else []
