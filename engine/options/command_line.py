@@ -75,7 +75,7 @@ def seeds(text: str) -> list[int]:
 def byte_count(text: str) -> int:
     """argparse type: bytes, as "4GB" or "500 MB"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    if match is None or len(match[1]) > 20:
         raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
