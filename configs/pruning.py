@@ -213,10 +213,10 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of images, or a function of the user's that returns
-    batches; loss: one that gives a batch's loss, both as package.module:function. class_map: a JSON file, {folder of
-    images: class of the model}. include, exclude: globs over layers that are prunable and that are not. groups: name ->
-    globs over its layers.
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
+    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
+    over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
     CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size")  # what decides the calibration batches

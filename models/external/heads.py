@@ -1,4 +1,4 @@
-"""Output heads found by kind: the last linear layer on the way to each output, with the layers that are one MLP with it.
+"""Output heads by kind: the last linear layer on the way to each output, with the layers that are one MLP with it.
 
 An image model of transformers is run once on an empty image, and the graph of each output is walked back to the first
 linear layers; what detectors and segmenters put out of several places (each decoder layer's boxes, the encoder's
@@ -21,7 +21,7 @@ SIDE = 128  # of the empty image in pixels, where the configuration has none: tw
 WORDS = 8  # of the empty text, for detectors that are told what to look for
 # Fields that are predictions; others (hidden states, attentions) come from the trunk.
 PREDICTIONS = ("logits", "box", "mask", "score", "class", "keypoint", "depth", "iou", "alphas", "segmentation", "coord")
-# Where the walk ends without a linear layer: what lies behind these is the trunk. A convolution makes the output itself.
+# Where the walk ends without a linear layer: what lies behind these is the trunk. A convolution is a head by itself.
 TRUNK = (
     "LayerNorm",
     "BatchNorm",

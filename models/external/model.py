@@ -43,8 +43,8 @@ def load(name: str, weights: str | Path = PUBLISHED, weights_key: str = "") -> t
 
     weights: "published" (those that the library downloads, or that lie in the folder; a function gives its own),
     "random", or a file with a state dict. weights_key: where that stands in the file; by default as the model's library
-    reads it, which is averaged weights before raw ones for timm. Raises UserError, one line, for a name that is none and
-    weights that are not to be had.
+    reads it, which is averaged weights before raw ones for timm. Raises UserError, one line, for a name that is none
+    and weights that are not to be had.
     """
     file = None if str(weights) in (PUBLISHED, RANDOM) else Path(weights)
     if file and not file.is_file():

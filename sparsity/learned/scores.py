@@ -114,8 +114,8 @@ class _Training:
     """The model's weights under the masks of their scores.
 
     The parameters of the model stand on other storage, which holds the masked weights, until `untouched` gives them
-    their own back: so every use of a tied weight sees the mask, and the model's own weights are never written to. sums: of
-    the gradients since the last step, see `summed_gradients`.
+    their own back: so every use of a tied weight sees the mask, and the model's own weights are never written to. sums:
+    of the gradients since the last step, see `summed_gradients`.
     """
 
     def __init__(
