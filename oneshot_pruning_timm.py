@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
     from engine.pruning.oneshot import divisible, one_shot, report, save
+    from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
 
@@ -104,13 +105,13 @@ def main(arguments: list[str] | None = None) -> None:
     masks = None
     if PRUNERS[args.pruner]:
         divisible(view, args.target)
-        chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
-        pruner = pruners.build(PRUNERS[args.pruner], **chosen)
+        name = PRUNERS[args.pruner]
+        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         data = None
         if pruner.statistic:
-            place = {"rank": fabric.global_rank, "world_size": fabric.world_size}
             train = opened(train=True, length=args.nsamples, seed=args.seed)
-            data = Samples(train, args.nsamples, args.batch_size, folder, seed=args.seed, **reading, **place)
+            place, size = place_of(fabric), args.batch_size
+            data = Samples(train, args.nsamples, size, folder, seed=args.seed, place=place, **reading)
         asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size)
         kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
         masks = one_shot(pruner, view, data, fabric, args.target, args.seed, **kept)

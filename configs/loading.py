@@ -8,15 +8,19 @@ import types
 import typing
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from configs.locations import located
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def load_config(path: str | Path, schema: type[T]) -> T:
@@ -30,7 +34,7 @@ def load_config(path: str | Path, schema: type[T]) -> T:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Mapping in a YAML file, by the safe loader."""
-    path = Path(path)
+    path = located(Path(path))
     if not path.is_file():
         raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
@@ -52,9 +56,9 @@ def configure(args: Namespace, task: str, schema: type[T], base: str = "_base") 
     required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(schema))
     path = args.config
     if path is None and required:
-        path = find_variant(Path("configs", args.model), task, args.variant, args.weights, base)
+        path = find_variant(located(Path("configs", args.model)), task, args.variant, args.weights, base)
     names = {f.name for f in dataclasses.fields(schema)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    given = {name: _here(value) for name, value in vars(args).items() if name in names and value is not None}
     return path, dataclasses.replace(load_config(path, schema) if path else schema(), **given)
 
 
@@ -67,7 +71,7 @@ def find_variant(folder: Path, task: str, variant: str, weights: str | None, bas
     full = folder / f"{task}{base}.yaml"
     if variant == "auto":
         own = read_yaml(full).get("weights")
-        variant = "base" if weights not in (None, "random") or Path(str(own)).is_file() else "mini"
+        variant = "base" if weights not in (None, "random") or Path(located(str(own))).is_file() else "mini"
         if variant == "mini":
             log.info("%s is not there: using the bundled %s-mini (--variant base for the full size)", own, folder.name)
     return full if variant == "base" else folder / f"{task}_{variant}.yaml"
@@ -89,6 +93,7 @@ def build(schema: type[T], values: Any, where: str) -> T:
         if required and name not in values:
             raise UserError(f"{where}: key {name!r} is missing")
     converted = {key: _convert(kinds[key], value, f"{where}: {key}") for key, value in values.items()}
+    converted |= {name: located(f.default) for name, f in fields.items() if name not in values and _text(f.default)}
     try:
         return schema(**converted)
     except ValueError as error:  # from __post_init__
@@ -104,7 +109,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, where)
     if origin in (list, tuple):
         if not isinstance(value, list):
@@ -119,7 +124,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         expected = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
         raise UserError(f"{where}: expected {expected}, got {value!r}")
-    return value
+    return _here(value)
+
+
+def _text(value: Any) -> typing.TypeGuard[str]:
+    return isinstance(value, str)
+
+
+def _here(value: Any) -> Any:
+    return located(value) if _text(value) else value
 
 
 def _number(value: Any, where: str) -> float:
@@ -135,7 +148,9 @@ def _number(value: Any, where: str) -> float:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration beside a result, as YAML that `load_config` reads."""
-    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    plain = config
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        plain = dataclasses.asdict(config)
     write_atomic(path, yaml.safe_dump(_lists(plain), sort_keys=False, allow_unicode=True).encode())
 
 

@@ -93,10 +93,11 @@ class PruneConfig(PrunedModel):
         super().__post_init__()
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
-            sources = {
-                kind: [Files(*files, loader.roots) for files in getattr(loader, kind)] for kind in ("general", "region")
-            }
-            _take(self, loader, **sources)
+            general, region = (
+                [Files(annotations, images, loader.roots) for annotations, images in source]
+                for source in (loader.general, loader.region)
+            )
+            _take(self, loader, general=general, region=region)
         if self.bundled and (self.general or self.region):
             raise UserError("set bundled: true, or give general and region files, not both")
         if not all(files.annotations for files in self.region):
@@ -124,7 +125,7 @@ class PruneConfig(PrunedModel):
         return replace(self, evaluation=replace(self.evaluation, k_test=k_test))
 
 
-def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
+def _take(config: PruneConfig | LabelsPruneConfig, loader: GeneralLoader, **sources: Any) -> None:
     """Put what a general loader says into a configuration, which may say the same (as a saved one does) or nothing."""
     if not any(sources.values()):
         raise UserError(f"{config.general_loader}: names no data for this kind of model")
@@ -136,7 +137,7 @@ def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
         object.__setattr__(config, "batch_size", loader.batch_size)
 
 
-def _check_loader(config: PrunedModel) -> None:
+def _check_loader(config: PruneConfig | LabelsPruneConfig) -> None:
     """UserError where a general loader is for another model."""
     if config.general_loader:
         loader = load_config(config.general_loader, GeneralLoader)

@@ -3,7 +3,8 @@
 import glob
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+# The package's stub leaves the error out.
+from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportAttributeAccessIssue]
 
 from sparsity.errors import MissingFileError, UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.packing import unpack
 from sparsity.view import canonical
 
@@ -168,12 +168,12 @@ def load_weights(
             weights[name] = fit_positions(weights[name], state[name])
     misfits = {kind: names for kind, names in _misfits(weights, state, (*ignored, *optional)).items() if names}
     if misfits:
-        told = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in misfits.items())
+        told = "; ".join(f"{len(names)} {kind}: {listed(names, SHOWN)}" for kind, names in misfits.items())
         raise UserError(f"{path}: weights of another model: {told}")
     narrower = [n for n, t in weights.items() if torch.promote_types(t.dtype, state[n].dtype) != state[n].dtype]
     if narrower:
         told = f"{weights[narrower[0]].dtype} to {state[narrower[0]].dtype}"
-        log.warning("%s: %d tensors are narrowed, from %s: %s", path, len(narrower), told, _first(narrower))
+        log.warning("%s: %d tensors are narrowed, from %s: %s", path, len(narrower), told, listed(narrower))
     for name, tensor in weights.items():
         state[name].data.copy_(tensor)
     return [name for name in state if name not in weights and _matches(name, optional)]
@@ -198,10 +198,6 @@ def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequ
     missing = [name for name, t in state.items() if id(t) not in given and not _matches(name, ignored)]
     unexpected = [name for name in weights if name not in state]
     return {"misshapen": misshapen, "missing": missing, "unexpected": unexpected, "different though tied": tied}
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + " ..." * (len(names) > SHOWN)
 
 
 def fit_positions(table: Tensor, expected: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import torch
+from torch import Tensor
 
 from pruners.base import Pruner
 from sparsity.selection import ascending
@@ -10,7 +11,7 @@ class LAMP(Pruner):
 
     cheap = False  # a sort per layer
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: None, generator: torch.Generator) -> Tensor:
         scores = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
         order = ascending(weight.abs().flatten())
         squares = weight.flatten()[order].double().square_()  # indexing has copied

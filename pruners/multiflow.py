@@ -1,3 +1,6 @@
+import torch
+from torch import Tensor
+
 from pruners.base import Pruner
 
 
@@ -8,7 +11,7 @@ class MultiFlow(Pruner):
     statistic = "input_norms"
     pool = "magnitude"
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
         magnitude, norms = weight.abs().double(), statistic.sqrt()  # (out, in), (in,)
         inward = magnitude.mean(dim=0) * norms  # (in,)
         outward = (magnitude @ norms) / weight.shape[1]  # (out,)

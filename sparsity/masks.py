@@ -36,7 +36,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from sparsity.bits import to_bits, to_bytes
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import write_atomic
 from sparsity.view import PrunableView, canonical
 
@@ -112,7 +112,7 @@ class Masks(Mapping[str, Tensor]):
             "provenance": self.provenance,
         }
         # One entry: the order in which safetensors writes several is not fixed.
-        write_atomic(path, serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+        write_atomic(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Masks":
@@ -186,10 +186,10 @@ class Masks(Mapping[str, Tensor]):
         unknown = [name for name in self if name not in used and name not in view.dense]
         problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
         if any(problems.values()):
-            lists = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+            lists = "; ".join(f"{len(names)} {kind}: {listed(names, 3)}" for kind, names in problems.items() if names)
             raise UserError(f"the masks do not fit this model: {lists}")
         if any(not self[name].all() for name in ignored):
-            logger.warning("masks of layers that this model keeps dense are not used: %s", _first(ignored))
+            logger.warning("masks of layers that this model keeps dense are not used: %s", listed(ignored, 3))
         return resolved
 
     def check(self, view: PrunableView) -> None:
@@ -342,7 +342,7 @@ def model_digest(view: PrunableView) -> str:
     for weight in view.weights.values():
         parameter = weight.parameter.detach().cpu().contiguous()
         sha.update(f"{weight.name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        sha.update(parameter.view(-1).view(torch.uint8).numpy())
+        sha.update(parameter.view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -351,7 +351,7 @@ def state_digest(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -371,7 +371,7 @@ def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
 def _digest(shapes: list[list], packed: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(shapes, separators=(",", ":")).encode())
     for name, _ in shapes:
-        sha.update(packed[name].numpy())
+        sha.update(packed[name].numpy().data)
     return sha.hexdigest()
 
 
@@ -392,7 +392,3 @@ def _public_entries(content: Any) -> Iterator[tuple[str, Any]]:
             yield from entries
             return
         content = next((content[nest] for nest in _NESTS if nest in content), None)
-
-
-def _first(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -60,7 +60,8 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
     for name, layout in layouts.items():
         try:
             decode = _unpack_mask if layout["pattern"] is None else _unpack_groups
-            state[name] = decode({kind: tensors.get(name + kind) for kind in (_VALUES, _INDICES, _BITMASK)}, layout)
+            kinds = [kind for kind in (_VALUES, _INDICES, _BITMASK) if name + kind in tensors]
+            state[name] = decode({kind: tensors[name + kind] for kind in kinds}, layout)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"the packed weight {name!r} is damaged") from error
     return state
@@ -79,6 +80,13 @@ def _smallest(tensor: Tensor) -> dict[str, Any] | None:
     return min(sizes, key=lambda entry: entry[0])[1]
 
 
+def _pattern(layout: Mapping[str, Any]) -> NM:
+    pattern = parse_pattern(layout["pattern"])
+    if pattern is None:
+        raise UserError("its groups have no pattern")
+    return pattern
+
+
 def _bits(pattern: NM) -> int:
     return math.ceil(math.log2(pattern.m))
 
@@ -88,7 +96,7 @@ def _pack_mask(tensor: Tensor, _: Mapping[str, Any]) -> dict[str, Tensor]:
     return {_VALUES: tensor[kept], _BITMASK: to_bytes(kept.numpy())}
 
 
-def _unpack_mask(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) -> Tensor:
+def _unpack_mask(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
     kept = _checked_bits(parts[_BITMASK], math.prod(layout["shape"]))
     values = parts[_VALUES]
     if kept.sum() != len(values):
@@ -99,7 +107,7 @@ def _unpack_mask(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) 
 
 
 def _pack_groups(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:
-    pattern = parse_pattern(layout["pattern"])
+    pattern = _pattern(layout)
     groups = (tensor if layout["dim"] else tensor.t()).reshape(-1, pattern.m)
     # Those that are not zero first; where they are fewer than N, zeros fill up.
     places = (groups == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : pattern.n].sort(dim=1).values
@@ -107,8 +115,8 @@ def _pack_groups(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]
     return {_VALUES: groups.gather(1, places) + 0.0, _INDICES: to_bytes(binary)}  # -0 + 0 is +0
 
 
-def _unpack_groups(parts: Mapping[str, Tensor | None], layout: Mapping[str, Any]) -> Tensor:
-    pattern, shape = parse_pattern(layout["pattern"]), layout["shape"]
+def _unpack_groups(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
+    pattern, shape = _pattern(layout), layout["shape"]
     values, bits = parts[_VALUES], _bits(pattern)
     binary = _checked_bits(parts[_INDICES], values.numel() * bits).reshape(-1, bits)
     places = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=1)).view(-1, pattern.n)

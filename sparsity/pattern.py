@@ -51,8 +51,8 @@ class NM:
         """The same for groups along the first dimension, (M, ...) -> bool (M, ...)."""
         if self.m > _SORTED:
             order = scores.argsort(dim=0, stable=True)
-            return scores.new_ones(scores.shape, dtype=bool).scatter_(0, order[: self.m - self.n], False)
-        above = scores.new_zeros(scores.shape, dtype=bool).byte()  # how many of its group are pruned before it
+            return scores.bool().fill_(True).scatter_(0, order[: self.m - self.n], False)
+        above = scores.byte().zero_()  # how many of its group are pruned before it
         for i in range(self.m):
             for j in range(i + 1, self.m):  # in groups as small as these, several times as fast as sorting
                 higher = scores[i] > scores[j]

@@ -76,7 +76,9 @@ class PrunableWeight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        weight = self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        assert weight is not None, "layers without a weight of their own are refused"
+        return weight
 
     @property
     def shape(self) -> torch.Size:
@@ -139,6 +141,11 @@ class PrunableView:
     def groups(self) -> dict[str, list[str]]:
         """Group -> names of its weights, both in prunable order."""
         return members({weight.name: weight.group for weight in self.weights.values()})
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Name -> every state-dict key of that weight."""
+        return {name: weight.aliases for name, weight in self.weights.items()}
 
     @property
     def numel(self) -> int:

@@ -31,7 +31,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from configs.locations import located
 from datasets.annotations import ImageRoot
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
@@ -54,7 +55,7 @@ def open_data(
         split, length = ("train", length) if train else ("unseen", None)
         return BundledClassification(load_glyphs(), split, length, side=side, seed=seed)
     if path in READERS:
-        return CifarDataset(path, train, Plain(transform), seed=seed, root=DOWNLOADED)
+        return CifarDataset(path, train, Plain(transform), seed=seed, root=located(DOWNLOADED))
     return labelled_folder(Path(path), train, Plain(transform), seed=seed)
 
 

@@ -17,6 +17,7 @@ from configs.shard_names import HOW_TO_GET, shard_paths
 from datasets.annotations import decode_image
 from datasets.collate import Skipped
 from datasets.pairs.tars import Sample, miscounted, open_shard, read_shard
+from datasets.place import ALONE, Place
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from sparsity.errors import UserError
@@ -111,12 +112,11 @@ def shard_loader(
     *,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     workers: int = 0,
 ) -> DataLoader:
     """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them."""
-    batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, rank=rank, world_size=world_size)
+    batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, place=place)
     return DataLoader(
         batches,
         batch_size=None,
@@ -146,7 +146,7 @@ class ShardBatches(IterableDataset):
         dataset, batch_size, collate: what is read, and how samples become a batch.
         start: batches of this rank that are skipped, because they were read before.
         stop: batch of this rank at which the stream ends, counted from 0 (not from `start`); None is never.
-        rank, world_size: this process and the number of processes.
+        place: of this process.
     """
 
     def __init__(
@@ -157,17 +157,14 @@ class ShardBatches(IterableDataset):
         *,
         start: int = 0,
         stop: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size!r}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
         if start < 0 or (stop is not None and stop < 0):
             raise UserError(f"start and stop must not be negative, got {start!r} and {stop!r}")
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.start, self.stop, self.reader = start, stop, place
         self.batches = -(-len(dataset) // batch_size)  # of a pass
         self.streams = min(dataset.streams, self.batches)
 
@@ -182,7 +179,7 @@ class ShardBatches(IterableDataset):
         step, workers = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
         epoch, streams = -1, {}
         while self.stop is None or step < self.stop:  # a DataLoader takes the batches of its workers in turn
-            number, batch = divmod(step * self.world_size + self.rank, self.batches)
+            number, batch = divmod(self.reader.batch(step), self.batches)
             if number != epoch:
                 epoch, streams = number, {}
             stream, place = self.place(batch)

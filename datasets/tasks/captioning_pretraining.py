@@ -39,7 +39,7 @@ def read(
     seed: int,
     start: int,
     stop: int,
-    **options: int,
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Batches `start` to `stop` of this rank, each of one source; as `datasets.loaders.loader`, which takes the
     options. The shards' order is that of their own seed.

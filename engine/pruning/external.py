@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
+from engine.ranks import place_of
 from sparsity.errors import UserError
 from sparsity.view import PrunableView
 
@@ -38,12 +39,12 @@ class External:
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:
-        config, place = self.config, {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        config, place = self.config, place_of(self.fabric)
         if not Path(config.calibration).is_dir():
             make = self.module.resolve(config.calibration, "--calibration")
-            return LoaderBatches(make, config.calibration, num_batches, seed, **place)
+            return LoaderBatches(make, config.calibration, num_batches, seed, place)
         preprocess = self.module.preprocessing(self.model, config.class_map)
-        batches = FolderBatches(config, preprocess, folder, num_batches, seed, **place)
+        batches = FolderBatches(config, preprocess, folder, num_batches, seed, place)
         self.unlabelled = batches.unlabelled
         if self.unlabelled and config.loss:
             log.warning("%s: --loss gets batches without labels", self.unlabelled)

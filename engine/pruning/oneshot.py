@@ -1,6 +1,7 @@
 """One-shot N:M pruning around its pruner: what a run asks for, reports and writes."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.reports.report import Metrics, markdown_table
 from sparsity.errors import UserError
 from sparsity.files import replacing
 from sparsity.masks import Masks
+from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
 
@@ -25,17 +27,24 @@ def divisible(view: PrunableView, target: Target) -> None:
         raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
 
 
-def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Target, seed: int, **kept: Any) -> Masks:
-    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. kept:
-    `folder` and `config` of `calibrate`, for a run that is to go on after a kill.
+def one_shot(
+    pruner: Any,
+    view: PrunableView,
+    data: Any,
+    fabric: Any,
+    target: Target,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    config: Any = None,
+) -> Masks:
+    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. folder,
+    config: of `calibrate`, for a run that is to go on after a kill.
     """
-
-    def measure(epoch: int = 0, **options: Any) -> Any:
-        return calibrate(pruner, view, data, fabric, seed, epoch, **kept, **options)
-
-    sparsities, pattern = None if target.pattern else [target.sparsity], target.pattern
-    pruner.preflight(view, sparsities, pattern=pattern)
-    ((_, masks),) = pruner.masks(view, measure(), sparsities, pattern=pattern, seed=seed, again=measure)
+    measure = partial(calibrate, pruner, view, data, fabric, seed, folder=folder, config=config)
+    request = Request([] if target.sparsity is None else [target.sparsity], target.pattern, seed=seed)
+    pruner.preflight(view, request)
+    ((_, masks),) = pruner.masks(view, measure(), request, measure)
     return masks
 
 

@@ -22,7 +22,7 @@ from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.preprocessing import preprocessing as preprocessing
 from models.hub import first_line, hub_answers, local_only
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.view import PrunableView, bare, module_name
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _transformers(name: str, published: bool) -> nn.Module:
     if torch.float64 in published_dtypes(name, model).values():
         model = kind.from_pretrained(name, dtype=torch.float64, **local)
     if found["missing_keys"]:
-        log.warning("hf:%s has no weights for %s: they are random", name, _some(sorted(found["missing_keys"])))
+        log.warning("hf:%s has no weights for %s: they are random", name, listed(sorted(found["missing_keys"])))
     return model
 
 
@@ -223,7 +223,7 @@ def prunable_view(
     view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)
     if not heads & set(names):
         log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
-    log.info("kept dense: %s", _some(view.dense) or "none")
+    log.info("kept dense: %s", listed(view.dense) or "none")
     return view
 
 
@@ -234,7 +234,7 @@ def _device(model: nn.Module) -> torch.device:
 def _check_globs(option: str, globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            tops = _some(sorted({name.partition(".")[0] for name in names} - {""}))
+            tops = listed(sorted({name.partition(".")[0] for name in names} - {""}))
             raise UserError(f"{option}: no layer of the model matches {glob!r}; its names begin with {tops}")
 
 
@@ -246,7 +246,3 @@ def _not_included(names: Sequence[str], include: Sequence[str]) -> list[str]:
     around = {".".join(name.split(".")[:i]) for name in chosen for i in range(name.count(".") + 1)}
     inside = tuple(f"{name}." for name in chosen)
     return [name for name in names if name not in chosen | around and not name.startswith(inside)]
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + f" and {len(names) - limit} more" * (len(names) > limit)

@@ -66,10 +66,12 @@ def device_of(view: PrunableView) -> torch.device:
 
 def defer(view: PrunableView, data: Scratch | None, reduce: Callable[[Tensor], Tensor] | None) -> Deferred:
     """data: identity of the data, and a path; the model, and the arithmetic at the time of this call, are added."""
+    if data is None:
+        return Deferred(None, reduce)
     device = device_of(view).type
     arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
-    facts = data and json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
-    return Deferred(data and Scratch(data.path, facts), reduce)
+    facts = json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
+    return Deferred(Scratch(data.path, facts), reduce)
 
 
 def by_blocks(
@@ -174,11 +176,11 @@ class Progress:
 
     def forget(self) -> None:
         """Removes the files."""
-        for path in self._origin.path.parent.glob(self._name("*")) if self._origin else ():
+        if self._origin is None:
+            return
+        for path in self._origin.path.parent.glob(self._path("*").name):
             path.unlink(missing_ok=True)
 
-    def _name(self, number: int | str) -> str:
-        return f"{self._origin.path.name}_{self._label}.block{number}"
-
-    def _path(self, number: int) -> Path:
-        return self._origin.path.with_name(self._name(number))
+    def _path(self, number: int | str) -> Path:
+        assert self._origin is not None, "only where files are kept"
+        return self._origin.path.with_name(f"{self._origin.path.name}_{self._label}.block{number}")

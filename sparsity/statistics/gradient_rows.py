@@ -146,6 +146,7 @@ def gradient_rows(
     if fit(view.numel, rounds, dtype, budget, scratch and scratch.path.parent):
         store = _Memory(len(own), view.numel, kind)
     else:
+        assert origin is not None, "`fit` refuses rows that find no room"
         store = _File(origin, view.numel, kind)
     counts = torch.tensor(rounds, dtype=torch.float64, device=device)
     counts = (reduce(counts) if reduce else counts).tolist()
@@ -334,7 +335,7 @@ class _File:
             with self.path.open("r+b") as file:
                 file.seek(len(self.images) * self._bytes)
                 for piece in pieces:
-                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy())
+                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -48,6 +48,7 @@ def mean_gradients(
             raise UserError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
         if reduce:
             gradient = reduce(nothing(view.weights[name]) if gradient is None else gradient)
+        assert gradient is not None, "its one rank has reached it"
         if not gradient.isfinite().all():
             raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
         matrix = view.weights[name].as_matrix(gradient)
@@ -89,6 +90,7 @@ def summed_gradients(view: PrunableView) -> Iterator[dict[str, Tensor]]:
 @torch.no_grad()
 def _move_gradient(sums: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None, "the hook comes after it is there"
     if name in sums:
         sums[name].add_(gradient)
     else:

@@ -8,6 +8,7 @@ from torch import nn
 
 import pruners
 from sparsity.pattern import parse_pattern
+from sparsity.run.request import PLAIN_PASS, CalibrationPass, Request
 from sparsity.statistics.gradient_rows import gradient_rows
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.view import PrunableView
@@ -87,7 +88,7 @@ def agreement(one, other):
 class Exact(pruners.build("snip").__class__):
     """SNIP whose gradients, of the same batches in the same arithmetic, add up in float64."""
 
-    def measure(self, view, batches, **options):
+    def measure(self, view, batches, reading=PLAIN_PASS):
         each = [mean_gradients(view, [batch]) for batch in batches]
         return {name: sum(gradients[name].double() for gradients in each) / len(each) for name in each[0]}
 
@@ -128,6 +129,6 @@ def test_tamt_steps_along_sums_in_float32():
     for model in (Net().bfloat16(), Net().bfloat16().double()):
         data = [(x.to(model.head.weight.dtype), y) for x, y in batches]
         pruner = pruners.build("tamt", mask_lr=1e-3)
-        learned.append(pruner.measure(view_of(model), data, rounds=[200], sparsity=0.5))
+        learned.append(pruner.measure(view_of(model), data, CalibrationPass(rounds=[200], request=Request([0.5]))))
     same = [(a.double() - b).abs() < 1e-4 for a, b in zip(*(each.values() for each in learned), strict=True)]
     assert torch.cat([each.flatten() for each in same]).double().mean() > 0.98

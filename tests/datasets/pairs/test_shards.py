@@ -22,7 +22,9 @@ from datasets.collate import Skipped, SkippedImages, collate
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardBatches, ShardDataset, shard_loader
 from datasets.pairs.tars import count_samples, read_shard
+from datasets.place import Place
 from datasets.transforms import TrainTransform
+from tests.processes import PATIENCE
 
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
 TOTAL = sum(COUNTS)
@@ -81,7 +83,7 @@ def numbers(batches):
 def one_pass(data, batch_size=2, rank=0, world_size=1, workers=0, start=0, epochs=1):
     batches = epochs * ShardBatches(data, batch_size, collate).batches
     stop = len(range(rank, batches, world_size))
-    split = {"rank": rank, "world_size": world_size, "workers": workers, "start": start}
+    split = {"place": Place(rank, world_size), "workers": workers, "start": start}
     loader = shard_loader(data, batch_size, collate, stop=stop, **split)
     read = numbers(loader)
     assert len(read) == len(loader) == max(0, stop - start)
@@ -271,7 +273,7 @@ def test_options_out_of_range(shards, text, options):
         dataset(shards, text, **options)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"start": -1}, {"stop": -1}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"start": -1}, {"stop": -1}])
 def test_batches_out_of_range(shards, text, options):
     with pytest.raises(ValueError, match="must"):
         ShardBatches(dataset(shards, text), **{"batch_size": 2, "collate": collate} | options)
@@ -324,7 +326,7 @@ def test_ranks_share_the_calibration_batches(config, text, tmp_path):
         return sorted(float(batch["image"].double().sum()) for batch in batches)
 
     whole = list(calibration(config, text, tmp_path))
-    parts = [list(calibration(config, text, tmp_path, rank=rank, world_size=2)) for rank in range(2)]
+    parts = [list(calibration(config, text, tmp_path, place=Place(rank, 2))) for rank in range(2)]
     assert sums(whole) == sums(parts[0] + parts[1])
     assert abs(len(parts[0]) - len(parts[1])) <= 3  # one for each of the sources
 
@@ -363,6 +365,7 @@ def test_configurations_name_shards(tmp_path):
         missing.check_calibration("c.yaml")
 
 
+@pytest.mark.script
 def test_webdataset_leaves_our_packages_alone_and_configurations_need_no_torch():
     code = """
 import sys
@@ -374,4 +377,4 @@ import datasets.pairs.shards, webdataset
 assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsignal(2), logging.root.handlers)
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.pairs.shards" in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=PATIENCE)

@@ -15,6 +15,7 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.collate import Skipped, collate
 from datasets.pairs.pretraining import ImageTextDataset
+from datasets.place import Place
 from datasets.tasks.captioning import BundledCaptions, CaptioningEvalDataset, evaluation_sets, prompted, training_set
 from datasets.tasks.captioning_pretraining import Pairs, read
 from datasets.tasks.captioning_pretraining import training_set as pretraining_set
@@ -260,7 +261,7 @@ def test_a_mixture_is_resumed_where_it_was_left(mixed):
 
 def test_ranks_share_a_mixture(mixed):
     options = {"seed": 1, "start": 0}
-    parts = [list(read(mixed, 2, collate, stop=6, rank=rank, world_size=2, **options)) for rank in range(2)]
+    parts = [list(read(mixed, 2, collate, stop=6, place=Place(rank, 2), **options)) for rank in range(2)]
     ours = sorted(float(image.sum()) for part in parts for batch in part for image in batch["image"])
     whole = sorted(
         float(image.sum()) for batch in read(mixed, 2, collate, stop=12, **options) for image in batch["image"]
