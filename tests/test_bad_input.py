@@ -142,6 +142,8 @@ BAD_VALUES = {
         "/proc/results": "--output_dir /proc/results",
     },
     "calibration": {"photos": "--calibration is for other models"},
+    "weights_key": {"state_dict": "--weights_key is for other models"},
+    "class_map": {"map.json": "--class_map is for other models"},
     "loss": {"a.b:c": "--loss is for other models"},
 }
 

@@ -129,9 +129,7 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
     add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
-    keys = (
-        "key of a --weights file under which they stand, e.g. state_dict_ema (default: as the model's library reads it)"
-    )
+    keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
     add("--weights_key", help=keys)
     add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
     add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
