@@ -1,6 +1,7 @@
 """Start of every script: user errors as one line, Fabric on the devices that were asked for, seeds, what is logged."""
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -51,12 +52,20 @@ def _line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def launch(args: argparse.Namespace, *, unused_parameters: bool = False, broadcast_buffers: bool = True) -> Any:
+def _sync_option() -> str:
+    """DDP's name for `sync_buffers`: torch 2.14 renamed it, and warns of the old one."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    new = "forward_sync_buffers"
+    return new if new in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+
+
+def launch(args: argparse.Namespace, *, unused_parameters: bool = False, sync_buffers: bool = True) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded.
 
-    unused_parameters: some parameters get no gradient in some steps (DDP must look for them). broadcast_buffers: DDP
-    sends rank 0's in each forward, for models with statistics of batches; needless where all ranks compute the same,
-    as BLIP's queues. Raises UserError where there are no such devices.
+    unused_parameters: some parameters get no gradient in some steps (DDP must look for them). sync_buffers: DDP sends
+    rank 0's buffers in each forward, for models with statistics of batches; needless where all ranks compute the same
+    ones, as BLIP's queues. Raises UserError where there are no such devices.
     """
     from lightning.fabric import Fabric, seed_everything
     from lightning.fabric.strategies import DDPStrategy
@@ -65,7 +74,9 @@ def launch(args: argparse.Namespace, *, unused_parameters: bool = False, broadca
         logging.getLogger(name).setLevel(logging.WARNING)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
-        options = {"find_unused_parameters": unused_parameters, "broadcast_buffers": broadcast_buffers}
+        options = {"find_unused_parameters": unused_parameters}
+        if not sync_buffers:
+            options[_sync_option()] = False
         strategy = DDPStrategy(**options)
     try:
         fabric = Fabric(
