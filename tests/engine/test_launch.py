@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed
 from torch._utils import ExceptionWrapper
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from configs.loading import load_config
@@ -194,7 +195,7 @@ def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(tmp_path, monk
     def record(strategy, **_):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            replica = strategy.setup_module(torch.nn.Linear(1, 1))
+            replica = DistributedDataParallel(torch.nn.Linear(1, 1), **strategy._ddp_kwargs)
         raise RecordedError(replica.broadcast_buffers)
 
     monkeypatch.setattr("lightning.fabric.Fabric", record)
