@@ -1,30 +1,66 @@
-# make demo   prunes the bundled model and evaluates it        make test   runs the tests        make lint   checks the style
-# The first call creates .venv with PYTHON (make demo PYTHON=python3.11); it is filled again when deps/ changes.
+# The first target that needs it creates .venv with PYTHON (make test PYTHON=python3.12), of the versions in
+# deps/constraints.txt; it is filled again when a file of deps/ changes. Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERSIONS := -c deps/constraints.txt
+WORKERS ?= 2
 
 # Idle threads sleep: a run that shares its cores is many times faster so, one that does not is as fast.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint
+# WORKERS processes of one thread each; tests/conftest.py says which tests share one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+.PHONY: demo test test-fast test-all test-newest lint format lock
+
+# Prune the bundled model with MULTIFLOW and evaluate it.
 demo: $(VENV)/.installed
 	$(BIN)/python prune.py -m xvlm -p multiflow --num_batches 500 --evaluate
 
+# All tests but the slow ones: with lint, what must pass before a change is accepted.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
 
+# Unit tests only, for use while editing.
+test-fast: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow and not script and not multiprocess and not gpu and not network"
+
+# Every test.
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
+
+# The tests with the newest versions that deps/requirements.txt allows, in a venv of its own.
+test-newest:
+	rm -f .venv-newest/.installed*
+	$(MAKE) test VENV=.venv-newest VERSIONS="--upgrade --upgrade-strategy eager"
+
+# Style, format and types.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Format all files and fix what can be fixed of the style.
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Write the versions of a venv whose tests have passed to deps/constraints.txt (newest: make lock VENV=.venv-newest).
+lock:
+	test -e $(VENV)/.installed-dev
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel > $(VENV)/freeze
+	( echo "# Exact versions that the tests run with, direct and indirect; \`make lock\` writes this file."; \
+	  sed -n 's/^\([^ ]*==[^+ ]*\).*/\1/p' $(VENV)/freeze | LC_ALL=C sort -f ) > deps/constraints.txt
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: deps/requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install -r deps/requirements.txt
+$(VENV)/.installed: deps/requirements.txt deps/constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(VERSIONS) -r deps/requirements.txt
 	touch $@
 
 $(VENV)/.installed-dev: deps/requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install -r deps/requirements-dev.txt
+	$(BIN)/python -m pip install $(VERSIONS) -r deps/requirements-dev.txt
 	touch $@

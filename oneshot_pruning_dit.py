@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     begin = time.perf_counter()
     if PRUNERS[args.pruner]:
         divisible(view, target)
-        chosen = {option: vars(args)[option] for option in pruners.options(PRUNERS[args.pruner])}
-        pruner = pruners.build(PRUNERS[args.pruner], **chosen)
+        name = PRUNERS[args.pruner]
+        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         batches = args.nsamples // config.batch_size
         data = subject.calibration(args.output_dir, batches, args.seed) if pruner.statistic else None
         masks = one_shot(pruner, view, data, fabric, target, args.seed, folder=args.output_dir, config=config)

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from engine.export import save_weights
+    from engine.ranks import place_of
     from engine.training.fit import Run, fit
     from engine.training.optimizer import after_each_step, build_optimizer
     from engine.training.pretraining import PRETRAINING
@@ -89,10 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     start = training.resume()
     if fabric.is_global_zero:
         save_config(config, args.output_dir / "config.yaml")
-    fit(training, course.data.steps(start, fabric.global_rank, fabric.world_size), start)
+    fit(training, course.data.steps(start, place_of(fabric)), start)
     if fabric.is_global_zero:
         file = args.output_dir / f"{args.model}.safetensors"
-        path = save_weights(result, file, torch.float16, without=module.REBUILT, tied_once=True)
+        half = {"dtype": torch.float16, "allowed": ("vanished",)}
+        path = save_weights(result, file, **half, without=module.REBUILT, tied_once=True)
         print(f"weights: {path}\nlog: {args.output_dir / 'log.csv'}")
     fabric.barrier()
 

@@ -99,15 +99,17 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrate, timed
+    from engine.ranks import place_of
+    from sparsity.run.request import Request
 
     subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args)
     view, folder = subject.load(fabric), args.output_dir / args.pruner
-    clear_skipped(folder, fabric.global_rank, fabric.world_size)
+    clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
-    target = {"pattern": args.pattern, "pool": args.pool}
-    pruner.preflight(view, args.sparsities, **target, rounds=data.rounds if pruner.statistic else None, folder=folder)
+    request = Request(args.sparsities or (), args.pattern, args.pool, args.seed)
+    pruner.preflight(view, request, rounds=data.rounds if pruner.statistic else None, folder=folder)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:
         results.dense(evaluate())
@@ -115,8 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     measure = partial(calibrate, pruner, view, data, fabric, args.seed, folder=folder, config=config)
     with results.calibration():
         statistics = measure()
-    choice = target | {"seed": args.seed, "again": measure}
-    for sparsity, chosen, seconds in timed(pruner.masks(view, statistics, args.sparsities, **choice)):
+    for sparsity, chosen, seconds in timed(pruner.masks(view, statistics, request, measure)):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:
         results.save_scores(pruner.scores(view, statistics, seed=args.seed))

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     fabric = launch(args, sync_buffers=False)
     model = task.build(sizes, config.checkpoint, negative_all_rank=config.negative_all_rank)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)
-    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
+    reading = {name: getattr(config, name) for name in ("workers", "max_skipped", "decoding")}
     recalls = partial(ZeroShot, model, encode=encode, fabric=fabric, vision=sizes.vision, folder=args.output_dir)
     tests = {name: recalls(data, **reading) for name, data in config.evaluations(args.debug).items()}
     if tuning.fit(validate=tests.pop("val"), select="r_mean"):

@@ -22,6 +22,7 @@ import pruners
 from benchmarks.calibration import anonymous_megabytes, peak, seconds
 from sparsity.allocation.budget import budget
 from sparsity.reconstruction.chita import cut, objective, solve
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Rows, Scratch, gradient_rows
 from sparsity.view import PrunableView
 
@@ -67,8 +68,8 @@ def read(view: PrunableView, batches: RandomBatches, folder: Path) -> Rows:
 def prune(view: PrunableView, batches: RandomBatches, folder: Path, sparsity: str) -> None:
     """What prune.py does with `--memory_budget 0`."""
     pruner = pruners.build("chita", memory_budget=0)
-    statistics = pruner.measure(view, batches, scratch=Scratch(folder / "rows", "benchmark"))
-    for _ in pruner.masks(view, statistics, [sparsity]):
+    statistics = pruner.measure(view, batches, CalibrationPass(scratch=Scratch(folder / "rows", "benchmark")))
+    for _ in pruner.masks(view, statistics, Request([sparsity])):
         pass
 
 

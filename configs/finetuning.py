@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from configs.locations import located
 from configs.pruning import BUNDLED_SPLITS, Evaluation
 from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
 from configs.task import DEBUG_IMAGES, TaskConfig
@@ -61,7 +62,12 @@ class CaptionedConfig(TaskConfig):
             if not getattr(self, name):
                 raise UserError(f"{where}: no data: set {name}, or bundled")
         for annotations in (*self.train_file, self.val_file, self.test_file):
-            Files(annotations, self.image_root).check()
+            self.files(annotations).check()
+
+    def files(self, annotations: str | None) -> Files:
+        """Return one of the annotation files, with the folder of its images."""
+        assert annotations and self.image_root, "check_data has seen that both are given"
+        return Files(annotations, self.image_root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ class RetrievalConfig(CaptionedConfig):
         options = {"k_test": self.k_test, "half_tokens": self.half_tokens, "limit": limit}
         if not self.bundled:
             files = {"val": self.val_file, "test": self.test_file}
-            return {name: Evaluation(files=Files(file, self.image_root), **options) for name, file in files.items()}
+            return {name: Evaluation(files=self.files(file), **options) for name, file in files.items()}
         val = Evaluation(bundled_scenes=self.bundled.val_scenes, bundled_seed=1, **options)
         scenes = {"bundled_scenes": self.bundled.test_scenes, **options}
         return {"val": val} | {split: Evaluation(bundled_split=split, **scenes) for split in self.bundled.test}
@@ -134,6 +140,7 @@ class VQAConfig(TaskConfig):
         for name in ("train_file", "test_file", "answer_list", "vqa_root"):
             if not getattr(self, name):
                 raise UserError(f"{where}: no data: set {name}, or bundled")
+        assert self.answer_list and self.vqa_root
         for annotations in (*self.train_file, *self.val_file, *self.test_file, self.answer_list):
             Files(annotations, self.vqa_root).check()
         if self.vg_root and not Path(self.vg_root).is_dir():
@@ -169,7 +176,7 @@ class CaptioningConfig(CaptionedConfig):
         super().check_data(where)
         for annotations in (self.val_gt_file, self.test_gt_file) if not self.bundled else ():
             if annotations:
-                Files(annotations, self.image_root).check()
+                self.files(annotations).check()
 
     @property
     def generation(self) -> dict[str, int]:
@@ -275,7 +282,7 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def folder(self) -> str:
-        return self.data_root or f"data/{self.dataset}"
+        return self.data_root or located(f"data/{self.dataset}")
 
     def overridden(self, options: Mapping[str, Any]) -> "ClassificationConfig":
         def given(**names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.decoding import Decoding
 from configs.general_loader import GeneralLoader
 from configs.loading import load_config, read_yaml
 from configs.sources import FUNCTION, Files, LabelledImages, at_least, is_hosted
@@ -48,7 +49,7 @@ class PrunedModel:
     """Model and weights of a pruning run, and how its calibration data is read.
 
     bundled: calibrate on the bundled images. batch_size: samples in a calibration batch. max_skipped: share of
-    unreadable images that is tolerated.
+    unreadable images that is tolerated. decoding: how image files become pictures.
     """
 
     model_config: str
@@ -57,6 +58,7 @@ class PrunedModel:
     batch_size: int = 8
     workers: int = 1
     max_skipped: float = 0.01
+    decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self):
         at_least(self, 1, "batch_size")
@@ -86,7 +88,7 @@ class PruneConfig(PrunedModel):
     """
 
     # What decides the calibration batches.
-    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "streams")
+    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "decoding", "streams")
 
     general: list[Files] = field(default_factory=list)
     region: list[Files] = field(default_factory=list)
@@ -99,10 +101,11 @@ class PruneConfig(PrunedModel):
         at_least(self, 1, "streams")
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
-            sources = {
-                kind: [Files(*files, loader.roots) for files in getattr(loader, kind)] for kind in ("general", "region")
-            }
-            _take(self, loader, **sources)
+            general, region = (
+                [Files(annotations, images, loader.roots) for annotations, images in source]
+                for source in (loader.general, loader.region)
+            )
+            _take(self, loader, general=general, region=region)
         if self.bundled and (self.general or self.region):
             raise UserError("set bundled: true, or give general and region files, not both")
         if not all(files.annotations for files in self.region):
@@ -130,7 +133,7 @@ class PruneConfig(PrunedModel):
         return replace(self, evaluation=replace(self.evaluation, k_test=k_test))
 
 
-def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
+def _take(config: PruneConfig | LabelsPruneConfig, loader: GeneralLoader, **sources: Any) -> None:
     """Put what a general loader says into a configuration, which may say the same (as a saved one does) or nothing."""
     if not any(sources.values()):
         raise UserError(f"{config.general_loader}: names no data for this kind of model")
@@ -142,7 +145,7 @@ def _take(config: PrunedModel, loader: GeneralLoader, **sources: Any) -> None:
         object.__setattr__(config, "batch_size", loader.batch_size)
 
 
-def _check_loader(config: PrunedModel) -> None:
+def _check_loader(config: PruneConfig | LabelsPruneConfig) -> None:
     """UserError where a general loader is for another model."""
     if config.general_loader:
         loader = load_config(config.general_loader, GeneralLoader)
@@ -174,7 +177,7 @@ class LabelsPruneConfig(PrunedModel):
     ImageNet, see `configs.general_loader`.
     """
 
-    CALIBRATION: ClassVar = ("bundled", "images", "batch_size")  # what decides the calibration batches
+    CALIBRATION: ClassVar = ("bundled", "images", "batch_size", "decoding")  # what decides the calibration batches
 
     images: LabelledImages | None = None
     general_loader: str = ""
@@ -219,18 +222,22 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file. calibration: a folder of images, or a function of the user's that returns
-    batches; loss: one that gives a batch's loss, both as package.module:function. include, exclude: globs over layers
-    that are prunable and that are not. groups: name -> globs over its layers.
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
+    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
+    over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
-    CALIBRATION: ClassVar = ("calibration", "loss", "batch_size")  # what decides the calibration batches
+    # What decides the calibration batches.
+    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size", "decoding")
 
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
+    weights_key: str = ""
     model: str = ""
     calibration: str = ""
+    class_map: str = ""
     loss: str = ""
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
@@ -257,6 +264,8 @@ class ExternalPruneConfig(PrunedModel):
             raise UserError("this pruner needs --calibration, a folder of images or package.module:function")
         if not Path(self.calibration).is_dir() and not FUNCTION.fullmatch(self.calibration):
             raise MissingFileError(f"--calibration {self.calibration}: neither a folder nor package.module:function")
+        if self.class_map and not Path(self.class_map).is_file():
+            raise MissingFileError(f"--class_map {self.class_map}: there is no such file")
 
     def check_evaluation(self, where: str) -> None:
         """Raises UserError: what this model is for is not known."""

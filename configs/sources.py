@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.locations import located
 from configs.shard_names import is_pattern, shard_paths
 from sparsity.errors import MissingFileError, UserError
 
@@ -37,7 +38,7 @@ _TRAINED_ON = {"vit_mini": "bundled"}  # models of timm that know other images t
 
 def images_of(model: str) -> str:
     """The data path of a model of timm where none is given."""
-    return _TRAINED_ON.get(model, IMAGENET)
+    return _TRAINED_ON.get(model, located(IMAGENET))
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class LabelledImages:
 
     @property
     def folder(self) -> Path:
-        return Path(self.root or f"data/{self.dataset}")
+        return Path(self.root or located(f"data/{self.dataset}"))
 
     @property
     def images(self) -> Path:

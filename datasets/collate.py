@@ -105,14 +105,15 @@ class SkippedImages:
     def add(self, skipped: Sequence[Skipped]) -> None:
         """Count and list these; raises UserError as `watch`."""
         self.count += len(skipped)
-        new = {item.path: item.reason for item in skipped if item.path not in self._listed}
+        new = {_on_a_line(item.path): _on_a_line(item.reason) for item in skipped}
+        new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new and self.list_path.is_file():  # another account of this run has listed some
-            self._listed |= {line.partition("\t")[0] for line in self.list_path.read_text("utf-8").splitlines()}
+            self._listed |= {line.partition("\t")[0] for line in self.list_path.read_text("utf-8").split("\n")}
             new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new:
             self._listed |= new.keys()
             self.list_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.list_path.open("a", encoding="utf-8") as file:
+            with self.list_path.open("a", encoding="utf-8", newline="\n") as file:
                 file.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
             log.warning("%d images could not be read and were skipped, see %s", len(self._listed), self.list_path)
         if self.count > self.max_skipped * self.expected:
@@ -120,3 +121,10 @@ class SkippedImages:
                 f"{self.list_path}: {self.count} of {self.expected} samples were skipped because their images cannot be"
                 f" read, more than max_skipped = {self.max_skipped:g}: get these images again, or raise --max_skipped"
             )
+
+
+def _on_a_line(text: str) -> str:
+    """Escaped where it holds control characters, or bytes of a file name that is not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

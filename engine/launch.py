@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
     try:
         main()
+        _leave()
     except (UserError, OSError) as error:
         print(f"error{f' (rank {rank})' if rank else ''}: {_line(error)}", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -37,6 +38,17 @@ def run(main: Callable[[], None]) -> None:
         if not rank:
             print("\ninterrupted", file=sys.stderr)  # below a progress bar
         sys.exit(INTERRUPTED)
+
+
+def _leave() -> None:
+    """End the group of processes, if there is one, while Python is whole.
+
+    Lightning does so for NCCL alone. Threads of gloo that are there when the interpreter ends are stopped as they ask
+    for its lock, and C++ may answer with "terminate called without an active exception".
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _rank() -> int:

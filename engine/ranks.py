@@ -1,7 +1,11 @@
-"""What one process does for all of them."""
+"""What one process does for all of them, and what they add up."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from torch import Tensor
+
+from datasets.place import Place
 
 T = TypeVar("T")
 
@@ -21,3 +25,15 @@ def on_leader(fabric: Any, call: Callable[[], T]) -> T | None:
     if failed is not None:
         raise failed
     return result
+
+
+def summed(fabric: Any, tensor: Tensor) -> Tensor:
+    """Return the sum of the ranks' tensors, on the device of each."""
+    if fabric.world_size == 1:
+        return tensor
+    return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
+
+
+def place_of(fabric: Any) -> Place:
+    """Return where this process stands among the ranks."""
+    return Place(fabric.global_rank, fabric.world_size)

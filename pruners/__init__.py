@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from pruners.base import Pruner
 
 
+_NO_PRUNERS = ("__init__", "base", "layer_wise")  # files of this folder
+
+
 def available() -> list[str]:
-    """The names of the pruners: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    """The names of the pruners: the files of this folder but for their bases."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NO_PRUNERS)
 
 
-def build(pruner: "str | type[Pruner]", **options) -> "Pruner":
+def build(pruner: "str | type[Pruner]", **options: Any) -> "Pruner":
     """A pruner from its name, or from its class, with its options. UserError for an unknown name (with the nearest
     one) or option.
     """
@@ -59,5 +62,5 @@ def check(name: str) -> None:
 def _find(name: str) -> "type[Pruner]":
     check(name)
     module = importlib.import_module(f"pruners.{name}")
-    (kind,) = (item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__)
-    return kind
+    (own,) = (n for n, item in vars(module).items() if inspect.isclass(item) and item.__module__ == module.__name__)
+    return getattr(module, own)

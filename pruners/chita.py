@@ -1,13 +1,19 @@
 import logging
-from collections.abc import Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
-from pruners.base import Pruner, as_masks
-from sparsity.allocation.budget import budget, check_schedule, step_sparsity
+from pruners.base import Again, Measured, Pruner, as_masks, dense_layers
+from sparsity.allocation.budget import Sparsity, budget, check_schedule, step_sparsity
 from sparsity.errors import UserError
+from sparsity.masks import Masks
+from sparsity.pattern import NM
 from sparsity.reconstruction.chita import solve
+from sparsity.run.request import PLAIN_PASS, CalibrationPass, Request
 from sparsity.run.steps import Trail
-from sparsity.statistics.gradient_rows import DTYPES, fit, gradient_rows, human
+from sparsity.statistics.gradient_rows import DTYPES, Rows, fit, gradient_rows, human
+from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +48,15 @@ class CHITA(Pruner):
         self.memory_budget, self.row_dtype = memory_budget, row_dtype
         self._held = 1 if epochs == 1 else 2  # the first step's rows serve every sparsity
 
-    def preflight(self, view, sparsities, *, pattern=None, pool=None, rounds=None, folder=None):
-        self._check(sparsities, pattern, pool)
+    def preflight(
+        self,
+        view: PrunableView,
+        request: Request,
+        *,
+        rounds: Sequence[int] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._check(request)
         if rounds is None:
             return
         inside = fit(view.numel, rounds, self.row_dtype, self.memory_budget, folder, self._held)
@@ -57,55 +70,67 @@ class CHITA(Pruner):
             human((not inside) * size),
         )
 
-    def measure(self, view, batches, *, progress=None, reduce=None, generators=None, rounds=None, scratch=None):
-        """The gradient rows, `sparsity.statistics.gradient_rows.Rows`: one for each round, or for each batch where no
-        rounds are given.
-        """
+    def measure(self, view: PrunableView, batches: Iterable[Any] | None, reading: CalibrationPass = PLAIN_PASS) -> Rows:
+        """The gradient rows: one for each round, or for each batch where no rounds are given."""
         if batches is None:
             raise UserError("pruner 'chita' needs calibration data")
-        if rounds is None and not isinstance(batches, Sized):
-            raise UserError("chita needs to know how many batches there are: give a list, or a loader with a length")
         return gradient_rows(
             view,
-            progress(batches) if progress else batches,
-            rounds=[1] * len(batches) if rounds is None else rounds,
+            reading.over(batches),
+            rounds=reading.rounds_of(batches),
             budget=self.memory_budget // self._held,
             dtype=self.row_dtype,
-            scratch=scratch,
-            generators=generators,
-            reduce=reduce,
+            scratch=reading.scratch,
+            generators=reading.generators,
+            reduce=reading.reduce,
         )
 
-    def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
-        self._check(sparsities, pattern, pool)
+    def masks(
+        self, view: PrunableView, statistics: Measured, request: Request, again: Again | None = None
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        self._check(request)
         if again is None and self.epochs > 1:
             raise UserError("chita needs fresh batches in each of its epochs")
-        provenance = self._provenance(view, seed) | {"lambda_": self.lambda_, "epochs": self.epochs}
+        first, pattern = _rows(statistics), request.pattern
+        provenance = self._provenance(view, request.seed) | {"lambda_": self.lambda_, "epochs": self.epochs}
         provenance |= {"schedule": self.schedule, "row_dtype": self.row_dtype}
-        provenance |= {"rows": statistics.n, "batch_size": statistics.batch_size}
+        provenance |= {"rows": first.n, "batch_size": first.batch_size}
         if pattern:
-            dense = [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
-            facts = {"pattern": str(pattern), "sparsity": str(pattern.sparsity), "dense_layers": dense}
-            yield pattern.sparsity, self._step(view, statistics, None, None, provenance | facts, pattern)
+            facts = {"pattern": str(pattern), "sparsity": str(pattern.sparsity)}
+            facts |= {"dense_layers": dense_layers(view, pattern)}
+            pruned = self._step(view, first, provenance | facts, pattern=pattern)
+            yield pattern.sparsity, pruned
         trails = []
-        for sparsity in sparsities or ():
+        for sparsity in request.sparsities:
             facts = provenance | {"pool": self.pool, "sparsity": str(sparsity)}
-            trails.append(Trail(statistics.origin if self.epochs > 1 else None, facts))
+            trails.append(Trail(first.origin if self.epochs > 1 else None, facts))
             done, pruned = trails[-1].load(view)
             for step in range(done + 1, self.epochs + 1):
                 count = view.numel - budget(step_sparsity(sparsity, step, self.epochs, self.schedule), view.numel)
                 with pruned.applied(view) if pruned else nullcontext():
-                    rows = again(step - 1) if step > 1 else statistics
-                    pruned = self._step(view, rows, pruned, count, facts)
+                    rows = _rows(again(step - 1)) if again and step > 1 else first
+                    pruned = self._step(view, rows, facts, count=count, before=pruned)
                 trails[-1].save(step, pruned)
                 if step > 1:
                     rows.forget()
+            assert pruned is not None, "there is at least one step"
             yield sparsity, pruned
-        for done in (statistics, *trails):
+        for done in (first, *trails):
             done.forget()
 
-    def _step(self, view, rows, before, count, provenance, pattern=None):
-        """The masks of one step, with the updated weights; the model is what the step before, if any, has left."""
+    def _step(
+        self,
+        view: PrunableView,
+        rows: Rows,
+        provenance: Mapping[str, Any],
+        *,
+        count: int | None = None,
+        pattern: NM | None = None,
+        before: Masks | None = None,
+    ) -> Masks:
+        """The masks of one step, with the updated weights: `count` weights are kept, or what the pattern says. before:
+        the masks of the step before, if any; the model is what it has left.
+        """
         weights = {name: weight.matrix() for name, weight in view.weights.items()}
         alive = before and {
             name: weight.as_matrix(before[name].to(weight.parameter.device)) for name, weight in view.weights.items()
@@ -115,9 +140,16 @@ class CHITA(Pruner):
             kept[name], updated[name] = chosen, solved
         return as_masks(view, kept, provenance, updated)
 
-    def _check(self, sparsities, pattern, pool):
-        if pattern and self.epochs > 1:
+    def _check(self, request: Request) -> str:
+        if request.pattern and self.epochs > 1:
             raise UserError("chita prunes step by step to a sparsity: a pattern needs epochs = 1")
-        if pool not in (None, self.pool):
-            raise UserError(f"chita decides by itself how many weights each block keeps: leave pool {pool!r} out")
-        return super()._check(sparsities, pattern, pool)
+        if request.pool not in (None, self.pool):
+            raise UserError(
+                f"chita decides by itself how many weights each block keeps: leave pool {request.pool!r} out"
+            )
+        return super()._check(request)
+
+
+def _rows(measured: Measured) -> Rows:
+    assert isinstance(measured, Rows), "CHITA measures gradient rows"
+    return measured

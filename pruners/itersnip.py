@@ -1,8 +1,16 @@
-import torch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from pruners.base import Again, Measured
 from pruners.snip import SNIP
-from sparsity.allocation.budget import check_schedule, step_sparsity
+from sparsity.allocation.budget import Sparsity, check_schedule, step_sparsity
 from sparsity.errors import UserError
+from sparsity.masks import Masks
+from sparsity.run.request import Request
+from sparsity.view import PrunableView
 
 
 class IterSNIP(SNIP):
@@ -12,36 +20,50 @@ class IterSNIP(SNIP):
     def __init__(self, epochs: int = 1, schedule: str = "exp"):
         check_schedule(epochs, schedule)
         self.epochs, self.schedule = epochs, schedule
-        self._kept = None  # the masks of the step before
+        self._kept: Masks | None = None  # the masks of the step before
 
-    def scores(self, view, statistics, *, seed=42, names=None):
+    def scores(
+        self,
+        view: PrunableView,
+        statistics: Mapping[str, Tensor],
+        *,
+        seed: int = 42,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, score in super().scores(view, statistics, seed=seed, names=names):
             # Below every survivor, also where survivors score 0.
-            yield name, score if self._kept is None else torch.where(self._mask(view, name), score, -1.0)
+            yield name, score if self._kept is None else torch.where(_mask(view, self._kept, name), score, -1.0)
 
-    def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
-        if pattern and self.epochs > 1:
+    def masks(
+        self, view: PrunableView, statistics: Measured, request: Request, again: Again | None = None
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        if request.pattern and self.epochs > 1:
             raise UserError("itersnip prunes step by step to a sparsity: a pattern needs epochs = 1")
-        if pattern:
-            yield from super().masks(view, statistics, sparsities, pattern=pattern, pool=pool, seed=seed)
+        if request.pattern:
+            yield from super().masks(view, statistics, request)
             return
         if again is None and self.epochs > 1:
             raise UserError("itersnip needs fresh batches in each of its epochs")
-        for sparsity in sparsities:
+        for one in request.each():
             self._kept = None
-            for step in range(1, self.epochs + 1):
-                if step > 1:
-                    with self._kept.applied(view):
-                        statistics_now = again(step - 1)
-                else:
-                    statistics_now = statistics
-                target = step_sparsity(sparsity, step, self.epochs, self.schedule)
-                ((_, kept),) = super().masks(view, statistics_now, [target], pool=pool, seed=seed)
+            kept = self._step(view, statistics, one, 1)
+            for step in range(2, self.epochs + 1):
+                assert again is not None, "there is one step, or fresh batches for each"
                 self._kept = kept
-            kept.provenance |= {"sparsity": str(sparsity), "epochs": self.epochs, "schedule": self.schedule}
+                with kept.applied(view):
+                    fresh = again(step - 1)
+                kept = self._step(view, fresh, one, step)
             self._kept = None
-            yield sparsity, kept
+            kept.provenance |= {"sparsity": str(one.target), "epochs": self.epochs, "schedule": self.schedule}
+            yield one.target, kept
 
-    def _mask(self, view, name):
-        weight = view.weights[name]
-        return weight.as_matrix(self._kept[name].to(weight.parameter.device))
+    def _step(self, view: PrunableView, statistics: Measured, one: Request, step: int) -> Masks:
+        """The masks after a step, 1 .. `epochs`, on the way to a request's sparsity."""
+        target = step_sparsity(one.target, step, self.epochs, self.schedule)
+        ((_, kept),) = super().masks(view, statistics, replace(one, sparsities=(target,)))
+        return kept
+
+
+def _mask(view: PrunableView, masks: Masks, name: str) -> Tensor:
+    weight = view.weights[name]
+    return weight.as_matrix(masks[name].to(weight.parameter.device))

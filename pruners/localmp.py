@@ -1,3 +1,6 @@
+import torch
+from torch import Tensor
+
 from pruners.base import Pruner
 
 
@@ -6,5 +9,5 @@ class LocalMP(Pruner):
 
     pool = "layer"
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: None, generator: torch.Generator) -> Tensor:
         return weight.abs()

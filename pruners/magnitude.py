@@ -1,3 +1,6 @@
+import torch
+from torch import Tensor
+
 from pruners.base import Pruner
 
 
@@ -7,5 +10,5 @@ class Magnitude(Pruner):
 
     pool = "layer"
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: None, generator: torch.Generator) -> Tensor:
         return weight.abs()

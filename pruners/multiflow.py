@@ -1,3 +1,6 @@
+import torch
+from torch import Tensor
+
 from pruners.base import Pruner
 
 
@@ -8,8 +11,8 @@ class MultiFlow(Pruner):
     statistic = "input_norms"
     pool = "magnitude"
 
-    def score(self, weight, statistic, generator):
-        magnitude, norms = weight.double().abs_(), statistic.sqrt()  # (out, in), (in,)
+    def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
+        magnitude, norms = weight.abs().double(), statistic.sqrt()  # (out, in), (in,)
         inward = magnitude.mean(dim=0) * norms  # (in,)
         outward = (magnitude @ norms) / weight.shape[1]  # (out,)
         return magnitude.mul_(outward[:, None]).mul_(inward)

@@ -1,4 +1,5 @@
 import torch
+from torch import Tensor
 
 from pruners.base import Pruner
 
@@ -8,5 +9,5 @@ class Rand(Pruner):
 
     draws = True
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: None, generator: torch.Generator) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)

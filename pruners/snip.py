@@ -1,6 +1,12 @@
-import torch
+from collections.abc import Iterable
+from typing import Any
 
-from pruners.base import Pruner
+import torch
+from torch import Tensor
+
+from pruners.base import Measured, Pruner, by_name
+from sparsity.run.request import PLAIN_PASS, CalibrationPass
+from sparsity.view import PrunableView
 
 
 class SNIP(Pruner):
@@ -8,11 +14,13 @@ class SNIP(Pruner):
 
     statistic = "mean_gradient"
 
-    def measure(self, view, batches, **options):
-        gradients = super().measure(view, batches, **options)
+    def measure(
+        self, view: PrunableView, batches: Iterable[Any] | None, reading: CalibrationPass = PLAIN_PASS
+    ) -> Measured:
+        gradients = by_name(super().measure(view, batches, reading))
         scores = self.scores(view, gradients)
         total = sum(float(score.sum(dtype=torch.float64)) for _, score in scores)
         return {name: gradient.div_(total) for name, gradient in gradients.items()} if total else gradients
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
         return (weight * statistic).abs_()

@@ -1,8 +1,15 @@
-import torch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from pruners.base import LayerWise
+import torch
+from torch import Tensor
+
+from pruners.layer_wise import LayerWise
+from sparsity.allocation.budget import Sparsity
+from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct, saliency
 from sparsity.statistics.hessian import Factor, factor
+from sparsity.view import PrunableView
 
 
 class SparseGPT(LayerWise):
@@ -26,17 +33,26 @@ class SparseGPT(LayerWise):
         self.updates = enable_update
         self.scored = self.scored and not enable_update
 
-    def scores(self, view, statistics, *, seed=42, names=None):
+    def scores(
+        self,
+        view: PrunableView,
+        statistics: Mapping[str, Tensor],
+        *,
+        seed: int = 42,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         for name in view.weights if names is None else names:
             weight = view.weights[name].matrix()
             yield name, saliency(weight, _factor(name, weight, statistics[name]))
 
-    def reconstruct(self, name, weight, statistic, sparsity, pattern):
+    def reconstruct(
+        self, name: str, weight: Tensor, statistic: Tensor, sparsity: Sparsity | None, pattern: NM | None
+    ) -> tuple[Tensor, Tensor]:
         return reconstruct(weight, _factor(name, weight, statistic), sparsity, pattern)
 
-    def _provenance(self, view, seed):
+    def _provenance(self, view: PrunableView, seed: int) -> dict[str, Any]:
         return super()._provenance(view, seed) | {"enable_update": self.updates}
 
 
-def _factor(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> Factor:
+def _factor(name: str, weight: Tensor, hessian: Tensor) -> Factor:
     return factor(hessian.to(weight.device), weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))

@@ -1,9 +1,19 @@
-from collections.abc import Sized
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from pruners.base import Pruner
+import torch
+from torch import Tensor
+
+from pruners.base import Again, Measured, Pruner
+from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.learned.scores import choice, learn, start_from_magnitude
+from sparsity.masks import Masks
+from sparsity.run.request import PLAIN_PASS, CalibrationPass, Request
 from sparsity.statistics.gradients import batch_generator
+from sparsity.view import PrunableView
 
 
 class TAMT(Pruner):
@@ -21,66 +31,48 @@ class TAMT(Pruner):
         self.mask_lr, self.mask_decay = mask_lr, mask_decay
 
     def measure(
-        self,
-        view,
-        batches,
-        *,
-        rounds=None,
-        scratch=None,
-        progress=None,
-        reduce=None,
-        generators=None,
-        sparsity=None,
-        pattern=None,
-        pool=None,
-    ):
-        """The scores learned for a sparsity in a pool, or for a pattern; nothing is read where neither is given, since
+        self, view: PrunableView, batches: Iterable[Any] | None, reading: CalibrationPass = PLAIN_PASS
+    ) -> Mapping[str, Tensor]:
+        """The scores learned for the masks that the pass is for; nothing is read where it does not say for which, since
         sparsities share nothing.
         """
-        if sparsity is None and pattern is None:
+        request = reading.request
+        if request is None:
             return {}
         if batches is None:
             raise UserError("pruner 'tamt' needs calibration data")
-        target = pattern.sparsity if pattern else sparsity
         return learn(
             view,
-            start_from_magnitude(view, target, pattern),
-            choice(view, target, pattern=pattern, pool=pool or self.pool),
-            progress(batches) if progress else batches,
-            rounds=[1] * len(batches) if rounds is None else rounds,
+            start_from_magnitude(view, request.target, request.pattern),
+            choice(view, request.target, pattern=request.pattern, pool=request.pool or self.pool),
+            reading.over(batches),
+            rounds=reading.rounds_of(batches),
             lr=self.mask_lr,
             weight_decay=self.mask_decay,
-            generators=generators,
-            reduce=reduce,
+            generators=reading.generators,
+            reduce=reading.reduce,
         )
 
-    def score(self, weight, statistic, generator):
+    def score(self, weight: Tensor, statistic: Tensor | None, generator: torch.Generator) -> Tensor:
         if statistic is None:
             raise UserError("tamt learns other scores for each sparsity: there are none that serve all")
         return statistic.abs()
 
-    def masks(self, view, statistics, sparsities, *, pattern=None, pool=None, seed=42, again=None):
-        self._check(sparsities, pattern, pool)
+    def masks(
+        self, view: PrunableView, statistics: Measured, request: Request, again: Again | None = None
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        self._check(request)
         if again is None:
             raise UserError("tamt reads the batches anew for each sparsity")
-        for sparsity in [None] if pattern else sparsities:
-            learned = again(0, sparsity=sparsity, pattern=pattern, pool=pool)
-            given = None if pattern else [sparsity]
-            ((reached, kept),) = super().masks(view, learned, given, pattern=pattern, pool=pool, seed=seed)
+        for one in request.each():
+            ((sparsity, kept),) = super().masks(view, again(0, request=one), one)
             kept.provenance |= {"mask_lr": self.mask_lr, "mask_decay": self.mask_decay}
-            yield reached, kept
+            yield sparsity, kept
 
-    def prune(self, view, batches, sparsities, *, pattern=None, pool=None, seed=42, progress=None, reduce=None):
-        """As any pruner's, but the batches are read for each sparsity, and each is a step: a list, or a loader that
-        knows its length.
-        """
-        if batches is not None and not isinstance(batches, Sized):
-            raise UserError("tamt reads the batches anew for each sparsity: give a list, or a loader with a length")
-
-        def again(_, **target):
-            return self.measure(view, batches, progress=progress, reduce=reduce, generators=generators, **target)
-
-        def generators(number):
-            return batch_generator(seed, number)
-
-        yield from self.masks(view, {}, sparsities, pattern=pattern, pool=pool, seed=seed, again=again)
+    def _prune(
+        self, view: PrunableView, batches: Iterable[Any] | None, request: Request, reading: CalibrationPass
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """As any pruner's, but the batches are read for each sparsity, and each is a step."""
+        reading = replace(reading, generators=partial(batch_generator, request.seed))
+        again = self._rereading(view, batches, reading, "sparsity")
+        yield from self.masks(view, {}, request, again)

@@ -1,4 +1,7 @@
-from pruners.base import LayerWise
+import torch
+from torch import Tensor
+
+from pruners.layer_wise import LayerWise
 
 
 class Wanda(LayerWise):
@@ -12,5 +15,5 @@ class Wanda(LayerWise):
     pool = "row"
     mode = "dense"
 
-    def score(self, weight, statistic, generator):
-        return weight.double().abs_() * statistic.sqrt()
+    def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
+        return weight.abs().double() * statistic.sqrt()

@@ -5,6 +5,15 @@ before torch is imported.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsity import maskllm, utils
+    from sparsity.allocation.budget import budget, parse_sparsities
+    from sparsity.masks import Masks
+    from sparsity.pattern import parse_pattern
+    from sparsity.statistics.inputs import Statistics
+    from sparsity.view import PrunableView, PrunableWeight
 
 _HOMES = {
     "Masks": "masks",
@@ -18,7 +27,17 @@ _HOMES = {
 
 _MODULES = ("maskllm", "utils")  # of the quick start of learnable masks
 
-__all__ = sorted((*_HOMES, *_MODULES))
+__all__ = [
+    "Masks",
+    "PrunableView",
+    "PrunableWeight",
+    "Statistics",
+    "budget",
+    "maskllm",
+    "parse_pattern",
+    "parse_sparsities",
+    "utils",
+]
 
 
 def __getattr__(name: str):

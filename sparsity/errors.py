@@ -1,5 +1,7 @@
 """Mistakes of the user, told apart from mistakes of the program. Needs no torch: every package may import this."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input that the user can mend: an option, a file, a combination. The message is one line that says how.
@@ -10,3 +12,8 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that the project expects, is not there."""
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first of these names for a message, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

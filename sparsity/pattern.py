@@ -51,8 +51,8 @@ class NM:
         """The same for groups along the first dimension, (M, ...) -> bool (M, ...)."""
         if self.m > _SORTED:
             order = scores.argsort(dim=0, stable=True)
-            return scores.new_ones(scores.shape, dtype=bool).scatter_(0, order[: self.m - self.n], False)
-        above = scores.new_zeros(scores.shape, dtype=bool).byte()  # how many of its group are pruned before it
+            return scores.bool().fill_(True).scatter_(0, order[: self.m - self.n], False)
+        above = scores.byte().zero_()  # how many of its group are pruned before it
         for i in range(self.m):
             for j in range(i + 1, self.m):  # in groups as small as these, several times as fast as sorting
                 higher = scores[i] > scores[j]
@@ -77,8 +77,10 @@ def parse_pattern(text: str | None) -> NM | None:
     """NM(2, 4) for "2:4"; None for None or "unstructured". UserError unless 1 <= N < M."""
     if text is None or text == "unstructured":
         return None
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text, re.ASCII)
     pattern = NM(int(match[1]), int(match[2])) if match else None
     if pattern is None or not 1 <= pattern.n < pattern.m:
-        raise UserError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r}")
+        raise UserError(
+            f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r:.60}"
+        )
     return pattern

@@ -13,6 +13,7 @@ serves any number of sparsities.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.view import PrunableView
 
+Name = TypeVar("Name")  # of a weight, or of a part of one
 Named = Iterable[tuple[str, Tensor]]
-Scores = Mapping[str, Tensor] | Callable[[], Named]  # held, or computed again for each pass
+# Held, or computed again for each pass.
+Scores = Mapping[Name, Tensor] | Callable[[], Iterable[tuple[Name, Tensor]]]
 
 # Scores looked at together. On the processor they stay in its cache, and below the size from which torch would share
 # them between threads: waiting for each other in thousands of small operations costs more than it gains.
@@ -50,7 +53,7 @@ class Threshold:
 NOTHING = Threshold(float("-inf"), 0, 0)
 
 
-def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
+def thresholds(scores: Scores[Any], counts: Sequence[int]) -> list[Threshold]:
     """For each k in `counts`, the threshold below which the k lowest of all scores lie. Floating point, of one dtype.
 
     Raises UserError, naming the layer, for NaN or Inf.
@@ -72,6 +75,8 @@ def thresholds(scores: Scores, counts: Sequence[int]) -> list[Threshold]:
         if few:
             break
         level += 1
+    if dtype is None:  # nothing is pruned
+        return [NOTHING for _ in counts]
     return [searches[k].threshold(dtype) if k > 0 else NOTHING for k in counts]
 
 
@@ -107,7 +112,7 @@ class _Search:
         return Threshold(bits.view(dtype).item(), self.rank, self.ties)
 
 
-def keep(scores: Scores, threshold: Threshold) -> Iterator[tuple[str, Tensor]]:
+def keep(scores: Scores[Name], threshold: Threshold) -> Iterator[tuple[Name, Tensor]]:
     """(name, bool (out, in)), True where a weight stays: exactly the k that `threshold` was computed for are False."""
     remaining = threshold.take
     for name, score in _named(scores):
@@ -246,7 +251,7 @@ def keep_block(name: str, score: Tensor, sparsity: Sparsity) -> Tensor:
     return kept
 
 
-def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> Scores:
+def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> Scores[str]:
     """The scores of a pool: computed once for a single layer, again at each pass for several."""
     return dict(scores(names)) if len(names) == 1 else partial(scores, names)
 
@@ -275,15 +280,15 @@ def check_finite(name: str, score: Tensor) -> None:
         raise _not_finite(name)
 
 
-def _not_finite(name: str) -> ValueError:
-    return ValueError(f"the scores of layer {name!r} hold NaN or Inf")
+def _not_finite(name: str) -> UserError:
+    return UserError(f"the scores of layer {name!r} hold NaN or Inf")
 
 
-def _named(scores: Scores) -> Named:
+def _named(scores: Scores[Name]) -> Iterable[tuple[Name, Tensor]]:
     return scores.items() if isinstance(scores, Mapping) else scores()
 
 
-def _histograms(scores: Scores, prefixes: Collection[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
+def _histograms(scores: Scores[Any], prefixes: Collection[int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
     """For each prefix, how many keys that begin with it have each possible next digit; the dtype of the scores."""
     totals: dict[int, Tensor] = {}
     for keys, dtype in _keys(scores):
@@ -294,7 +299,7 @@ def _histograms(scores: Scores, prefixes: Collection[int], level: int) -> tuple[
     return totals, dtype
 
 
-def _gather(scores: Scores, prefixes: Mapping[int, int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
+def _gather(scores: Scores[Any], prefixes: Mapping[int, int], level: int) -> tuple[dict[int, Tensor], torch.dtype]:
     """For each prefix, the keys that begin with it, of which there are as many as given; the dtype of the scores."""
     gathered: dict[int, Tensor] = {}
     filled = dict.fromkeys(prefixes, 0)
@@ -321,7 +326,7 @@ def _inside(keys: Tensor, prefixes: Collection[int], level: int) -> Iterator[tup
             yield prefix, keys[chosen]
 
 
-def _keys(scores: Scores) -> Iterator[tuple[Tensor, torch.dtype]]:
+def _keys(scores: Scores[Any]) -> Iterator[tuple[Tensor, torch.dtype]]:
     """All scores in pieces, as integers that sort like them, and their dtype. Raises UserError for NaN or Inf."""
     first = None
     for name, score in _named(scores):

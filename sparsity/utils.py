@@ -1,7 +1,7 @@
 """The quick start of learnable masks, under the names of the public code:
 
 import sparsity
-model = sparsity.utils.replace_linear_with_(model, sparsity.learned.layer.MaskedLinear, exclude=[model.head], N=2, M=4)
+model = sparsity.utils.replace_linear_with_(model, sparsity.maskllm.MaskedLinear, exclude=[model.head], N=2, M=4)
 """
 
 import logging

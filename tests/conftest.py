@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from datasets.text import TextEncoder
 from engine.launch import PACKAGES
 from models.blip import model as blip
 from models.parts.bert import TextConfig
 from models.parts.clip_vision import VisionConfig
+from models.parts.tokenizer import WordPiece
 from models.xvlm import model as xvlm
 
 SMALL = Path("tests/data/xvlm_small")
@@ -38,6 +40,17 @@ BLIP_CONFIG = blip.Config(
     embed_dim=32,
     queue_size=32,
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """For `pytest -n ... --dist loadgroup`: tests that start processes never run beside each other, since these need
+    the cores; else a file is on one worker, since its fixtures are for all its tests.
+    """
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            together = "processes" if item.get_closest_marker("multiprocess") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture
@@ -130,3 +143,13 @@ def write_json():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return WordPiece("data/vocab/mini_vocab.txt")
+
+
+@pytest.fixture(scope="session")
+def text(tokenizer):
+    return TextEncoder(tokenizer, max_tokens=12, max_masks=3)

@@ -23,6 +23,8 @@ from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, SMALL, script
 
+pytestmark = pytest.mark.script
+
 CPU = ["--accelerator", "cpu"]
 
 
@@ -54,6 +56,8 @@ def test_every_pruner_is_exact(tmp_path, view, pruner):
     assert alias in masks.aliases[alias.replace("text_decoder.bert.", "text_encoder.")]
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_evaluation_and_two_processes(tmp_path):
     options = ["-s", "50", "--evaluate"]
     printed = script("prune.py", *prune_options(tmp_path / "one", "multiflow", *options)).stdout
@@ -109,6 +113,8 @@ def test_retrieval_with_a_mask(tmp_path, view):
             assert (state[name][~masks[name]] == 0).all() and (state[name][masks[name]] != 0).any()
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_retrieval_on_two_processes(tmp_path):
     """Each matches half of the pairs; training gathers features and queues."""
     config = yaml.safe_load((CONFIGS / "blip_retrieval.yaml").read_text())

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import pytest
@@ -21,7 +20,11 @@ from engine.pruning.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, 
 from models.xvlm import model as xvlm
 from pruners import base
 from sparsity.allocation.budget import budget
-from tests.test_scripts import CONFIGS, PLAIN, SMALL, early, only_bars, pruned, refused, without_torch  # noqa: F401
+from sparsity.run.request import Request
+from tests.processes import PATIENCE, PLAIN, held, only_bars
+from tests.test_scripts import CONFIGS, SMALL, early, pruned, refused, without_torch  # noqa: F401
+
+pytestmark = pytest.mark.script
 
 ONE_SHOT = ["l2", "lamp", "localmp", "magnitude", "multiflow", "omp", "rand", "snip", "wanda"]
 
@@ -51,6 +54,7 @@ def calls(monkeypatch):
 
     metrics = {f"{way}_r{k}": 50.0 for way in ("txt", "img") for k in (1, 5, 10)}
     monkeypatch.setattr("pruners.base.collect", counting)
+    monkeypatch.setattr("pruners.layer_wise.collect", counting)
     monkeypatch.setattr(evaluate, lambda self: counted.update(["evaluate"]) or metrics)
     return counted
 
@@ -60,7 +64,7 @@ def whole(tmp_path_factory):
     """A comparison from a process of its own: the folder and what it printed."""
     folder = tmp_path_factory.mktemp("compared")
     command = [sys.executable, "compare.py", *options(folder, "-s", "50,75", "--seeds", "42,43")]
-    done = subprocess.run(command, capture_output=True, text=True, env=PLAIN, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=PLAIN, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -89,6 +93,7 @@ def test_iterative_pruners_measure_again(tmp_path, calls):
     assert calls["mean_gradient"] == 1 + 2
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_prune(tmp_path):
     """Group sparsities and recalls are what prune.py says of the same run."""
     state = xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)).state_dict()
@@ -134,17 +139,30 @@ def test_what_is_done_is_not_done_again(whole, tmp_path, calls):
     assert (folder / "results.csv").read_bytes().startswith(content)
 
 
-def test_a_killed_run_is_readable_and_goes_on(whole, tmp_path):
-    command = [sys.executable, "compare.py", *options(tmp_path, "-s", "50,75", "--seeds", "42,43")]
-    process = subprocess.Popen(command, env=PLAIN, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file, deadline = tmp_path / "results.csv", time.monotonic() + 120
-    while time.monotonic() < deadline and not (file.is_file() and file.read_text().count("\n") > 4):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+HELD_AT_A_ROW = f"""
+import compare
+from {Ledger.__module__} import Ledger
+rows, add = int(sys.argv[1]), Ledger.add
+
+def add_and_hold(self, *arguments):
+    add(self, *arguments)
+    if len(self.rows) == rows:
+        hold()
+
+Ledger.add = add_and_hold
+compare.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_killed_run_is_readable_and_goes_on(whole, tmp_path_factory):
+    tmp_path, log = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("log") / "stderr.txt"
+    file = tmp_path / "results.csv"
+    with held(HELD_AT_A_ROW, 5, *options(tmp_path, "-s", "50,75", "--seeds", "42,43"), log=log) as process:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(PATIENCE) == -signal.SIGKILL
     done = results(tmp_path)
-    assert 4 <= len(done) < len(results(whole[0])) and all(None not in row.values() for row in done)
+    assert len(done) == 5 < len(results(whole[0])) and all(None not in row.values() for row in done)
     assert not (tmp_path / "table.md").exists()
     with file.open("a") as cut:
         cut.write("0123456789abcdef,2026-11")  # a line that was not finished
@@ -228,7 +246,7 @@ def test_what_draws_nothing_gives_the_same_masks_under_all_seeds(name):
     if pruner.statistic:
         return
     view = xvlm.prunable_view(xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)))
-    digests = {next(iter(pruner.masks(view, {}, ["0.5"], seed=seed)))[1].digest() for seed in (1, 2)}
+    digests = {next(iter(pruner.masks(view, {}, Request(["0.5"], seed=seed))))[1].digest() for seed in (1, 2)}
     assert len(digests) == (2 if pruner.draws else 1)
 
 
@@ -265,6 +283,6 @@ def test_bad_arguments_are_refused_before_heavy_imports(tmp_path, without_torch,
 
 def test_help_names_all_defaults(without_torch):  # noqa: F811
     done = subprocess.run([sys.executable, "compare.py", "--help"], capture_output=True, text=True, env=without_torch)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0, done.stderr
     for option in re.split(r"\n  (?=-)", done.stdout)[2:]:
         assert "default" in option or option.startswith("-m"), option

@@ -25,6 +25,9 @@ from engine.options import diffusion as generator
 from models.dit import model as dit
 from models.dit import sizes as dit_sizes
 from sparsity.masks import Masks
+from tests.processes import error_line
+
+pytestmark = pytest.mark.script
 
 CONFIGS = Path("tests/data/configs")
 MODEL = CONFIGS / "dit_model.yaml"
@@ -92,8 +95,7 @@ def refused(capsys, main, options):
     with pytest.raises(SystemExit) as stopped:
         run(lambda: main(list(map(str, options))))
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
+    return error_line(capsys.readouterr().err)
 
 
 def test_a_picture_is_a_function_of_the_seed(tmp_path, weights, capsys):

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, ANNOTATIONS = "scripts/download_images.sh", "download_annots.sh"
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("bash", "curl", "unzip", "tar"))), reason="bash, curl, unzip and tar are needed"
-)
+pytestmark = [
+    pytest.mark.script,
+    pytest.mark.skipif(
+        not all(map(shutil.which, ("bash", "curl", "unzip", "tar"))), reason="bash, curl, unzip and tar are needed"
+    ),
+]
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def run(tmp_path):
     def call(script, *arguments, answer="", **environment):
         environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **environment}
         command = [tmp_path / "repo" / script, *arguments]
-        return subprocess.run(command, input=answer, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, input=answer, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
     call.folder, call.bin = tmp_path / "repo", tmp_path / "bin"
     return call

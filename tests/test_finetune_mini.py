@@ -13,10 +13,11 @@ import pytest
 
 import compare
 from engine.reports.finetuning_table import read_metrics, table
-from tests.test_scripts import CONFIGS, PLAIN, refused
+from tests.processes import PATIENCE, PLAIN
+from tests.test_scripts import CONFIGS, refused
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="bash is needed")
+pytestmark = [pytest.mark.script, pytest.mark.skipif(not shutil.which("bash"), reason="bash is needed")]
 
 # In place of python: writes down its arguments, and leaves the results that the script looks for.
 STUB = """#!{python}
@@ -104,6 +105,7 @@ def test_a_part_of_it_at_debug_sizes(recipe):
     assert all("--debug" in command for command in commands if command[0] in ("vqa.py", "image_classification.py"))
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     """Really, on the two-layer model."""
     configs = tmp_path / "configs" / "dino"
@@ -113,7 +115,7 @@ def test_it_runs(tmp_path):
     environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path / "out"), "CONFIGS": str(tmp_path / "configs")}
     environment |= {"RUNS": "dino_image_classification", "SPARSITIES": "50", "DEBUG": "1"}
     command = [ROOT / "scripts/finetune_mini.sh"]
-    done = subprocess.run(command, env={**PLAIN, **environment}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env={**PLAIN, **environment}, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| dino_image_classification")]
     assert [re.split(r" *\| *", row)[2:4] for row in rows] == [["seen", "top1"], ["unseen", "top1"]]

@@ -34,8 +34,11 @@ from engine.training.optimizer import finetuning_optimizer
 from models.dino import classification as dino_classification
 from models.dino import model as dino
 from sparsity.masks import Masks
+from tests.processes import only_bars
 from tests.test_finetuning import log_rows, zeros
-from tests.test_scripts import CONFIGS, early, only_bars, refused, script, without_torch  # noqa: F401
+from tests.test_scripts import CONFIGS, early, refused, script, without_torch  # noqa: F401
+
+pytestmark = pytest.mark.script
 
 CONFIG = CONFIGS / "dino_image_classification.yaml"
 SIZES = load_config(CONFIGS / "dino_model.yaml", dino.Config)
@@ -160,6 +163,8 @@ def test_label_smoothing(trunk):
 # Two processes
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     one = tuned(tmp_path / "one", trunk, "--epochs", "0")  # evaluated as it is
     printed = script("image_classification.py", *options(tmp_path / "two", trunk, "--epochs", "0", "-d", "2"))
@@ -167,6 +172,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     assert only_bars(printed.stderr) and printed.stdout.count("results:") == 1
 
 
+@pytest.mark.multiprocess
 def test_losses_do_not_depend_on_the_number_of_processes(tmp_path, trunk):
     """There is no dropout: eight images in a step, two times four in turn or side by side."""
     tuned(tmp_path / "one", trunk, "--skip_eval")
@@ -481,6 +487,6 @@ def test_a_mask_of_another_model(tmp_path, trunk, capsys):
 def test_help_needs_no_heavy_import_and_names_all_defaults(without_torch):  # noqa: F811
     command = [sys.executable, "image_classification.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=without_torch)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0, done.stderr
     for option in re.split(r"\n  (?=-)", done.stdout)[2:]:
         assert "default" in option, option

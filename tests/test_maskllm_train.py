@@ -21,14 +21,15 @@ from models.external.model import prunable_view
 from sparsity.learned.checkpoint import fold
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from tests.test_scripts import PLAIN, refused, script
+from tests.processes import PLAIN
+from tests.test_scripts import refused, script
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--model", "test_vit", "--img-size", "32", "--num-classes", "2", "--accelerator", "cpu", "--workers", "0"]
 QUICK = ["--batch-size", "4", "--epochs", "2", "--lr", "0.05", "--log-interval", "1"]
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,8 @@ def test_the_moving_average_is_what_is_written(tmp_path, photos):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_learn_what_one_does(tmp_path, photos):
     more = [
         "--mask-only",

@@ -15,7 +15,10 @@ import maskllm_train
 import oneshot_pruning_timm
 import timm_validate
 from engine.reports.nm_table import METHODS, read_results, table
-from tests.test_scripts import PLAIN, refused
+from tests.processes import PLAIN
+from tests.test_scripts import refused
+
+pytestmark = pytest.mark.script
 
 ROOT = Path(__file__).resolve().parent.parent
 

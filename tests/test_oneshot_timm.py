@@ -14,6 +14,7 @@ import oneshot_pruning_timm
 import pack
 import timm_validate
 from datasets.calibration.image_batches import Samples
+from datasets.place import Place
 from models.dino import timm_mini as registered  # noqa: F401 (makes vit_mini known to timm)
 from sparsity.masks import Masks
 from tests.test_scripts import refused, script
@@ -22,7 +23,7 @@ CPU = ["--accelerator", "cpu"]
 KEYS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
 
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,7 @@ def test_pruning_without_a_look_at_the_accuracy(photos, capsys):
     assert "(50.00 %)" in told and "top-1" not in told
 
 
+@pytest.mark.multiprocess
 def test_two_processes_prune_as_one_does(photos, tmp_path):
     """Each adds up the Hessians of its half of the samples."""
     given = ["--model", "test_vit", "--img-size", "32", "--num-classes", "76", "--data-path", str(photos), *CPU]
@@ -271,4 +273,4 @@ def test_samples_do_not_depend_on_the_batch_size_or_the_ranks(tmp_path):
 
     whole = seen(3)
     assert len(set(whole)) == 10 and seen(7) == seen(1) == whole
-    assert sorted(seen(3, rank=0, world_size=2) + seen(3, rank=1, world_size=2)) == sorted(whole)
+    assert sorted(seen(3, place=Place(0, 2)) + seen(3, place=Place(1, 2))) == sorted(whole)

@@ -16,6 +16,8 @@ from configs.loading import load_config
 from sparsity.masks import Masks
 from tests.test_scripts import CONFIGS, script
 
+pytestmark = pytest.mark.script
+
 FILES = {"xvlm": "vqa.yaml", "blip": "blip_vqa.yaml"}
 SIZES = {"xvlm": "model.yaml", "blip": "blip_model.yaml"}
 CPU = ["--accelerator", "cpu", "--precision", "32-true"]
@@ -82,7 +84,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path):
     torch.testing.assert_close(whole, parts, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["xvlm", pytest.param("blip", marks=pytest.mark.slow)])
 def test_two_processes_evaluate_as_one(tmp_path, name):
     """With a rate of 0 the weights are the same, whoever reads what."""
     config = changed(tmp_path / "c.yaml", CONFIGS / FILES[name], optimizer={"lr": 0.0}, scheduler={"epochs": 1})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.view import PrunableView
+from tests.processes import PATIENCE
 
 
 def view_of(model: nn.Module, **options) -> PrunableView:
@@ -56,7 +57,7 @@ class Ranks:
     """`reduce` for threads in place of ranks."""
 
     def __init__(self, number: int):
-        self.barrier, self.lock, self.total = Barrier(number, timeout=30), Lock(), None
+        self.barrier, self.lock, self.total = Barrier(number, timeout=PATIENCE), Lock(), None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         with self.lock:

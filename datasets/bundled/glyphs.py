@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from configs.locations import located
 from datasets.transforms import CLIP, Statistics
 from sparsity.errors import MissingFileError
 
@@ -77,12 +78,12 @@ def _make_stamp(image: np.ndarray, size: int, angle: int) -> np.ndarray:
 
 def load_glyphs(root: str | Path = "data/bundled") -> Glyphs:
     """Read the pack. Raises FileNotFoundError where a file of it is missing."""
-    root = Path(root)
+    root = located(Path(root))
     pack = json.loads(_part(root / "concepts.json").read_text(encoding="utf-8"))
     size, columns, n = pack["size"], pack["columns"], len(pack["concepts"])
     images = {}
     for vendor in pack["vendors"]:
-        with Image.open(_part(root / f"{vendor['key']}.webp")) as atlas:
+        with Image.open(_part(root / f"{vendor['key']}.webp"), formats=("WEBP",)) as atlas:
             cells = np.asarray(atlas.convert("RGBA")).reshape(-1, size, columns, size, 4)
         images[vendor["key"]] = cells.swapaxes(1, 2).reshape(-1, size, size, 4)[:n]
     trained = [vendor["key"] for vendor in pack["vendors"] if vendor["trained"]]

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import Dataset
 
+from configs.locations import located
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.cifar import READERS, CifarDataset
@@ -64,5 +65,5 @@ def open_images(
     train = split == "train"
     transform = TimmTransform(create_transform(**augment, is_training=train))
     if path in READERS:
-        return CifarDataset(path, train, transform, seed=seed, root=DOWNLOADED)
+        return CifarDataset(path, train, transform, seed=seed, root=located(DOWNLOADED))
     return labelled_folder(Path(path), train, transform, seed=seed)

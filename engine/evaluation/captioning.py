@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.tasks.captioning import Described
-from engine.ranks import on_leader
+from engine.evaluation.watched import watched
+from engine.ranks import on_leader, summed
 from sparsity.files import write_atomic
 
 Score = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], dict[str, float]]
@@ -76,18 +76,11 @@ class Captions:
         """Ids (images, `max_length`) of the captions, the prompt first; zeros after them, and for an image that cannot
         be read.
         """
-        self.skipped.count = 0  # the same images at each call
         ids = torch.zeros(len(self.images), self.generation["max_length"], dtype=torch.long)
-        for batch in self._progress(self.skipped.watch(self.batches)):
+        for batch in watched(self.batches, self.skipped, self.fabric, "captions"):
             found = self.model.generate(batch["image"].to(self.fabric.device), **self.generation).cpu()
             ids[batch["index"], : found.shape[1]] = found
-        if self.fabric.world_size > 1:
-            ids = self.fabric.all_reduce(ids.to(self.fabric.device), reduce_op="sum").cpu()
-        return ids
-
-    def _progress(self, batches: Iterable) -> Iterable:
-        options = {"total": len(self.batches), "leave": False, "disable": not self.fabric.is_global_zero}
-        return tqdm(batches, desc="captions", unit="batch", **options)
+        return summed(self.fabric, ids)
 
 
 def without_prompt(text: str, prompt: str) -> str:

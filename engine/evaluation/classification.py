@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
+from engine.evaluation.watched import watched
+from engine.ranks import summed
 
 READ = 128  # images classified together
 RANKS = (1, 5)
@@ -53,27 +54,20 @@ class Accuracy:
     def __call__(self) -> dict[str, float]:
         was_training = self.model.training
         self.model.eval()
-        self.skipped.count = 0  # the same images at each call
         right = torch.zeros(len(RANKS), dtype=torch.float64)
         try:
-            for batch in self._progress(self.batches):
-                self.skipped.add(batch.pop("skipped", ()))
-                if batch:
-                    right += self._right(batch)
+            for batch in watched(self.batches, self.skipped, self.fabric, "images"):
+                right += self._right(batch)
         finally:
             self.model.train(was_training)
-        if self.fabric.world_size > 1:
-            right = self.fabric.all_reduce(right.to(self.fabric.device), reduce_op="sum")
-        return {f"top{k}": 100 * count / self.total for k, count in zip(RANKS, right.tolist(), strict=True)}
+        counts = summed(self.fabric, right).tolist()
+        return {f"top{k}": 100 * count / self.total for k, count in zip(RANKS, counts, strict=True)}
 
     def _right(self, batch: Mapping[str, Any]) -> Tensor:
         """How many images of a batch are right, for each of RANKS."""
         with self.fabric.autocast():
             logits = self.model.classify(batch["image"].to(self.fabric.device)).float().cpu()
         return torch.stack([top_k(logits, batch["label"], k).sum() for k in RANKS])
-
-    def _progress(self, batches: DataLoader) -> Any:
-        return tqdm(batches, desc="images", unit="batch", leave=False, disable=not self.fabric.is_global_zero)
 
 
 class Classifier(nn.Module):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.collate import collate
 from datasets.transforms import IMAGENET
 from engine.generation.sampling import READ, draw
+from engine.ranks import summed
 from sparsity.errors import UserError
 
 METRICS = {"Frechet": "frechet", "as asked %": "as_asked"}  # column of a table -> metric
@@ -94,7 +95,7 @@ class FrechetDistance:
         judged = [self._judged(part) for part in images.split(READ)]
         moments = self._summed(Moments.of(torch.cat([features for features, _ in judged])))
         right = sum((torch.cat([chosen for _, chosen in judged]) == torch.tensor(own)).tolist())
-        right = float(self._sum(torch.tensor(float(right), dtype=torch.float64)))
+        right = float(summed(self.fabric, torch.tensor(float(right), dtype=torch.float64)))
         return {
             "frechet": frechet_distance(self._reference, moments),
             "as_asked": 100 * right / len(self.labels),
@@ -109,10 +110,5 @@ class FrechetDistance:
         return features.cpu(), self.judge.classifier(features).argmax(1).cpu()
 
     def _summed(self, own: Moments) -> Moments:
-        count = self._sum(torch.tensor(own.count, dtype=torch.float64))
-        return Moments(float(count), self._sum(own.total), self._sum(own.products))
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if self.fabric.world_size == 1:
-            return tensor
-        return self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum").cpu()
+        count = summed(self.fabric, torch.tensor(own.count, dtype=torch.float64))
+        return Moments(float(count), summed(self.fabric, own.total), summed(self.fabric, own.products))

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from configs.decoding import Decoding
 from configs.pruning import Evaluation
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledRetrieval
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import Skipped, SkippedImages, trim_text
+from datasets.images import DEFAULT
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
@@ -30,7 +32,7 @@ class ZeroShot:
 
     encode: of the captions. vision: has the model's `image_size`, in pixels. Images that cannot be read are listed in
     `folder` and count as not found; more than `max_skipped` of them is an error. Encoders run as autocast says, the
-    scores of pairs are float32.
+    scores of pairs are float32. decoding: how image files become pictures.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class ZeroShot:
         *,
         workers: int = 0,
         max_skipped: float = 0.01,
+        decoding: Decoding = DEFAULT,
     ):
         self.model, self.evaluation, self.fabric = model, evaluation, fabric
-        self.items, captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size)
+        self.items, captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size, decoding)
         self.texts = trim_text(encode.plain(captions))
         gather = partial(_stack, side=vision.image_size)
         # Whole batches to each rank, so that no score depends on how many ranks there are.
@@ -95,11 +98,13 @@ class ZeroShot:
         return tqdm(batches, desc=desc, unit=unit, leave=False, disable=not self.fabric.is_global_zero)
 
 
-def _open(evaluation: Evaluation, side: int) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
+def _open(
+    evaluation: Evaluation, side: int, decoding: Decoding
+) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
     """Images, captions, and which belong together: for each caption its image, for each image its captions."""
     if evaluation.files:
         found = evaluation.files.annotations, evaluation.files.images
-        files = RetrievalEvalDataset(*found, EvalTransform(side), evaluation.limit)
+        files = RetrievalEvalDataset(*found, EvalTransform(side), evaluation.limit, decoding)
         return files, files.texts, files.txt2img, files.img2txt
     number = min(evaluation.bundled_scenes, evaluation.limit or evaluation.bundled_scenes)
     split, seed = evaluation.bundled_split, evaluation.bundled_seed

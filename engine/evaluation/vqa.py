@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages
 from datasets.tasks.vqa import Questions
 from datasets.tasks.vqa_accuracy import accuracies
+from engine.evaluation.watched import watched
+from engine.ranks import summed
 from sparsity.files import write_atomic
 
 
@@ -60,25 +61,17 @@ class Answers:
         """Number of the answer to each question, -1 where its image cannot be read: the same on all ranks."""
         was_training = self.model.training
         self.model.eval()
-        self.skipped.count = 0  # the same images at each call
         chosen = torch.zeros(len(self.asked), dtype=torch.long)  # of each rank's questions, from 1
         encoded = {name: tensor.to(self.fabric.device) for name, tensor in self.encoded.items()}
         try:
-            for batch in self._progress(self.batches):
-                self.skipped.add(batch.pop("skipped", ()))
-                if batch:
-                    chosen[batch["number"]] = 1 + self._rank(batch, encoded).cpu()
+            for batch in watched(self.batches, self.skipped, self.fabric, "questions"):
+                chosen[batch["number"]] = 1 + self._rank(batch, encoded).cpu()
         finally:
             self.model.train(was_training)
-        if self.fabric.world_size > 1:
-            chosen = self.fabric.all_reduce(chosen.to(self.fabric.device), reduce_op="sum").cpu()
-        return chosen - 1
+        return summed(self.fabric, chosen) - 1
 
     def _rank(self, batch: Mapping[str, Any], encoded: Mapping[str, Tensor]) -> Tensor:
         batch = self.fabric.to_device(batch)
         image = self.model.encode_image(batch["image"])[batch["image_of"]]
         states = self.model.ask(image, batch["text_ids"], batch["text_atts"])
         return self.model.rank(states, batch["text_atts"], encoded["answer_ids"], encoded["answer_atts"], self.k_test)
-
-    def _progress(self, batches: DataLoader) -> Any:
-        return tqdm(batches, desc="questions", unit="batch", leave=False, disable=not self.fabric.is_global_zero)

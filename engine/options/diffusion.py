@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs.loading import load_config
+from configs.locations import located
 from engine.options.command_line import positive_int
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import replacing
@@ -53,7 +54,9 @@ def choose(args: argparse.Namespace, sizes: ModuleType) -> tuple[Any, str | None
         raise UserError(f"--vae: {args.model} draws images, no latents: leave it out")
     if args.vae and importlib.util.find_spec("diffusers") is None:
         raise UserError("--vae needs a package that is not installed: pip install diffusers")
-    weights = args.ckpt or (WEIGHTS if args.model == BUNDLED else official(args.model, args.image_size or PIXELS))
+    weights = args.ckpt or (
+        located(WEIGHTS) if args.model == BUNDLED else official(args.model, args.image_size or PIXELS)
+    )
     if weights != "random" and not Path(weights).is_file():
         raise MissingFileError(f"--ckpt {weights}: there is no such file")
     return chosen, None if weights == "random" else weights

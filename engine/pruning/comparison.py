@@ -9,8 +9,6 @@ import hashlib
 import inspect
 import io
 import json
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,11 +20,12 @@ from tqdm import tqdm
 
 from configs.pruning import PrunedModel
 from engine.pruning.run import percent, timed
-from engine.reports.report import Metrics, append_csv, markdown_table
+from engine.reports.report import Metrics, append_csv, markdown_table, mean_and_error, with_error
 from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks, state_digest
+from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
 Row = dict[str, str]
@@ -184,7 +183,8 @@ def _masks(
     measured = measure(pruners[todo[0][0]], seed, 0)
     for name, label, missing in todo:
         again = partial(measure, pruners[name], seed)
-        for sparsity, masks, seconds in timed(pruners[name].masks(view, measured, missing, seed=seed, again=again)):
+        chosen = pruners[name].masks(view, measured, Request(missing, seed=seed), again)
+        for sparsity, masks, seconds in timed(chosen):
             yield (name, percent(sparsity), label), masks, seconds
 
 
@@ -202,12 +202,6 @@ def summarise(ledger: Ledger, runs: Iterable[Run]) -> list[dict[str, Any]]:
         | {key: mean_and_error([float(row[key]) for row in rows]) for key in ledger.measures}
         for (pruner, sparsity), rows in cells.items()
     ]
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error: the sample's standard deviation / sqrt(n), None for one value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -244,10 +238,7 @@ def write_tables(folder: Path, model: str, facts: Mapping[str, Any], rows: Seque
 
 
 def _text(value: Any, sign: str) -> str:
-    if not isinstance(value, tuple):
-        return str(value)
-    mean, error = value
-    return f"{mean:.1f}" if error is None else f"{mean:.1f}{sign}{error:.1f}"
+    return with_error(*value, digits=1, sign=sign) if isinstance(value, tuple) else str(value)
 
 
 def _escaped(text: str) -> str:

@@ -1,19 +1,21 @@
 """One-shot N:M pruning around its pruner: what a run asks for, reports and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine.export import save_weights
+from engine.export import as_published, save_weights
 from engine.options.oneshot import Target
 from engine.pruning.run import calibrate
 from engine.reports.report import Metrics, markdown_table
 from sparsity.errors import UserError
 from sparsity.files import replacing
 from sparsity.masks import Masks
+from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
 
@@ -25,17 +27,24 @@ def divisible(view: PrunableView, target: Target) -> None:
         raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
 
 
-def one_shot(pruner: Any, view: PrunableView, data: Any, fabric: Any, target: Target, seed: int, **kept: Any) -> Masks:
-    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. kept:
-    `folder` and `config` of `calibrate`, for a run that is to go on after a kill.
+def one_shot(
+    pruner: Any,
+    view: PrunableView,
+    data: Any,
+    fabric: Any,
+    target: Target,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    config: Any = None,
+) -> Masks:
+    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. folder,
+    config: of `calibrate`, for a run that is to go on after a kill.
     """
-
-    def measure(epoch: int = 0, **options: Any) -> Any:
-        return calibrate(pruner, view, data, fabric, seed, epoch, **kept, **options)
-
-    sparsities, pattern = None if target.pattern else [target.sparsity], target.pattern
-    pruner.preflight(view, sparsities, pattern=pattern)
-    ((_, masks),) = pruner.masks(view, measure(), sparsities, pattern=pattern, seed=seed, again=measure)
+    measure = partial(calibrate, pruner, view, data, fabric, seed, folder=folder, config=config)
+    request = Request([] if target.sparsity is None else [target.sparsity], target.pattern, seed=seed)
+    pruner.preflight(view, request)
+    ((_, masks),) = pruner.masks(view, measure(), request, measure)
     return masks
 
 
@@ -50,12 +59,17 @@ def report(lines: Sequence[tuple[str, Metrics]], view: PrunableView, written: Se
     return "\n".join(["", markdown_table(rows), "", share, *(f"written: {path}" for path in written)])
 
 
-def save(model: nn.Module, path: Path, masks: Masks | None) -> list[Path]:
-    """The state dict, as safetensors where the name says so, else as torch writes it, and the masks beside it."""
+def save(
+    model: nn.Module, path: Path, masks: Masks | None, halves: Mapping[str, torch.dtype] | None = None
+) -> list[Path]:
+    """The state dict, as safetensors where the name says so, else as torch writes it, and the masks beside it.
+
+    halves: of `sparsity.view.PrunableView`.
+    """
     if path.suffix == ".safetensors":
-        save_weights(model, path)
+        save_weights(model, path, halves=halves, allowed=("vanished",))
     else:
-        with replacing(path) as temporary:
+        with as_published(model, halves or {}), replacing(path) as temporary:
             torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
     if masks is None:
         return [path]

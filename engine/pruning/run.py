@@ -5,8 +5,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.export import save_model
 from engine.pruning.tensor_stream import stream_tensors
+from engine.ranks import summed
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.masks import Masks
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.view import PrunableView
@@ -38,12 +41,13 @@ def calibrate(
     *,
     folder: Path | None = None,
     config: Any = None,
-    **options: Any,
+    names: Sequence[str] | None = None,
+    request: Request | None = None,
 ) -> Any:
     """The pruner's statistic over the batches of an epoch, summed over ranks; {} where there is no data to read.
 
     What a loss draws is a function of the seed and the batch. folder: for what is too large for memory; `config`, a
-    dataclass, then says what is read. options: further ones of the pruner's `measure`.
+    dataclass, then says what is read. names, request: see `CalibrationPass`.
     """
     if data is None:
         return {}
@@ -54,23 +58,22 @@ def calibrate(
         quiet = not fabric.is_global_zero
         return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
 
-    def total(tensor: Tensor) -> Tensor:
-        return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
-
+    scratch = None
     if folder:
         read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)
-        options["scratch"] = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
+        scratch = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
 
+    reading = CalibrationPass(
+        progress=progress,
+        reduce=partial(summed, fabric) if fabric.world_size > 1 else None,
+        generators=lambda i: batch_generator(seed, numbers[i]),
+        rounds=data.rounds,
+        scratch=scratch,
+        names=names,
+        request=request,
+    )
     with fabric.autocast(), logging_redirect_tqdm():
-        return pruner.measure(
-            view,
-            (fabric.to_device(batch) for batch in data),
-            progress=progress,
-            reduce=total if fabric.world_size > 1 else None,
-            generators=lambda i: batch_generator(seed, numbers[i]),
-            rounds=data.rounds,
-            **options,
-        )
+        return pruner.measure(view, (fabric.to_device(batch) for batch in data), reading)
 
 
 def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
@@ -172,16 +175,17 @@ class Results:
         )
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
-        """The updated weights alone, under every name that they have in the model."""
+        """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""
         named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        shapes = {key: tuple(weight.shape) for key, weight in named}
         if self.writes:
-            stream_tensors(path, {key: tuple(weight.shape) for key, weight in named}, named)
+            stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
         self.written.append(path)
 
     def _save_model(self, path: Path) -> None:
         """The model as it is, as its own library loads it."""
         if self.writes:
-            self.written.append(save_model(self.view.model, path))
+            self.written.append(save_model(self.view.model, path, self.view.halves))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""

@@ -1,13 +1,11 @@
 """N:M methods on the bundled classifier beside each other, with the published figures of the same methods."""
 
 import json
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.reports.report import markdown_table
+from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
@@ -48,13 +46,6 @@ def read_results(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def mean_and_error(values: Sequence[float]) -> str:
-    """Mean, with its standard error where there are several values."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
-
-
 def table(found: Mapping[str, Mapping[int, float]]) -> str:
     """Markdown: a row for each method that there is a result of."""
     rows: list[dict[str, Any]] = []
@@ -62,7 +53,8 @@ def table(found: Mapping[str, Mapping[int, float]]) -> str:
         values = list(found.get(method, {}).values())
         if values:
             row = {"method": name, "mask prior": prior or "-", "seeds": str(len(values))}
-            rows.append(row | {"top-1": mean_and_error(values), "ViT-B/16, ImageNet (published)": f"{published:.2f}"})
+            top1 = with_error(*mean_and_error(values), digits=2)
+            rows.append(row | {"top-1": top1, "ViT-B/16, ImageNet (published)": f"{published:.2f}"})
     return markdown_table(rows)
 
 

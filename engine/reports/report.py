@@ -2,7 +2,9 @@
 
 import csv
 import io
+import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,17 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean, and its standard error: the sample's standard deviation / sqrt(n), None for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def with_error(mean: float, error: float | None, digits: int, sign: str = " ± ") -> str:
+    """Return a mean as tables have it, with its standard error where there is one."""
+    return f"{mean:.{digits}f}" + ("" if error is None else f"{sign}{error:.{digits}f}")
 
 
 def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from configs.loading import save_config
 from configs.task import TaskConfig
-from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
 from engine.export import save_weights
-from engine.ranks import on_leader
+from engine.ranks import on_leader, place_of
 from engine.reports.model_card import model_card
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
@@ -102,6 +102,8 @@ class Finetuning:
         best; the last ones are where None.
         """
         run, epochs = self.run, self.config.scheduler.epochs
+        if not run.checkpoint_path.is_file():
+            clear_skipped(self.args.output_dir, self.fabric.global_rank, self.fabric.world_size)
         if validate is not None and not self.args.skip_eval:
             run.validate, run.select = partial(self.evaluate, validate), select
         start = run.resume()
@@ -183,9 +185,8 @@ class Finetuning:
         Raises UserError where too many images cannot be read, or none of a batch.
         """
         config, fabric, parts = self.config, self.fabric, self.run.accumulate
-        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
         order = {"seed": self.args.seed, "start": start * parts, "stop": stop * parts, "workers": config.workers}
-        batches = self.read(self.train, config.batch_size_train, self.gather, **order, **ranks)
+        batches = self.read(self.train, config.batch_size_train, self.gather, place=place_of(fabric), **order)
         epoch = self.epoch_steps * parts
         path = skipped_path(self.args.output_dir, fabric.global_rank)
         skipped = SkippedImages(path, epoch * config.batch_size_train, config.max_skipped)
@@ -226,7 +227,7 @@ def read_masks(
         resolved = renamed.resolve(view)
     except ValueError as error:
         raise UserError(f"--mask {path}: {error}") from error
-    return Masks(resolved, loaded.provenance, {weight.name: weight.aliases for weight in view.weights.values()})
+    return Masks(resolved, loaded.provenance, view.aliases)
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:

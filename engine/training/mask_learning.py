@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from configs.loading import save_config
-from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.labelled.data_path import BUNDLED
 from datasets.labelled.public import check_classes
@@ -26,7 +26,7 @@ from datasets.loaders import loader
 from engine.evaluation.classification import Accuracy, Classifier
 from engine.export import save_weights
 from engine.pruning.data_kinds import Subject
-from engine.ranks import on_leader
+from engine.ranks import on_leader, place_of
 from engine.training.checkpoint import save_checkpoint
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, WandbLog
@@ -103,13 +103,13 @@ class ImageTask:
         return Accuracy(Classifier(self.model), part, self.fabric, self.args.folder, **reading)
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        ranks = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        place = place_of(self.fabric)
         order = {"seed": self.args.seed, "start": start, "stop": stop, "workers": self.args.workers}
-        read = loader(self.train, self.args.batch_size, collate, **order, **ranks)
+        read = loader(self.train, self.args.batch_size, collate, place=place, **order)
         path = skipped_path(self.args.folder, self.fabric.global_rank)
         skipped = SkippedImages(path, (stop - start) * self.args.batch_size, self.args.max_skipped)
         for step, batch in enumerate(skipped.watch(read), start):
-            yield self.labelled.prepared(batch, step * self.fabric.world_size + self.fabric.global_rank)
+            yield self.labelled.prepared(batch, place.batch(step))
 
     def loss(self, batch: Any, step: int) -> Tensor:
         return self.labelled.loss(self.compiled(batch["image"]), batch)
@@ -145,7 +145,7 @@ class SubjectTask:
             step += count
 
     def loss(self, batch: Any, step: int) -> Tensor:
-        number = step * self.fabric.world_size + self.fabric.global_rank
+        number = place_of(self.fabric).batch(step)
         return self.view.loss(batch, batch_generator(self.seed, number))
 
     def evaluate(self) -> Metrics:
@@ -335,6 +335,8 @@ class MaskLearning:
 
     def fit(self) -> None:
         """Train on from the last checkpoint, to the end."""
+        if not self.run.checkpoint_path.is_file():
+            clear_skipped(self.args.folder, self.fabric.global_rank, self.fabric.world_size)
         start = self.run.resume()
         if start < self.steps:
             self.run.loggers = on_leader(self.fabric, self._begin) or ()

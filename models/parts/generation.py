@@ -36,21 +36,24 @@ class ImageDecoder(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits (B * K, 1, vocab) of the token after the last, from ids (B * K, T) that follow those of the cache."""
-        cache = DynamicCache() if past_key_values is None else past_key_values
-        last = self._states(self.decoder.bert, input_ids, cache)[:, -1:]
-        return CausalLMOutputWithPast(logits=head(self.decoder.cls, last), past_key_values=past_key_values)
+        """Logits (B * K, 1, vocab) of the token after the last, from ids (B * K, T) that follow those of the cache.
+
+        The cache is filled in place; `generate` keeps it.
+        """
+        last = self._states(self.decoder.bert, input_ids, DynamicCache() if cache is None else cache)[:, -1:]
+        return CausalLMOutputWithPast(logits=head(self.decoder.cls, last))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Cache | None = None, **_: object
+        self, input_ids: Tensor, cache: Cache | None = None, past_key_values: Cache | None = None, **_: object
     ) -> dict[str, object]:
-        """The tokens that the cache does not have yet."""
-        known = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return {"input_ids": input_ids[:, known:], "past_key_values": past_key_values}
+        """The tokens that the cache does not have yet; transformers before 5.24 calls the cache `past_key_values`."""
+        cache = past_key_values if cache is None else cache
+        known = 0 if cache is None else cache.get_seq_length()
+        return {"input_ids": input_ids[:, known:], "cache": cache}
 
     def _states(self, bert: Bert, ids: Tensor, cache: Cache) -> Tensor:
         """States (B * K, T, D) of the new tokens, whose keys and values go to the cache."""

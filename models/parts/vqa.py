@@ -15,7 +15,7 @@ from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM
 from models.parts.similarity import head
 from models.parts.task_model import TaskModel
-from sparsity.errors import UserError
+from sparsity.errors import UserError, listed
 
 ROWS = 2048  # answers that are scored together
 _HEAD = "text_decoder.cls.predictions.decoder.weight"  # tied to the decoder's word embeddings
@@ -130,7 +130,7 @@ def load(model: Answering, weights: str | Path, **options: Any) -> Answering:
     left_out = load_weights(model, weights, optional=(*copies, _HEAD), **options)
     missing = [name for name in left_out if name in copies]
     if missing and len(missing) < len(copies):
-        raise UserError(f"{weights}: weights of another model: {len(missing)} missing: {', '.join(missing[:3])}")
+        raise UserError(f"{weights}: weights of another model: {len(missing)} missing: {listed(missing, 3)}")
     if missing:
         model.begin_decoder()
     return model

@@ -97,18 +97,18 @@ class Again:
         """
         if torch.compiler.is_compiling() or x.grad_fn is None or x.grad_fn.name() not in cls.MAKERS:
             return None
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        flat = x.grad_fn.name() != "NativeLayerNormBackward0" or len(x.grad_fn._saved_normalized_shape) == 1
-        return cls(x.grad_fn, dtype) if hooks is None and flat else None
+        node: Any = x.grad_fn  # what it has saved is in no stub
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+        flat = node.name() != "NativeLayerNormBackward0" or len(node._saved_normalized_shape) == 1
+        return cls(node, dtype) if hooks is None and flat else None
 
     def product(self, upstream: Tensor) -> Tensor:
         """upstream (rows, out) -> upstream^T @ x (out, in)."""
         make = self.MAKERS[self.node.name()]
         if upstream.dtype in (torch.float16, torch.bfloat16):  # whose sums must not be rounded in between
             return upstream.t() @ make(self.node, slice(None)).to(self.dtype)
-        total = None
-        for first in range(0, len(upstream), self.ROWS):
-            rows = slice(first, first + self.ROWS)
-            own, x = upstream[rows].t(), make(self.node, rows).to(self.dtype)
-            total = own @ x if total is None else total.addmm_(own, x)
+        first, *rest = (slice(start, start + self.ROWS) for start in range(0, max(1, len(upstream)), self.ROWS))
+        total = upstream[first].t() @ make(self.node, first).to(self.dtype)
+        for rows in rest:
+            total.addmm_(upstream[rows].t(), make(self.node, rows).to(self.dtype))
         return total

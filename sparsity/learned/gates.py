@@ -119,7 +119,8 @@ class Sampled:
                 if of_weight is not None:
                     of_weight[part] = own
         shape = self.weight.shape
-        return masked.to(of_masked.dtype).view(shape), of_gate.t(), of_weight.view(shape) if train_weight else None
+        of_weight = of_weight.view(shape) if train_weight and of_weight is not None else None
+        return masked.to(of_masked.dtype).view(shape), of_gate.t(), of_weight
 
     def _parts(self) -> list[slice]:
         """The groups, some thousand at a time; a compiler gets them all, and fuses instead."""
@@ -145,7 +146,8 @@ class Sampled:
 
     def _soft(self, part: slice) -> Tensor:
         """The soft choice (C, n), each column of which sums to 1."""
-        noise = gumbel(tuple(self.planes.shape), self.key, part.start, part.stop).to(self.planes.dtype)
+        count, groups = self.planes.shape
+        noise = gumbel((count, groups), self.key, part.start, part.stop).to(self.planes.dtype)
         logits = noise.div_(self.tau).addcmul_(self.planes[:, part], self.scaling / self.tau)
         return self.choice.softmax(logits, self.least)
 
@@ -164,7 +166,7 @@ class _Products:
 
     def softmax(self, logits: Tensor, least: float) -> Tensor:
         """(C, n), over C; 0 where a logit is so much below the highest."""
-        below = F.threshold_(logits.sub_(logits.amax(dim=0)), least, -math.inf)
+        below = torch.threshold_(logits.sub_(logits.amax(dim=0)), least, -math.inf)
         return below.softmax(dim=0)
 
     def total(self, shares: Tensor) -> Tensor:

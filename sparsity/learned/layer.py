@@ -35,6 +35,13 @@ class MaskedLayer(nn.Module):
     hard: bool
     transposed: bool  # whether the weight is stored (in, out)
     folded: bool  # whether the weight holds the zeros of the mask already
+    terms: Terms
+    name: str  # of the weight, where several layers share `terms`
+    gate: nn.Parameter
+    setting: Tensor
+    key: Tensor | None
+    bias: nn.Parameter | None
+    dense_kind: type[nn.Module]  # what the layer was, where it has become a `masked_kind`
 
     def learn_mask(self, gate: nn.Parameter, pattern: NM, hard: bool, *, transposed: bool = False) -> None:
         """Begin to have a mask; UserError where M does not divide the inputs."""
@@ -69,7 +76,9 @@ class MaskedLayer(nn.Module):
     @property
     def parameter(self) -> nn.Parameter:
         """The weight without its mask."""
-        return self._parameters["weight"]
+        weight = self._parameters["weight"]
+        assert weight is not None, "a layer with a mask has a weight of its own"
+        return weight
 
     @property
     def matrix(self) -> Tensor:
@@ -157,6 +166,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 class MaskedLinearFrozen(nn.Linear):
     """nn.Linear with a fixed mask, a buffer (out, in) of ones and zeros; at first all ones."""
 
+    mask: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -172,7 +183,7 @@ class MaskedLinearFrozen(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-class _Read:
+class _Read(MaskedLayer):
     """A layer whose weight is masked for those who read it, too: models (timm's EVA, BEiT, Swin V2) that multiply with
     it themselves, and layers with a forward of their own.
     """
@@ -215,6 +226,12 @@ def add_prior(gate: Tensor, prior: Tensor, pattern: NM, strength: float) -> None
         spread = float(gate.std()) if gate.numel() > 1 else 1.0
         agreement = kept @ prior.to(gate).reshape(-1, pattern.m).t()  # (C, G)
         gate.add_((agreement - pattern.n**2 / pattern.m).t(), alpha=strength * spread)
+
+
+def masked(module: nn.Module) -> MaskedLayer:
+    """Return a layer that is known to have a mask."""
+    assert isinstance(module, MaskedLayer), "its mask was attached, and not yet detached"
+    return module
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:

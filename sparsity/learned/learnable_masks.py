@@ -1,16 +1,16 @@
 """Learnable N:M masks on the prunable weights of a view (MaskLLM, arXiv 2409.17481)."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsity.errors import UserError
+from sparsity.errors import UserError, listed
 from sparsity.learned.gates import new_gate
-from sparsity.learned.layer import MaskedLayer, Terms, add_prior, checked_pattern, gate_place, masked_kind
+from sparsity.learned.layer import MaskedLayer, Terms, add_prior, checked_pattern, gate_place, masked, masked_kind
 from sparsity.masks import Masks
 from sparsity.pattern import NM
 from sparsity.view import PrunableView, PrunableWeight
@@ -34,7 +34,7 @@ class LearnableMasks:
         if not fitting:
             raise UserError(f"no layer of this model divides into groups of {pattern.m} inputs: choose another M")
         if rest:
-            logger.warning("these layers do not divide into groups of %d and stay dense: %s", pattern.m, some(rest))
+            logger.warning("these layers do not divide into groups of %d and stay dense: %s", pattern.m, listed(rest))
         generator = torch.Generator().manual_seed(seed)
         self.gates: dict[str, nn.Parameter] = {}
         self._weights, self._terms = fitting, Terms()
@@ -49,12 +49,13 @@ class LearnableMasks:
             raise UserError(f"layer {name!r} has a learnable mask already")
         calls = weight.transposed or type(module).forward is nn.Linear.forward
         module.__class__ = masked_kind(type(module), calls)
+        module = masked(module)
         module.learn_mask(self.gates[name], self.pattern, hard, transposed=weight.transposed)
         module.terms, module.name = self._terms, name
 
     def layers(self) -> Iterator[tuple[str, MaskedLayer]]:
         """Every layer with the name of its weight, a tied one's several."""
-        return ((name, module) for name, weight in self._weights.items() for module in weight.modules)
+        return ((name, masked(module)) for name, weight in self._weights.items() for module in weight.modules)
 
     def freeze_weights(self) -> None:
         """Nothing but the gates learns."""
@@ -93,7 +94,7 @@ class LearnableMasks:
             words = np.random.SeedSequence(self.seed, spawn_key=(step, number)).generate_state(2)
             key = torch.from_numpy(words.view(np.int32)).to(self.gates[name].device)
             for module in weight.modules:
-                module.key = key
+                masked(module).key = key
 
     def squared_weight(self) -> Tensor:
         """Sum over the weights of ||W * sample||^2 in the last training forward, once; W counts as a constant."""
@@ -106,28 +107,24 @@ class LearnableMasks:
         idle = [name for name, gate in self.gates.items() if gate.grad is None]
         if idle:
             raise UserError(
-                f"the mask of {some(idle)} cannot be learned: the loss does not depend on the layer; keep it dense "
+                f"the mask of {listed(idle)} cannot be learned: the loss does not depend on the layer; keep it dense "
                 "(--exclude)"
             )
 
     def masks(self, provenance: Mapping[str, Any] | None = None) -> Masks:
         """What the gates prefer: exactly N of every M, and all of the layers that stay dense."""
         found = {
-            name: weight.as_stored(next(m for m in weight.modules).mask)
+            name: weight.as_stored(masked(weight.modules[0]).mask)
             if name in self.gates
             else torch.ones(weight.parameter.shape, dtype=torch.bool)
             for name, weight in self.view.weights.items()
         }
-        aliases = {weight.name: weight.aliases for weight in self.view.weights.values()}
-        return Masks(found, {"pattern": str(self.pattern), **(provenance or {})}, aliases)
+        return Masks(found, {"pattern": str(self.pattern), **(provenance or {})}, self.view.aliases)
 
     def detach(self) -> None:
         """The layers as they were, without gates; the weights are not changed."""
-        for _, layer in self.layers():
+        for module in (module for weight in self._weights.values() for module in weight.modules):
+            layer = masked(module)
             del layer.gate, layer.setting, layer.key, layer.terms, layer.pattern, layer.hard, layer.transposed
             del layer.folded, layer.name
-            layer.__class__ = layer.dense_kind
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + f" and {len(names) - limit} more" * (len(names) > limit)
+            module.__class__ = layer.dense_kind

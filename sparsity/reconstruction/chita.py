@@ -57,7 +57,10 @@ def solve(
     most BLOCK. A block whose line search finds nothing better keeps the weights with which it began.
     """
     problem = _Problem(rows, weights, ridge, alive)
-    step, kept = _choose(problem, count) if pattern is None else (0.0, None)
+    step, kept = 0.0, {}
+    if pattern is None:
+        assert count is not None, "without a pattern, it is said how many are kept"
+        step, kept = _choose(problem, count)
     for name, weight in weights.items():
         if pattern and not pattern.fits(weight.shape[1]):
             yield name, torch.ones_like(weight, dtype=torch.bool), weight.clone()
@@ -223,10 +226,11 @@ def _solve_weight(
         # Copied: rows of a file lie so far apart that the same few lines of the cache would serve all of them.
         A = rows.read(piece.first, piece.last).unflatten(1, (count, -1)).transpose(0, 1).contiguous()
         mask = kept[begin:end].float()
-        vectors = [problem.weight(piece), problem.moved(piece, step).mul_(mask), mask]
-        vectors.append(piece.of(problem.alive) if problem.alive else None)
-        shaped = (vector if vector is None else vector.view(count, 1, -1) for vector in vectors)
-        blocks = _Blocks(A, *shaped, pattern, problem.shift, problem.mu)
+        w, start, mask = (
+            vector.view(count, 1, -1) for vector in (problem.weight(piece), problem.moved(piece, step).mul_(mask), mask)
+        )
+        alive = piece.of(problem.alive).view(count, 1, -1) if problem.alive else None
+        blocks = _Blocks(A, w, start, mask, alive, pattern, problem.shift, problem.mu)
         if blocks.search():
             kept[begin:end] = blocks.mask.view(-1)
         solved[begin:end] = blocks.refit().view(-1)
@@ -237,7 +241,7 @@ def _solve_weight(
 
 
 @contextmanager
-def _workers(rows: Rows) -> Iterator[Callable[[Callable, Iterable], None]]:
+def _workers(rows: Rows) -> Iterator[Callable[[Callable, Iterable], object]]:
     """Calls a function with each item, in as many threads as torch has. Blocks are too small to share one of them."""
     threads = torch.get_num_threads()
     if threads == 1 or not rows.independent:

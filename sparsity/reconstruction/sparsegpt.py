@@ -50,6 +50,7 @@ def reconstruct(
         choice: GroupChoice | BlockChoice = GroupChoice(pattern, factor.turned)
         sweep = _Sweep(weight, factor, choice, pattern.m, pattern.m - pattern.n)
     else:
+        assert sparsity is not None, "without a pattern there is a sparsity"
         sweep = _Sweep(weight, factor, BlockChoice(factor.name, sparsity), SELECTION, SELECTION)
     kept, updated = sweep.run(computed)
     check_finite(factor.name, updated)

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from sparsity.files import write_atomic
 from sparsity.masks import state_digest
+from sparsity.run.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
@@ -66,10 +64,12 @@ def device_of(view: PrunableView) -> torch.device:
 
 def defer(view: PrunableView, data: Scratch | None, reduce: Callable[[Tensor], Tensor] | None) -> Deferred:
     """data: identity of the data, and a path; the model, and the arithmetic at the time of this call, are added."""
+    if data is None:
+        return Deferred(None, reduce)
     device = device_of(view).type
     arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
-    facts = data and json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
-    return Deferred(data and Scratch(data.path, facts), reduce)
+    facts = json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
+    return Deferred(Scratch(data.path, facts), reduce)
 
 
 def by_blocks(
@@ -152,33 +152,27 @@ class Progress:
         return {name: found[name] for names in order[:count] for name in names}
 
     def _read(self, number: int, names: Sequence[str]) -> dict[str, Done] | None:
-        try:
-            with safe_open(self._path(number), framework="pt", device=str(self._device)) as file:
-                if file.metadata()["identity"] != self._identity:
-                    return None
-                stored = set(file.keys())
-                if not {f"mask {name}" for name in names} <= stored:
-                    return None
-                tensor = {key: file.get_tensor(key) for key in stored}
-        except (OSError, SafetensorError):  # there is none, or a damaged one
+        kept = load_kept(self._path(number), self._identity, self._device)
+        if kept is None or not {f"mask {name}" for name in names} <= kept[0].keys():
             return None
+        tensor, _ = kept
         return {name: Done(tensor[f"mask {name}"], tensor.get(f"weight {name}")) for name in names}
 
     def save(self, number: int, block: Mapping[str, Done]) -> None:
         """The file of a block, whole or not at all."""
         if self._origin is None:
             return
-        tensors = {f"mask {name}": done.kept.contiguous() for name, done in block.items()}
-        tensors |= {f"weight {n}": done.updated.contiguous() for n, done in block.items() if done.updated is not None}
-        write_atomic(self._path(number), serialize(tensors, {"identity": self._identity}))
+        tensors = {f"mask {name}": done.kept for name, done in block.items()}
+        tensors |= {f"weight {name}": done.updated for name, done in block.items() if done.updated is not None}
+        save_kept(self._path(number), tensors, {"identity": self._identity})
 
     def forget(self) -> None:
         """Removes the files."""
-        for path in self._origin.path.parent.glob(self._name("*")) if self._origin else ():
+        if self._origin is None:
+            return
+        for path in self._origin.path.parent.glob(self._path("*").name):
             path.unlink(missing_ok=True)
 
-    def _name(self, number: int | str) -> str:
-        return f"{self._origin.path.name}_{self._label}.block{number}"
-
-    def _path(self, number: int) -> Path:
-        return self._origin.path.with_name(self._name(number))
+    def _path(self, number: int | str) -> Path:
+        assert self._origin is not None, "only where files are kept"
+        return self._origin.path.with_name(f"{self._origin.path.name}_{self._label}.block{number}")

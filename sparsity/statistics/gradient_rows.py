@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import state_digest
-from sparsity.statistics.gradients import batch_generator, only_prunable
+from sparsity.statistics.gradients import batch_generator, only_prunable, summed_gradients
 from sparsity.statistics.inputs import untouched
 from sparsity.view import PrunableView
 
@@ -146,6 +146,7 @@ def gradient_rows(
     if fit(view.numel, rounds, dtype, budget, scratch and scratch.path.parent):
         store = _Memory(len(own), view.numel, kind)
     else:
+        assert origin is not None, "`fit` refuses rows that find no room"
         store = _File(origin, view.numel, kind)
     counts = torch.tensor(rounds, dtype=torch.float64, device=device)
     counts = (reduce(counts) if reduce else counts).tolist()
@@ -223,17 +224,18 @@ def _collect(
 ) -> None:
     """The rows that the store does not have yet. shares: for each row, how many batches come here, and on all ranks."""
     idle = set(view.weights)
-    with only_prunable(view):
+    with only_prunable(view), summed_gradients(view) as sums:
         for place, (here, together) in enumerate(shares):
             batches = islice(numbered, here)
             if place < len(store.images):
                 deque(batches, maxlen=0)  # read, since what follows depends on the order, but not used
                 continue
+            sums.clear()
             images = _backward(view, batches, generators)
             if not images:
                 break
-            idle -= {name for name, weight in view.weights.items() if weight.parameter.grad is not None}
-            store.append(_pieces(view, together), images)
+            idle -= set(sums)
+            store.append(_pieces(view, sums, together), images)
     if idle and not idle_is_fine and store.images:
         raise UserError(f"layer {next(name for name in view.weights if name in idle)!r} got no gradient from the loss")
 
@@ -241,10 +243,8 @@ def _collect(
 def _backward(
     view: PrunableView, batches: Iterable[tuple[int, Any]], generators: Callable[[int], torch.Generator]
 ) -> int:
-    """Leaves the sum of the batches' gradients in the parameters; the number of images."""
+    """Run the batches backward, whose gradients `summed_gradients` takes; the number of images."""
     images = 0
-    for weight in view.weights.values():
-        weight.parameter.grad = None
     for number, batch in batches:
         # What a loss moves (momentum copies, queues) starts anew for each batch: rows depend on their own alone.
         with untouched(view.model, view.moved_by_loss), torch.enable_grad():
@@ -253,10 +253,10 @@ def _backward(
     return images
 
 
-def _pieces(view: PrunableView, count: float) -> Iterator[Tensor]:
-    """The row, weight after weight: the gradients that are in the parameters, divided by `count`."""
+def _pieces(view: PrunableView, sums: Mapping[str, Tensor], count: float) -> Iterator[Tensor]:
+    """The row, weight after weight: the sums of the gradients divided by `count`."""
     for name, weight in view.weights.items():
-        gradient = weight.parameter.grad
+        gradient = sums.get(name)
         if gradient is None:
             yield torch.zeros(weight.numel)
             continue
@@ -335,7 +335,7 @@ class _File:
             with self.path.open("r+b") as file:
                 file.seek(len(self.images) * self._bytes)
                 for piece in pieces:
-                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy())
+                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

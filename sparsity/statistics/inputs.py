@@ -29,7 +29,7 @@ def input_norms(rows: Tensor) -> Tensor:
     """(tokens, in) -> (in,): for each input feature the sum of squares over tokens, in float64."""
     total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
     for piece in rows.split(max(1, _PIECE // rows.shape[1])):
-        total += piece.double().square_().sum(dim=0)
+        total += piece.to(torch.float64, copy=True).square_().sum(dim=0)
     return total
 
 
@@ -56,9 +56,11 @@ class _Seen:
     tokens: int
 
     def matches(self, source: Tensor, valid: Tensor | None) -> bool:
-        if self.source() is not source or self.version != source._version or (self.valid is None) != (valid is None):
+        if self.source() is not source or self.version != source._version:
             return False
-        return valid is None or valid is self.valid or torch.equal(valid, self.valid)
+        if valid is None or self.valid is None:
+            return valid is self.valid
+        return valid is self.valid or torch.equal(valid, self.valid)
 
 
 class _LinearCalls(TorchFunctionMode):
@@ -227,7 +229,7 @@ def untouched(model: nn.Module, moved: Collection[int] = ()) -> Iterator[None]:
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
-    buffers = [(m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in modules]
+    buffers = [(m, dict(m._buffers), [(b, b.clone()) for b in m._buffers.values() if b is not None]) for m in modules]
     parameters = [
         (name, p, p.data, p.data.clone() if p.numel() <= _SMALL or id(p) in moved else None, p._version)
         for name, p in model.named_parameters()
@@ -240,8 +242,8 @@ def untouched(model: nn.Module, moved: Collection[int] = ()) -> Iterator[None]:
             module.training = flag
         with torch.no_grad():
             for module, originals, copies in buffers:
-                for key, copy in copies.items():
-                    originals[key].copy_(copy)
+                for buffer, copy in copies:
+                    buffer.copy_(copy)
                 module._buffers.clear()
                 module._buffers.update(originals)
             for _, parameter, data, copy, _ in parameters:
@@ -249,6 +251,6 @@ def untouched(model: nn.Module, moved: Collection[int] = ()) -> Iterator[None]:
                     parameter.data = data
                 if copy is not None:
                     data.copy_(copy)
-    moved = [name for name, p, data, copy, version in parameters if copy is None and p._version != version]
-    if moved:
-        raise RuntimeError(f"the calibration pass changed {moved[0]!r} in place, and it was too large to be copied")
+    changed = [name for name, p, data, copy, version in parameters if copy is None and p._version != version]
+    if changed:
+        raise RuntimeError(f"the calibration pass changed {changed[0]!r} in place, and it was too large to be copied")

@@ -33,6 +33,7 @@ def one_rank(rank, address, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.multiprocess
 def test_an_error_of_the_leader_ends_all(tmp_path):
     multiprocessing.spawn(one_rank, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]

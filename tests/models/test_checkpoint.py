@@ -131,7 +131,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
 
 def test_only_the_first_names_are_shown(tmp_path, tied):
     torch.save(tied | {f"x{i}": torch.zeros(1) for i in range(9)}, tmp_path / "w.pth")
-    assert refusal(Tied(), tmp_path / "w.pth").endswith("9 unexpected: x0, x1, x2 ...")
+    assert refusal(Tied(), tmp_path / "w.pth").endswith("9 unexpected: x0, x1, x2 and 6 more")
 
 
 def damage(path):

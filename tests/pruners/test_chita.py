@@ -16,6 +16,7 @@ from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget, step_sparsity
 from sparsity.masks import Masks
 from sparsity.pattern import NM
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Scratch
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused, script  # noqa: F401
 from tests.toys import Conv1D, layers, view_of
@@ -49,9 +50,10 @@ def chita(view, data, sparsities, *, scratch=lambda epoch: None, computed=None, 
     def measure(epoch):
         if computed is not None:
             computed.append(epoch)
-        return pruner.measure(view, data[epoch], rounds=[2] * (len(data[epoch]) // 2), scratch=scratch(epoch))
+        reading = CalibrationPass(rounds=[2] * (len(data[epoch]) // 2), scratch=scratch(epoch))
+        return pruner.measure(view, data[epoch], reading)
 
-    return dict(pruner.masks(view, measure(0), sparsities, again=measure))
+    return dict(pruner.masks(view, measure(0), Request(sparsities), measure))
 
 
 def same(a, b):
@@ -133,8 +135,8 @@ def test_two_steps_are_one_after_the_other(view, epochs):
     before = parameters(view)
     pruner = pruners.build("chita")
     with first.applied(view):
-        rows = pruner.measure(view, epochs[1], rounds=[2, 2])
-        second = pruner._step(view, rows, first, view.numel - budget("0.6", view.numel), {})
+        rows = pruner.measure(view, epochs[1], CalibrationPass(rounds=[2, 2]))
+        second = pruner._step(view, rows, {}, count=view.numel - budget("0.6", view.numel), before=first)
     assert same(second, both)
     assert all(torch.equal(weight, before[name]) for name, weight in parameters(view).items())
 
@@ -185,6 +187,7 @@ def test_a_killed_chita_plus_plus_goes_on_with_the_next_step(view, epochs, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.script
 def test_a_killed_script_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     options = ("-s", "50", "--memory_budget", "0")
     whole = pruned(tmp_path / "whole", "chita", "-s", "50")
@@ -222,6 +225,7 @@ def load_equal(one, two):
 # In the scripts
 
 
+@pytest.mark.script
 def test_the_weights_are_written_beside_the_masks(tmp_path, capsys):
     folder = pruned(tmp_path, "chita", "-s", "50,75")
     told = capsys.readouterr().out
@@ -236,6 +240,7 @@ def test_the_weights_are_written_beside_the_masks(tmp_path, capsys):
     assert not list(omp.glob("*weights*"))
 
 
+@pytest.mark.script
 def test_what_is_needed_is_said_and_too_much_is_refused_before_any_forward(tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", "pruners")
     pruned(tmp_path / "said", "chita", "-s", "50", "--memory_budget", "0")
@@ -298,6 +303,9 @@ def test_its_statistic_is_its_own():
     assert not pruners.one_shot("chita")
 
 
+@pytest.mark.script
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_give_the_masks_of_one(tmp_path):
     one = pruned(tmp_path / "one", "chita", "-s", "50")
     script("prune.py", *prune_options(tmp_path / "two", "chita", "-s", "50", "--memory_budget", "0", "--devices", "2"))

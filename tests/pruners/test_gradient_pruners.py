@@ -10,6 +10,7 @@ from torch import nn
 import pruners
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget, step_sparsity
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.selection import keep, thresholds
 from sparsity.statistics.gradients import batch_generator, mean_gradients
 from sparsity.view import PrunableView
@@ -26,8 +27,8 @@ def test_snip_mask_with_the_recorded_negatives(small_xvlm, in_lockstep):
     view = xvlm.prunable_view(small_xvlm)
     stream = torch.Generator().manual_seed(42)
     snip = pruners.build("snip")
-    statistics = snip.measure(view, in_lockstep, generators=lambda number: stream)
-    ((_, masks),) = snip.masks(view, statistics, ["0.63"])
+    statistics = snip.measure(view, in_lockstep, CalibrationPass(generators=lambda number: stream))
+    ((_, masks),) = snip.masks(view, statistics, Request(["0.63"]))
     expected = load_file(SMALL / "masks_63" / "snip.safetensors")
     differing = sum(int((masks[name] != expected[name].bool()).sum()) for name in expected)
     assert differing <= 0.001 * masks.total
@@ -135,7 +136,7 @@ def test_itersnip_equals_a_naive_loop(toy, schedule):
 
     pruner = pruners.build("itersnip", epochs=epochs, schedule=schedule)
     again = lambda epoch: pruner.measure(view, fresh[epoch])  # noqa: E731
-    ((_, masks),) = pruner.masks(view, pruner.measure(view, fresh[0]), [sparsity], again=again)
+    ((_, masks),) = pruner.masks(view, pruner.measure(view, fresh[0]), Request([sparsity]), again)
     assert all(torch.equal(masks[name], naive[name]) for name in naive)
     assert masks.total - masks.kept == budget(sparsity, view.numel)
     assert all(torch.equal(weight.matrix(), dense[name]) for name, weight in view.weights.items())

@@ -15,6 +15,7 @@ from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from sparsity.pattern import NM
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.run.sequential import stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import triangle
@@ -342,16 +343,16 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
         pruner, passes = pruners.build("sparsegpt", **options), []
         scratch = Scratch(tmp_path / "run", "data")
 
-        def again(epoch, **asked):
+        def again(epoch, *, names):
             if len(passes) == limit:
                 raise KilledError
-            passes.append(asked["names"])
-            return pruner.measure(view, batches, scratch=scratch, **asked)
+            passes.append(names)
+            return pruner.measure(view, batches, CalibrationPass(scratch=scratch, names=names))
 
         if seen is not None:
             seen.append(passes)
-        first = pruner.measure(view, batches, scratch=scratch)
-        return list(pruner.masks(view, first, ["0.5", "0.75"], again=again))
+        first = pruner.measure(view, batches, CalibrationPass(scratch=scratch))
+        return list(pruner.masks(view, first, Request(["0.5", "0.75"]), again))
 
     passes = []
     with pytest.raises(KilledError):
@@ -373,6 +374,7 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
 # The command line
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("options", [("wanda",), ("sparsegpt", "--enable-update")], ids=" ".join)
 def test_blocks_one_after_the_other_by_command(tmp_path, options):
     sequential = [*options, "--pattern", "2:4", "--calibration_mode", "sequential"]
@@ -386,6 +388,7 @@ def test_blocks_one_after_the_other_by_command(tmp_path, options):
     assert not list(first.glob("*.block*"))
 
 
+@pytest.mark.script
 def test_pools_and_scores_that_cannot_be(tmp_path):
     for options, told in (
         (["--pool", "global", "-s", "50"], "take layer, row, block, or calibration_mode dense"),

@@ -10,6 +10,7 @@ import pruners
 from pruners.base import Pruner
 from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
+from sparsity.run.request import CalibrationPass, Request
 from sparsity.selection import magnitude_counts
 from tests.toys import Attention, Conv1D, layers, view_of
 
@@ -133,8 +134,8 @@ def test_a_constant_factor_per_layer_changes_nothing_for_multiflow(view, batches
     pruner = pruners.build("multiflow")
     statistics = pruner.measure(view, batches)
     scaled = {name: value * 4.0 ** (i + 1) for i, (name, value) in enumerate(statistics.items())}
-    ((_, one),) = pruner.masks(view, statistics, ["0.63"])
-    ((_, other),) = pruner.masks(view, scaled, ["0.63"])
+    ((_, one),) = pruner.masks(view, statistics, Request(["0.63"]))
+    ((_, other),) = pruner.masks(view, scaled, Request(["0.63"]))
     assert same(one, other)
 
 
@@ -306,7 +307,8 @@ def test_data_is_read_once_for_all_sparsities_and_only_when_needed(view, batches
 
 def test_progress_wraps_the_batches(view, batches):
     seen = []
-    pruners.build("multiflow").measure(view, batches, progress=lambda items: seen.append(len(items)) or items)
+    shown = CalibrationPass(progress=lambda items: seen.append(len(items)) or items)
+    pruners.build("multiflow").measure(view, batches, shown)
     assert seen == [2]
 
 

@@ -3,13 +3,19 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from sparsity.files import check_writable, remove_leftovers, replacing, write_atomic
+from tests.processes import PATIENCE, held
+
+HALF_WRITTEN = f"""
+from {replacing.__module__} import replacing
+with replacing(sys.argv[1]) as temporary, temporary.open("wb") as file:
+    file.write(b"x" * 100_000)
+    file.flush()
+    hold()
+"""
 
 
 def test_writes_and_replaces(tmp_path):
@@ -41,23 +47,17 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+@pytest.mark.multiprocess
 def test_a_kill_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "a.bin"
+    path = tmp_path / "out" / "a.bin"
     write_atomic(path, b"old")
-    code = (
-        "import sys, time\nfrom sparsity.files import replacing\n"
-        "with replacing(sys.argv[1]) as temporary:\n"
-        "    with temporary.open('wb') as file:\n"
-        "        file.write(b'x' * 100_000); file.flush(); print('half', flush=True); time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env={"PYTHONPATH": "."})
-    assert process.stdout.readline() == b"half\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with held(HALF_WRITTEN, path, log=tmp_path / "stderr.txt") as process:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(PATIENCE) == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(path.parent.iterdir())) == 2
     remove_leftovers(path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_leftovers_of_other_files_stay(tmp_path):
@@ -98,19 +98,14 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         check_writable(folder, "--output_dir")
 
 
+@pytest.mark.multiprocess
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
-    code = (
-        "import sys, time\nfrom sparsity.files import replacing\n"
-        "with replacing(sys.argv[1]) as temporary:\n"
-        "    print('half', flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "a")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PYTHONPATH": "."})
-    assert process.stdout.readline() == b"half\n"
-    time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    process.wait()
-    assert not list(tmp_path.iterdir())
+    with held(HALF_WRITTEN, tmp_path / "out" / "a", log=tmp_path / "stderr.txt") as process:
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) != 0
+    assert "KeyboardInterrupt" in (tmp_path / "stderr.txt").read_text()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_file_is_readable_by_whom_the_umask_says(tmp_path):

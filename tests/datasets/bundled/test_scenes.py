@@ -98,6 +98,7 @@ def test_attribution_lists_every_vendor_and_licence():
     assert "CC-BY 4.0" in text and "MIT" in text and "changed" in text
 
 
+@pytest.mark.script
 def test_no_two_concepts_look_alike_in_a_font(glyphs):
     """Independently of how they were chosen: root mean square distances at 12 x 12 pixels over white and over black."""
     for images in glyphs.images.values():

@@ -118,6 +118,7 @@ def test_public_tokens_are_those_of_the_package(capfd):
     capfd.readouterr()
 
 
+@pytest.mark.slow
 @needs_java
 def test_metrics_with_java(capfd):
     scorer = CaptionScorer()

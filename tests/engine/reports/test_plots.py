@@ -70,7 +70,10 @@ def test_large_layers_are_sampled_evenly():
         (plot_overlap, ({"63": (["omp", "lamp"], np.eye(2), np.eye(2), 0.37)},)),
     ],
 )
-@pytest.mark.filterwarnings("error")
+# Of what is drawn, not of the garbage that other tests left, which may be collected meanwhile.
+@pytest.mark.filterwarnings(
+    "error::UserWarning", "error::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_plot_is_a_picture(tmp_path, draw, arguments):
     draw(tmp_path / "p.png", *arguments, "title")
     with Image.open(tmp_path / "p.png") as image:

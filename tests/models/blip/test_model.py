@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import pruners
 from models.blip import model as blip
 from sparsity.masks import Masks
+from sparsity.run.request import Request
 from sparsity.statistics.gradients import mean_gradients
 from tests.conftest import BLIP_CONFIG, SMALL_BLIP
 
@@ -71,7 +72,7 @@ def test_masks(small_blip, blip_batches, pruner, allowed):
     if chosen.statistic:  # the published code draws from the global stream
         view._loss = lambda batch, _: small_blip(batch, gather=False)["loss"]
         measured = chosen.measure(view, batches)
-    ((_, masks),) = chosen.masks(view, measured, ["0.63"])
+    ((_, masks),) = chosen.masks(view, measured, Request(["0.63"]))
     expected = load_file(SMALL_BLIP / "masks_63" / f"{pruner}.safetensors")
     assert set(masks) == set(expected)
     differing = sum(int((masks[name] != expected[name].bool()).sum()) for name in expected)
@@ -171,6 +172,7 @@ def test_full_size_prunable_weights_order_and_groups():
     assert view.numel == PRUNABLE["total"]
 
 
+@pytest.mark.script
 def test_a_public_mask_file_stands_for_every_name_of_a_tied_weight(tmp_path):
     """With all keys of the published files: heads, momentum copies and biases are there, all ones."""
     vision = dataclasses.replace(BLIP_CONFIG.vision, layers=12, width=16, heads=2)

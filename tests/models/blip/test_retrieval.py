@@ -154,6 +154,7 @@ def one_rank(rank, address, results, batch):
     distributed.destroy_process_group()
 
 
+@pytest.mark.multiprocess
 def test_two_processes_match_all_pairs_and_queue_all_features(tmp_path, batch, monkeypatch):
     batch = batch | {"sample_ids": torch.arange(4)}
     multiprocessing.spawn(one_rank, (f"file://{tmp_path}/store", str(tmp_path), batch), nprocs=2)

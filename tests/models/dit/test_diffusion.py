@@ -90,7 +90,8 @@ def test_learned_variances_are_those_of_diffusers():
     for i in (6, 3, 1):
         expected = theirs.step(output, ours.times[i], x, generator=torch.Generator().manual_seed(i)).prev_sample
         (noise,) = draws(1, seed=i)
-        torch.testing.assert_close(ddpm(ours, output, x, torch.full((3,), i), noise), expected, rtol=1e-4, atol=1e-4)
+        # The logarithms of variances: theirs lose digits, 1 - alpha being taken in float32.
+        torch.testing.assert_close(ddpm(ours, output, x, torch.full((3,), i), noise), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("prediction", KINDS)

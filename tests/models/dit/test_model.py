@@ -87,7 +87,8 @@ def test_the_prediction_is_that_of_diffusers(learn_sigma):
     x, time, label = inputs(model)
     with torch.no_grad():
         expected = theirs(model)(x, timestep=time, class_labels=label).sample
-        torch.testing.assert_close(model(x, time, label), expected, rtol=1e-4, atol=1e-5)
+        atol = 1e-4 * float(expected.abs().max())  # sums of large terms may be small
+        torch.testing.assert_close(model(x, time, label), expected, rtol=1e-4, atol=atol)
 
 
 def test_keys_and_shapes_are_the_published_ones():

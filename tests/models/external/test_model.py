@@ -12,6 +12,7 @@ from torch import nn
 import pruners
 from models.external import model as external
 from sparsity.pattern import parse_pattern
+from sparsity.run.request import Request
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.inputs import Statistics
 from tests import tiny_models
@@ -56,10 +57,10 @@ def prune_and_check(view, batches, reload):
     for name in ("omp", "lamp", "multiflow"):
         pruner = pruners.build(name)
         statistics = pruner.measure(view, batches)
-        ((_, masks),) = pruner.masks(view, statistics, [0.5])
+        ((_, masks),) = pruner.masks(view, statistics, Request([0.5]))
         check_half(view, masks, view.groups.values() if name == "multiflow" else [list(view.weights)])
         check_applied(view, masks, before, reload)
-        ((_, masks),) = pruner.masks(view, statistics, None, pattern=PATTERN)
+        ((_, masks),) = pruner.masks(view, statistics, Request(pattern=PATTERN))
         check_pattern(view, masks)
         check_applied(view, masks, before, reload)
     assert all(torch.equal(t, before[name]) for name, t in view.model.state_dict().items())

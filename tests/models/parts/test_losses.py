@@ -40,6 +40,7 @@ def gathered(tmp_path_factory):
     return [[torch.load(folder / f"{number}_{rank}") for rank in range(2)] for number in range(len(SIZES))]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", range(len(SIZES)))
 def test_every_rank_has_all_rows_in_rank_order(gathered, number):
     for rank in range(2):
@@ -47,6 +48,7 @@ def test_every_rank_has_all_rows_in_rank_order(gathered, number):
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", range(len(SIZES)))
 def test_loss_and_mean_gradient_are_those_of_one_process(gathered, number):
     """DDP averages gradients over ranks: each rank's must be ranks times its part of the whole gradient."""
@@ -96,6 +98,7 @@ def longer_text(rank, address, results):
     distributed.destroy_process_group()
 
 
+@pytest.mark.multiprocess
 def test_texts_of_unequal_length_are_padded(tmp_path):
     multiprocessing.spawn(longer_text, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
     expected = torch.zeros(5, 3, 2)

@@ -94,6 +94,7 @@ def test_mini_vocabulary_writes_every_concept(bert):
         assert [mini.id_to_token(i) for i in mini.encode(name)] == [bert.id_to_token(i) for i in bert.encode(name)]
 
 
+@pytest.mark.script
 def test_mini_vocabulary_is_what_the_script_builds(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("datasets", "models", "scripts"):

@@ -198,6 +198,7 @@ def one_rank(rank, address, results, batch):
     distributed.destroy_process_group()
 
 
+@pytest.mark.multiprocess
 def test_two_processes_are_one_with_all_pairs(tmp_path, batch, monkeypatch):
     multiprocessing.spawn(one_rank, (f"file://{tmp_path}/store", str(tmp_path), batch), nprocs=2)
     ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]

@@ -356,7 +356,7 @@ def test_the_quick_start():
     model = Attention()
     weights = {name: p.clone() for name, p in model.named_parameters()}
     model = sparsity.utils.replace_linear_with_(
-        model, sparsity.learned.layer.MaskedLinear, exclude=[model.head], N=1, M=4, hard=True
+        model, sparsity.maskllm.MaskedLinear, exclude=[model.head], N=1, M=4, hard=True
     )
     assert type(model.head) is nn.Linear and type(model.q) is MaskedLinear
     assert model.q.pattern == NM(1, 4) and model.q.hard and "mask=1:4" in repr(model)
@@ -375,7 +375,7 @@ def test_the_quick_start():
 def test_the_quick_start_keeps_what_a_layer_is():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval()
     model[0].weight.requires_grad_(False)
-    sparsity.utils.replace_linear_with_(model, sparsity.learned.layer.MaskedLinearFrozen, exclude=[model[1]])
+    sparsity.utils.replace_linear_with_(model, sparsity.maskllm.MaskedLinearFrozen, exclude=[model[1]])
     assert type(model[0]) is MaskedLinearFrozen and not model[0].training and not model[0].weight.requires_grad
     model[0].mask[:, ::2] = 0
     x = torch.randn(3, 8)

@@ -8,13 +8,14 @@ from torch import nn
 
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.view import PrunableView
+from tests.processes import PATIENCE
 
 
 class Ranks:
     """Threads that add up tensors as ranks do."""
 
     def __init__(self, number):
-        self.barrier, self.given = threading.Barrier(number, timeout=20), {}
+        self.barrier, self.given = threading.Barrier(number, timeout=PATIENCE), {}
 
     def reduce(self, rank, tensor):
         self.given[rank] = tensor
