@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     kind, module = models.KINDS[args.model], models.find(args.model)
     course = PRETRAINING[kind](module, config, str(args.config), args.seed)
-    fabric = launch(args, args.output_dir, unused_parameters=course.unused_parameters, broadcast_buffers=False)
+    fabric = launch(args, args.output_dir, unused_parameters=course.unused_parameters, sync_buffers=False)
     model = module.build(course.sizes)
     around = AROUND[kind](model, **course.options)
     result = around.result

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = config.sizes(load_config(config.model_config, module.Config))
     encode = TextEncoder(module.tokenizer(sizes), sizes.max_tokens, **task.TEXT)
     train = training_set(config, encode, sizes.vision.image_size, args.seed)
-    fabric = launch(args, args.output_dir, broadcast_buffers=False)
+    fabric = launch(args, args.output_dir, sync_buffers=False)
     model = task.build(sizes, config.checkpoint, negative_all_rank=config.negative_all_rank)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)
     reading = {name: getattr(config, name) for name in ("workers", "max_skipped", "decoding")}

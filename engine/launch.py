@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -100,18 +101,26 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _sync_option() -> str:
+    """DDP's name for `sync_buffers`: torch 2.14 renamed it, and warns of the old one."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    new = "forward_sync_buffers"
+    return new if new in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+
+
 def launch(
     args: argparse.Namespace,
     folder: Path | None = None,
     *,
     unused_parameters: bool = False,
-    broadcast_buffers: bool = True,
+    sync_buffers: bool = True,
 ) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded, its arithmetic set.
 
     folder: where the run writes, which it holds alone from here on (see `engine.locks`). unused_parameters: some
-    parameters get no gradient in some steps (DDP must look for them). broadcast_buffers: DDP
-    sends rank 0's in each forward, for models with statistics of batches; needless where all ranks compute the same, as
+    parameters get no gradient in some steps (DDP must look for them). sync_buffers: DDP
+    sends rank 0's buffers in each forward, for models with statistics of batches; needless where all ranks compute the same, as
     BLIP's queues. Raises UserError where there are no such devices, or another run holds the folder.
     """
     from lightning.fabric import Fabric, seed_everything
@@ -122,7 +131,9 @@ def launch(
     set_arithmetic(args)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
-        options = {"find_unused_parameters": unused_parameters, "broadcast_buffers": broadcast_buffers}
+        options = {"find_unused_parameters": unused_parameters}
+        if not sync_buffers:
+            options[_sync_option()] = False
         strategy = DDPStrategy(**options)
     try:
         fabric = Fabric(

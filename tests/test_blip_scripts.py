@@ -1,6 +1,7 @@
 """The scripts on a two-layer BLIP: every pruner, comparison, pretraining that resumes, retrieval with a mask."""
 
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
     real, steps = torch.optim.AdamW.step, []
 
+    @functools.wraps(real)  # with the mark that its hooks are called
     def stop_in_the_middle(self, *args, **kwargs):
         steps.append(1)
         if len(steps) == 6:

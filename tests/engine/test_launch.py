@@ -2,11 +2,14 @@
 
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 from torch._utils import ExceptionWrapper
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from configs.loading import load_config
@@ -187,16 +190,23 @@ def test_launch_seeds(parser):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("broadcast", [True, False])
-def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(monkeypatch, broadcast):
+@pytest.mark.parametrize("sync", [True, False])
+def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(tmp_path, monkeypatch, sync):
     class RecordedError(Exception):
         pass
 
     def record(strategy, **_):
-        raise RecordedError(strategy._ddp_kwargs["broadcast_buffers"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replica = DistributedDataParallel(torch.nn.Linear(1, 1), **strategy._ddp_kwargs)
+        raise RecordedError(replica.broadcast_buffers)
 
     monkeypatch.setattr("lightning.fabric.Fabric", record)
     parser = Parser("x")
     add_device_options(parser)
-    with pytest.raises(UserError, match=str(broadcast)):
-        launch(parser.parse_args(["--devices", "2"]), broadcast_buffers=broadcast)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=f": {sync}$"):
+            launch(parser.parse_args(["--devices", "2", "--accelerator", "cpu"]), sync_buffers=sync)
+    finally:
+        distributed.destroy_process_group()

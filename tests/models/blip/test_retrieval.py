@@ -136,8 +136,8 @@ def one_rank(rank, address, results, batch):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     blip_retrieval.draw_negatives = next_pair
     model = blip_retrieval.build(BLIP_CONFIG, FILE).eval()
-    # As retrieval.py has it: each rank fills its own queues with the features of all.
-    replica = DistributedDataParallel(model, broadcast_buffers=False)  # it must outlive the backward pass
+    replica = DistributedDataParallel(model)  # it must outlive the backward pass
+    replica.broadcast_buffers = False  # as in retrieval.py: each rank fills its own queues with the features of all
     own = {name: tensor.chunk(2)[rank] for name, tensor in batch.items()}
     losses = replica(own)
     losses["loss"].backward()
