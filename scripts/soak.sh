@@ -23,7 +23,7 @@ command_of() { # TASK FOLDER
             ;;
         *)
             command=(maskllm_train.py --model xvlm --config "$configs/prune.yaml" --preset llm --mask-only --evaluate
-                --num_batches 20 --epochs 3 --save-every 5 --batch-size 2 --output "$2" --experiment run)
+                --num_batches 10 --epochs 3 --save-every 4 --batch-size 2 --output "$2" --experiment run)
             ;;
     esac
     command+=(--accelerator cpu)

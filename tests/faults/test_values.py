@@ -52,6 +52,7 @@ def test_gradients_that_are_not_finite(tmp_path, injected):
     assert not (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.script
 def test_a_rate_that_is_far_too_high(tmp_path, trunk, capfd, injected):  # noqa: F811
     """Hard negatives are drawn by similarities that are NaN then."""
     injected("retrieval that diverges")
