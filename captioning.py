@@ -3,7 +3,7 @@
     python captioning.py --model xvlm --mask pruned_weights/multiflow/xvlm_multiflow_63_seed42_pruning_masks.safetensors
     python captioning.py --model blip --dense --output_dir output/captioning_dense
     python captioning.py --model xvlm --mask MASK --variant base -pre 4m-xvlm-vit-bert.pth --devices 4
-    python captioning.py --model xvlm --mask MASK --load_capt_pretrain -pre output/captioning_pretrain/last.pt
+    python captioning.py --model xvlm --mask MASK --load_capt_pretrain -pre output/RUN/last.pt
 
 Weights, mask, metrics, a model card and the captions of each test set (captions_*.json, in COCO's format of results)
 are written to <output_dir>/result/; with --skip_eval the captions, but no metrics. METEOR and the public tokenizer

@@ -106,16 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
         check_classes(len(test.class_names), model.num_classes)
         accuracy = Accuracy(Classifier(model), test, fabric, folder, **reading)
     lines = [("dense", accuracy() if accuracy else {})]
-    masks = None
-    if PRUNERS[args.pruner]:
+    masks, name = None, PRUNERS[args.pruner]
+    if name:
         divisible(view, args.target)
-        name = PRUNERS[args.pruner]
         pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         data = None
         if pruner.statistic:
             train = opened(train=True, length=args.nsamples, seed=args.seed)
-            place, size = place_of(fabric), args.batch_size
-            data = Samples(train, args.nsamples, size, folder, seed=args.seed, place=place, **reading)
+            reading |= {"seed": args.seed, "place": place_of(fabric)}
+            data = Samples(train, args.nsamples, args.batch_size, folder, **reading)
         asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size, args.decoding)
         kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
         masks = one_shot(pruner, view, data, fabric, args.target, args.seed, **kept)

@@ -6,7 +6,6 @@
     python prune.py -m xvlm -p multiflow --weights 4m-xvlm-vit-bert.pth
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
-    python prune.py -m hf:openai/clip-vit-base-patch32 -p multiflow --calibration images/
 
 Masks, run times and a report are written to <output_dir>/<pruner>/.
 """

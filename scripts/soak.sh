@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Kills pruning, fine-tuning and mask training with kill -9 at random moments, each again and again until it comes to its
 # end, on two-layer models, and compares what it has written with that of a run without a kill, bit for bit.
-#   MINUTES=30  how long      SEED=1  of the moments      OUTPUT=output/soak      PYTHON=python
+#   MINUTES=30  how long, after a run of each      SEED=1  of the moments      OUTPUT=output/soak      PYTHON=python
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python} output=${OUTPUT:-output/soak}
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 RANDOM=${SEED:-1}
-deadline=$((SECONDS + 60 * ${MINUTES:-30}))
 tasks=(pruning fine-tuning "mask training")
 configs=tests/data/configs
 declare -A kills ends lost whole length
@@ -15,7 +14,7 @@ declare -A kills ends lost whole length
 command_of() { # TASK FOLDER
     case $1 in
         pruning)
-            command=(prune.py -m xvlm -p sparsegpt --enable_update -s 50 --num_batches 150 --config "$configs/prune.yaml")
+            command=(prune.py -m xvlm -p sparsegpt --enable_update -s 50 --num_batches 20 --config "$configs/prune.yaml")
             command+=(--output_dir "$2")
             ;;
         fine-tuning)
@@ -24,7 +23,7 @@ command_of() { # TASK FOLDER
             ;;
         *)
             command=(maskllm_train.py --model xvlm --config "$configs/prune.yaml" --preset llm --mask-only --evaluate
-                --num_batches 60 --epochs 4 --save-every 5 --batch-size 2 --output "$2" --experiment run)
+                --num_batches 10 --epochs 3 --save-every 4 --batch-size 2 --output "$2" --experiment run)
             ;;
     esac
     command+=(--accelerator cpu)
@@ -37,7 +36,7 @@ digest() { # FOLDER: of all weights and masks, and that nothing half done is lef
 rm -rf "$output"
 mkdir -p "$output"
 {
-    sed 's/epochs: 3/epochs: 30/' "$configs/retrieval.yaml"
+    sed 's/epochs: 3/epochs: 8/' "$configs/retrieval.yaml"
     echo "save_every: 3"
 } >"$output/retrieval.yaml"
 for task in "${tasks[@]}"; do
@@ -53,6 +52,7 @@ for task in "${tasks[@]}"; do
     echo "$task: a run takes ${length[$task]} ms"
 done
 
+deadline=$((SECONDS + 60 * ${MINUTES:-30}))
 while ((SECONDS < deadline)); do
     for task in "${tasks[@]}"; do
         folder="$output/cut $task"

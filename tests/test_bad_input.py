@@ -126,8 +126,6 @@ BAD_VALUES = {
     },
     "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
     "experiment_name": {},  # whatever one likes
-    "class_map": {},  # as the next
-    "weights_key": {},  # what is in the file is known after torch is there
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},
     "config": {

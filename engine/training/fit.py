@@ -71,7 +71,7 @@ class Run:
     def best_path(self) -> Path:
         return self.output_dir / "best.pt"
 
-    BEST_KEYS = ("step", "identity", "metrics", "model")
+    BEST_KEYS = ("metrics", "model")
 
     def resume(self) -> int:
         """Load the checkpoint of an earlier run in the same folder, if there is one; returns the first step to do.
@@ -81,7 +81,10 @@ class Run:
         if not self.checkpoint_path.is_file():
             return 0
         state = load_checkpoint(self.checkpoint_path, ("step", "identity", "model", "optimizer", "precision"))
-        changed = differences(state["identity"], plain(self.identity))
+        own = plain(self.identity)
+        if "unvalidated" not in state:  # of version 0.1, which knew less of what a run depends on
+            own = {key: value for key, value in own.items() if key in state["identity"]}
+        changed = differences(state["identity"], own)
         if changed:
             raise UserError(
                 f"{self.checkpoint_path}: belongs to a run of another configuration ({'; '.join(changed)}); choose "
@@ -101,7 +104,8 @@ class Run:
         if not self.best_path.is_file():
             raise MissingFileError(f"{self.best_path}: not found, and {self.checkpoint_path} goes with it")
         state = load_checkpoint(self.best_path, self.BEST_KEYS)
-        if state["identity"] != plain(self.identity) or state["step"] not in steps:
+        own = plain(self.identity)  # not in files of version 0.1
+        if state.get("identity", own) != own or state.get("step", min(steps)) not in steps:
             raise UserError(
                 f"{self.best_path}: holds the weights of another run, or of another step than {self.checkpoint_path} "
                 "says; choose another --output_dir, or delete both to begin anew"
@@ -148,7 +152,7 @@ class Run:
         """
         if self.unvalidated and self.select and self.best_path.is_file():
             found = load_checkpoint(self.best_path, self.BEST_KEYS)
-            if found["step"] == step and found["identity"] == plain(self.identity):
+            if found.get("step") == step and found.get("identity") == plain(self.identity):
                 self.best = {"step": step, "value": found["metrics"][self.select]}
                 on_leader(self.fabric, partial(self._keep_best, step, found["metrics"]))  # perhaps it was half done
                 return found["metrics"]

@@ -111,7 +111,7 @@ class LearningRun(Run):
     def best_path(self) -> Path:
         return self.output_dir / BEST
 
-    BEST_KEYS = ("step", "identity", "metrics", "state_dict")
+    BEST_KEYS = ("metrics", "state_dict")
 
     def _keep_best(self, step: int, metrics: Metrics) -> None:
         self.export(step, metrics)

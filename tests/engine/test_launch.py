@@ -1,7 +1,10 @@
 """Which errors are the user's (one line, exit code 2) and which are bugs (a traceback), and what is logged."""
 
+import errno
 import logging
+import os
 import re
+import signal
 import warnings
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.loading import load_config
 from datasets.sampler import ResumableSampler
+from engine import stopping
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, positive_float, positive_int, share
 from sparsity.allocation.budget import parse_sparsities
@@ -210,3 +214,66 @@ def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(tmp_path, monk
             launch(parser.parse_args(["--devices", "2", "--accelerator", "cpu"]), sync_buffers=sync)
     finally:
         distributed.destroy_process_group()
+
+
+def test_mps_is_refused_or_left_alone(parser, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for accelerator in ("mps", "gpu"):
+        with pytest.raises(UserError, match=f"--accelerator {accelerator}: MPS has no float64.* --accelerator cpu"):
+            launch(parser.parse_args(["--accelerator", accelerator]))
+    assert launch(parser.parse_args([])).device.type == "cpu"
+
+
+def test_arithmetic_is_set_at_launch(parser):
+    cpu = ["--accelerator", "cpu"]
+    try:
+        for flags, tf32, deterministic in ((["--tf32", "--deterministic"], True, True), ([], False, False)):
+            launch(parser.parse_args([*cpu, *flags]))
+            assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+            assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def resource_errors():
+    yield OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left"
+    yield MemoryError(), "not enough memory"
+    yield RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9"), "not enough memory"
+    yield torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "try smaller batches"
+    yield RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "process that reads data was killed"
+
+
+@pytest.mark.parametrize(("error", "told"), [*resource_errors()])
+def test_what_is_used_up_is_one_line_and_code_4(ended, error, told):
+    def main():
+        raise error
+
+    code, text = ended(main)
+    assert code == 4 and re.fullmatch(r"error: [^\n]+\n", text) and told in text
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_to_stop(ended, kind):
+    seen = []
+
+    def at_once():
+        os.kill(os.getpid(), kind)
+        seen.append("not here")
+
+    assert ended(at_once) == (3, f"stopped by {kind.name}: the same command goes on\n")
+
+    def in_a_step():
+        with stopping.deferred():
+            os.kill(os.getpid(), kind)
+            seen.append(stopping.asked())
+            with stopping.at_once():
+                seen.append("nor here")
+
+    assert ended(in_a_step)[0] == 3 and seen == [kind.name]
+
+    def at_the_end():
+        with stopping.deferred():
+            os.kill(os.getpid(), kind)
+
+    assert ended(at_the_end)[0] == 3

@@ -22,6 +22,8 @@ from tests.test_maskllm_train import options as learning_options
 from tests.test_maskllm_train import photos  # noqa: F401
 from tests.test_scripts import CONFIGS, PLAIN, no_pictures, prune_options  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 
 @pytest.fixture(scope="module")
 def commands(trunk, photos):  # noqa: F811

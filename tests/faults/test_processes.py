@@ -172,6 +172,7 @@ def test_a_bad_image_on_rank_1(tmp_path, trunk, public, injected):  # noqa: F811
 # Twice in one folder
 
 
+@pytest.mark.script
 def test_a_folder_has_one_run(tmp_path, trunk, capsys, injected):  # noqa: F811
     injected("a second run in the same folder")
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, env=PLAIN)

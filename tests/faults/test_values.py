@@ -52,6 +52,7 @@ def test_gradients_that_are_not_finite(tmp_path, injected):
     assert not (tmp_path / "last.pt").exists()
 
 
+@pytest.mark.script
 def test_a_rate_that_is_far_too_high(tmp_path, trunk, capfd, injected):  # noqa: F811
     """Hard negatives are drawn by similarities that are NaN then."""
     injected("retrieval that diverges")
@@ -109,3 +110,14 @@ def test_a_validation_that_was_cut_off_is_done_before_the_next_step(tmp_path, in
     assert training.best == {"step": 4, "value": 7.0}
     whole = train(make(tmp_path / "whole", validate=lambda: {"r": 2.0}, **options))
     torch.testing.assert_close(training.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path):
+    options = {"validate": lambda: {"r": 1.0}, "validate_every": 4, "select": "r"}
+    fit(make(tmp_path, **options), batches(0), 0, stop=8)
+    for name, later in (("last.pt", ("unvalidated",)), ("best.pt", ("identity",))):
+        state = torch.load(tmp_path / name, weights_only=True)
+        torch.save({key: value for key, value in state.items() if key not in later}, tmp_path / name)
+    assert make(tmp_path, **options, identity={"training": {"lr": 0.1}, "contents": {"a": 1}}).resume() == 8
+    with pytest.raises(ValueError, match="training.lr"):
+        make(tmp_path, **options, identity={"training": {"lr": 0.2}}).resume()

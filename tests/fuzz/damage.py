@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -76,11 +75,6 @@ def _check(tally: Tally, file: Path | str, load: Callable[[], Any], right: Calla
         return
     assert right(found), f"wrong content: {found!r:.500}"
     tally.right += 1
-
-
-def elsewhere(what: str) -> pytest.MarkDecorator:
-    """A fault that is known, in code that is not mended here yet."""
-    return pytest.mark.xfail(reason=what, strict=False)
 
 
 class TooSlow(BaseException):

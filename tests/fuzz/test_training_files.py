@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.training.checkpoint import load_checkpoint
 from sparsity.errors import UserError
 from sparsity.statistics.gradient_rows import Scratch, _File
-from tests.fuzz.damage import check, damaged_bytes, damaged_json, elsewhere, fuzzed, same
+from tests.fuzz.damage import check, damaged_bytes, damaged_json, fuzzed, same
 
 torch.manual_seed(0)
 KEYS = ("step", "identity", "model", "optimizer", "precision")
@@ -28,7 +28,6 @@ torch.save(STATE, buffer)
 SNAPSHOT = buffer.getvalue()
 
 
-@elsewhere("the checksums of the archive are not verified")
 @fuzzed
 @given(content=damaged_bytes(SNAPSHOT))
 def test_snapshots(folder, content):
@@ -52,7 +51,6 @@ def stored(folder) -> _File:
     return _File(Scratch(folder / "gradients", "data and model"), 5, torch.float32)
 
 
-@elsewhere("an account that is no mapping; rows without a digest")
 @pytest.mark.parametrize("part", ["account, bytes", "account, values", "rows"])
 @fuzzed
 @given(data=st.data())
