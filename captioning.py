@@ -16,7 +16,7 @@ from functools import partial
 import models
 from configs.finetuning import CaptioningConfig
 from datasets.tasks.captioning_metrics import check_package
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
 from sparsity.errors import UserError
@@ -44,6 +44,7 @@ def check(args: argparse.Namespace, arguments: list[str] | None) -> CaptioningCo
     return prepare(args, TASK, CaptioningConfig, arguments)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     config = check(args, arguments)
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_captioning_weights(config.checkpoint)
     train = training_set(config, TextEncoder(tokenizer, sizes.max_tokens, **task.TEXT), side, args.seed)
     sets = evaluation_sets(config, side, args.debug)
-    fabric = launch(args)
+    fabric = launch(args, args.output_dir)
     marks = {"end": tokenizer.sep_id, "pad": tokenizer.pad_id, "label_smoothing": config.label_smoothing}
     model = task.build(sizes, config.checkpoint, prompt=prompt, **marks)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)

@@ -12,7 +12,7 @@ import argparse
 
 import models
 from configs.finetuning import CaptioningPretrainConfig
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
 
@@ -21,10 +21,11 @@ TASK = "captioning_pretrain"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add_finetuning_options(parser, TASK, models.of_task(TASK))
+    add_finetuning_options(parser, TASK, models.of_task(TASK), measures=False)
     return parser.parse_args(arguments)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = module.tokenizer(sizes)
     encode = TextEncoder(tokenizer, sizes.max_tokens, **task.TEXT)
     train = training_set(config, encode, sizes.vision.image_size, args.seed)
-    fabric = launch(args)
+    fabric = launch(args, args.output_dir)
     marks = {"end": tokenizer.sep_id, "pad": tokenizer.pad_id, "label_smoothing": config.label_smoothing}
     model = task.build(sizes, config.checkpoint, prompt=[tokenizer.cls_id], **marks)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train, read=read)

@@ -25,7 +25,7 @@ import models
 import pruners
 from configs.loading import configure, read_yaml, save_config
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options import command_line as options
 from engine.reports.finetuning_table import write_table as runs_table
 from engine.reports.nm_table import write_table as nm_table
@@ -72,6 +72,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     return config.reranking(args.k_test)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.finetuned or args.nm:
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     from sparsity.run.request import Request
 
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
-    fabric = launch(args)
+    fabric = launch(args, args.output_dir)
     view, file = subject.load(fabric), args.output_dir / "results.csv"
     digest = digests(view, subject.sizes, config, vars(args), chosen)
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import models
 from configs.finetuning import CLASSIFICATION, ClassificationConfig
 from configs.task import SCHEDULES
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options, count, positive_float, positive_int, share
 from engine.options.finetuning import prepare
 
@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     train = training_set(config, sizes.image_size, args.seed)
     sets = evaluation_sets(config, sizes.image_size, args.debug)
     sizes = replace(sizes, classes=len(train.class_names))
-    fabric = launch(args)
+    fabric = launch(args, args.output_dir)
     model = task.build(sizes, config.checkpoint, label_smoothing=config.label_smoothing)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped}

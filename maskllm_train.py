@@ -19,7 +19,7 @@ import models
 from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS
 from configs.sources import images_of
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import (
     Parser,
     add_config_options,
@@ -86,21 +86,23 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     return recipe, config
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     recipe, config = check(args)
 
     from datasets.labelled.data_path import check_data
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.training.mask_learning import ImageTask, MaskLearning, SubjectTask, read_prior
+    from engine.training.learning_tasks import ImageTask, SubjectTask
+    from engine.training.mask_learning import MaskLearning, read_prior
     from models.checkpoint import read_weights
     from models.external import timm_classifier
     from models.external.model import prunable_view
 
-    fabric = launch(args, unused_parameters=not args.mask_only)
+    fabric = launch(args, args.folder, unused_parameters=not args.mask_only)
     if own(args.model):
         subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
-        task = SubjectTask(args, fabric, subject, subject.load(fabric), args.num_batches)
+        task = SubjectTask(args, fabric, subject, subject.load(fabric), args.num_batches, config)
     else:
         check_data(args.data_path)
         sizes = {"num_classes": args.num_classes, "image_size": args.img_size, "drop_path": args.drop_path}

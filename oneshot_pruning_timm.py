@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     halves = classifiers.load(model, args.ckpt, key=args.weights_key) if args.ckpt else {}
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), args.save_model.parent if args.save_model else Path("output")
-    clear_skipped(folder, fabric.global_rank, fabric.world_size)
+    clear_skipped(folder, place_of(fabric))
     view = prunable_view(model.to(fabric.device))
     how = {"transform": classifiers.transform(images), "side": images["input_size"][-1], "decoding": args.decoding}
     opened = partial(open_data, args.data_path, **how)

@@ -14,7 +14,7 @@ from pathlib import Path
 import models
 from configs.loading import load_config, read_yaml, save_config
 from configs.pretraining import PRETRAIN_CONFIGS, TrainingConfig
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_device_options
 from sparsity.files import check_writable
 
@@ -40,6 +40,7 @@ def check(args: argparse.Namespace) -> TrainingConfig:
     return config
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     config = check(args)
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     kind, module = models.KINDS[args.model], models.find(args.model)
     course = PRETRAINING[kind](module, config, str(args.config), args.seed)
-    fabric = launch(args, unused_parameters=course.unused_parameters, sync_buffers=False)
+    fabric = launch(args, args.output_dir, unused_parameters=course.unused_parameters, sync_buffers=False)
     model = module.build(course.sizes)
     around = AROUND[kind](model, **course.options)
     result = around.result
@@ -88,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         validate=course.validation(result, fabric, args.output_dir),
     )
     start = training.resume()
+    if start == steps and not training.unvalidated and fabric.is_global_zero:
+        print(f"this run is finished; delete {training.checkpoint_path} to train again")
     if fabric.is_global_zero:
         save_config(config, args.output_dir / "config.yaml")
     fit(training, course.data.steps(start, place_of(fabric)), start)

@@ -20,7 +20,7 @@ import models
 import pruners
 from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options import command_line as options
 from sparsity.allocation.budget import POOLS, parse_sparsities
 from sparsity.errors import UserError
@@ -84,6 +84,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     return config
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
@@ -102,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.ranks import place_of
     from sparsity.run.request import Request
 
-    subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
-    fabric = launch(args)
-    view, folder = subject.load(fabric), args.output_dir / args.pruner
+    subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
+    fabric = launch(args, folder)
+    view = subject.load(fabric)
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
@@ -113,7 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:
         results.dense(evaluate())
-
     measure = partial(calibrate, pruner, view, data, fabric, args.seed, folder=folder, config=config)
     with results.calibration():
         statistics = measure()

@@ -13,7 +13,7 @@ from functools import partial
 
 import models
 from configs.finetuning import RetrievalConfig
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
 
@@ -26,6 +26,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = config.sizes(load_config(config.model_config, module.Config))
     encode = TextEncoder(module.tokenizer(sizes), sizes.max_tokens, **task.TEXT)
     train = training_set(config, encode, sizes.vision.image_size, args.seed)
-    fabric = launch(args, sync_buffers=False)
+    fabric = launch(args, args.output_dir, sync_buffers=False)
     model = task.build(sizes, config.checkpoint, negative_all_rank=config.negative_all_rank)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)
     reading = {name: getattr(config, name) for name in ("workers", "max_skipped", "decoding")}

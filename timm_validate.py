@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
     from engine.evaluation.sparse_checkpoint import loaded, result, tell_zeros
+    from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
     from sparsity.masks import Masks
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         tell_zeros(view, str(args.checkpoint or args.mask))
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), Path("output")
-    clear_skipped(folder, fabric.global_rank, fabric.world_size)
+    clear_skipped(folder, place_of(fabric))
     how = {"side": images["input_size"][-1], "decoding": args.decoding}
     test = open_data(args.data_path, False, classifiers.transform(images), **how)
     check_classes(len(test.class_names), model.num_classes)

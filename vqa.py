@@ -14,7 +14,7 @@ from functools import partial
 
 import models
 from configs.finetuning import VQAConfig
-from engine.launch import launch, run
+from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
 
@@ -29,6 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     side, answers = sizes.vision.image_size, candidates(config)
     train = training_set(config, words, side, args.seed)
     sets = evaluation_sets(config, words, side, args.debug)
-    fabric = launch(args)
+    fabric = launch(args, args.output_dir)
     model = task.build(sizes, config.checkpoint, inherit_mask=args.inherit_mask)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train, gather=words.gather_training)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped}

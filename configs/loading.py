@@ -16,7 +16,7 @@ import yaml
 
 from configs.locations import located
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import write_atomic
+from sparsity.files import reading, write_atomic
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -42,7 +42,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader)
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: too many brackets in brackets") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:

@@ -19,6 +19,7 @@ from configs.decoding import Decoding
 from datasets.collate import Skipped
 from datasets.images import DEFAULT, load_image
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import reading
 
 HOW_TO_GET = "README.md says how to get the annotations and images"
 _PROBES = 64  # image paths that are looked up at start-up
@@ -95,7 +96,9 @@ def read_json(path: str | Path, expected: str) -> Any:
     if not path.is_file():
         raise MissingFileError(f"{path}: annotation file not found; expected {expected}; {HOW_TO_GET}")
     try:
-        return parse_json(path.read_bytes())
+        with reading(path):
+            content = path.read_bytes()
+        return parse_json(content)
     except ValueError as error:
         raise UserError(f"{path}: not a JSON file ({error}); expected {expected}; {HOW_TO_GET}") from None
 

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from datasets.transforms import Pixels
 from sparsity.errors import UserError
+from sparsity.files import append
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +113,7 @@ class SkippedImages:
             new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new:
             self._listed |= new.keys()
-            self.list_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.list_path.open("a", encoding="utf-8", newline="\n") as file:
-                file.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
+            append(self.list_path, "".join(f"{path}\t{reason}\n" for path, reason in new.items()))
             log.warning("%d images could not be read and were skipped, see %s", len(self._listed), self.list_path)
         if self.count > self.max_skipped * self.expected:
             raise UserError(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
 from sparsity.errors import MissingFileError, UserError, listed
+from sparsity.files import reading
 from sparsity.packing import unpack
 from sparsity.view import canonical
 
@@ -33,7 +34,7 @@ HALF = (torch.float16, torch.bfloat16)
 def find_weights(name: str | Path) -> Path:
     """The weights file that a file name, a folder saved by transformers or a repository on its hub stands for.
 
-    A repository ("facebook/dino-vitb16") is downloaded once and kept in the cache of huggingface_hub. Raises OSError
+    A repository ("facebook/dino-vitb16") is downloaded once and kept in the cache of huggingface_hub. Raises UserError
     where there is none.
     """
     path = Path(name)
@@ -56,7 +57,7 @@ def _download(repository: str) -> Path:
         except EntryNotFoundError:
             continue
         except Exception as error:  # of the network, of the hub, of a name that is none
-            raise OSError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
+            raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
     raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
 
@@ -71,7 +72,7 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str 
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path}: weights file not found")
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
         content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)

@@ -62,5 +62,10 @@ def check(name: str) -> None:
 def _find(name: str) -> "type[Pruner]":
     check(name)
     module = importlib.import_module(f"pruners.{name}")
-    (own,) = (n for n, item in vars(module).items() if inspect.isclass(item) and item.__module__ == module.__name__)
-    return getattr(module, own)
+    base = importlib.import_module("pruners.base").Pruner
+    kinds: list[Any] = [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, base)]
+    kinds = [kind for kind in kinds if kind.__module__ == module.__name__]
+    if len(kinds) != 1:
+        found = f"it has {', '.join(kind.__name__ for kind in kinds)}" if kinds else "it has none"
+        raise UserError(f"pruners/{name}.py: expected one subclass of pruners.base.Pruner, {found}")
+    return kinds[0]

@@ -14,6 +14,14 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named, or that the project expects, is not there."""
 
 
+class ResourceError(OSError):
+    """What the run needs is used up or gone: disk, quota, memory, a process that reads data or another rank.
+
+    The message is one line. Scripts print it without a traceback and exit with code 4; the same command goes on once
+    there is room again.
+    """
+
+
 def listed(names: Sequence[str], limit: int = 5) -> str:
     """Return the first of these names for a message, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,6 +1,12 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files that are whole or not there: written beside their place, then renamed. What the system refuses is one line.
 
+A full disk, a quota, a limit of the process or too little memory is a `ResourceError`, whichever library was writing; a
+file of the user's that cannot be read or written is a `UserError`.
+"""
+
+import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -9,7 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparsity.errors import UserError
+from sparsity.errors import MissingFileError, ResourceError, UserError
+
+# What the system says when something is used up.
+USED_UP = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "ENOMEM", "EMFILE", "ENFILE") if hasattr(errno, name)
+}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors passes it on
+_CUT_SHORT = re.compile(r"inline_container|iostream error|file write failed")  # torch.save, which says no more
 
 
 @contextmanager
@@ -17,41 +31,119 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends.
 
     On an exception nothing is left behind, and an older `path` stays as it was. A kill leaves the temporary file, which
-    `remove_leftovers` removes.
+    `remove_leftovers` removes. Raises ResourceError or UserError as `writing`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The name is chosen before the file is there, so that an interrupt at any moment finds what to remove.
-    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # some writers give no one else the right to read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say for which file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The name is chosen before the file is there, so that an interrupt at any moment finds what to remove.
+        temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # some writers give no one else the right to read
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which takes its place when the block ends; on an exception nothing is left."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            temporary.mkdir()
+            yield temporary
+            if path.is_dir():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Inside the block a file is written: ResourceError where there is no room, UserError where it is not allowed."""
     try:
-        temporary.mkdir()
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except Exception as error:
+        elsewhere = getattr(error, "filename", None)  # what is written may be read from other files
+        own = elsewhere is None or Path(os.fsdecode(elsewhere)).parent in (Path(path).parent, *Path(path).parents)
+        known = (_refusal(error, path, "written") if own else None) or _used_up(error, path)
+        if known is None:
+            raise
+        raise known from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Inside the block a file of the user's is read: UserError, or MissingFileError, where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        known = _refusal(error, path, "read") or _used_up(error, path)
+        if known is None:
+            known = UserError(f"{path}: cannot be read ({error.strerror or error})")
+        raise known from error
+
+
+def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
+    """What the user is told of a file that is not there or not allowed; None for any other error."""
+    if not isinstance(error, OSError) or isinstance(error, UserError | ResourceError):
+        return None
+    if error.errno == errno.ENOENT:
+        return MissingFileError(f"{path}: file not found")
+    return UserError(f"{path}: cannot be {done} ({error.strerror})") if error.errno in REFUSED else None
+
+
+def _used_up(error: Exception, path: str | Path) -> ResourceError | None:
+    """What the user is told where something is used up, which torch and safetensors say in errors of their own."""
+    if isinstance(error, ResourceError | UserError):
+        return None
+    code = used_up(error)
+    if code is not None:
+        return ResourceError(f"{path}: cannot be written ({os.strerror(code)}); what was there before is unchanged")
+    if isinstance(error, RuntimeError) and _CUT_SHORT.search(str(error)):
+        return ResourceError(f"{path}: cannot be written (the disk is full, or a quota or limit is reached)")
+    return None
+
+
+def used_up(error: BaseException | None) -> int | None:
+    """The number of the system's error, somewhere behind this one, that says that something is used up."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        passed_on = _RUST_ERROR.search(str(error))
+        code = error.errno if isinstance(error, OSError) else int(passed_on[1]) if passed_on else None
+        if code in USED_UP:
+            return code
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add `text` to the end of a file, in one write: all of it or nothing, but for a kill within it."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            content, before = text.encode(), os.fstat(handle).st_size
+            try:
+                written = os.write(handle, content)
+                while written < len(content):  # the disk became full within it: the next write says so
+                    written += os.write(handle, content[written:])
+            except OSError:
+                os.ftruncate(handle, before)
+                raise
+        finally:
+            os.close(handle)
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -99,4 +191,5 @@ def check_writable(folder: str | Path, option: str) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror}); choose another {option}"
-        raise UserError(f"{option} {folder}: {reason}") from None
+        kind = ResourceError if used_up(error) else UserError
+        raise kind(f"{option} {folder}: {reason}") from None

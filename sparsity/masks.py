@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from sparsity.bits import tensors_digest, to_bits, to_bytes
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.files import check_archive, write_atomic
+from sparsity.files import check_archive, reading, write_atomic
 from sparsity.mask_file import (
     METADATA,
     BadFileError,
@@ -124,7 +124,7 @@ class Masks(Mapping[str, Tensor]):
         if not path.is_file():
             raise MissingFileError(f"there is no mask file {str(path)!r}")
         with named(path):
-            with path.open("rb") as file:
+            with reading(path), path.open("rb") as file:
                 is_safetensors = file.read(9)[8:] == b"{"
             return cls._read_safetensors(path) if is_safetensors else cls._read_public(_unpickle(path))
 

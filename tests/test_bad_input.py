@@ -126,6 +126,7 @@ BAD_VALUES = {
     },
     "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
     "experiment_name": {},  # whatever one likes
+    "class_map": {},  # as the next
     "weights_key": {},  # what is in the file is known after torch is there
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},
@@ -141,6 +142,8 @@ BAD_VALUES = {
         "/proc/results": "--output_dir /proc/results",
     },
     "calibration": {"photos": "--calibration is for other models"},
+    "weights_key": {"state_dict": "--weights_key is for other models"},
+    "class_map": {"map.json": "--class_map is for other models"},
     "loss": {"a.b:c": "--loss is for other models"},
 }
 

@@ -24,6 +24,7 @@ import retrieval
 from configs.loading import load_config
 from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
+from engine.options.finetuning import default_folder
 from engine.training.loggers import CsvLog
 from models.xvlm import model as xvlm
 from models.xvlm import retrieval as xvlm_retrieval
@@ -43,6 +44,7 @@ HEAVY = (
     "models.xvlm.retrieval",
 )  # what the script imports
 CONFIG = CONFIGS / "retrieval.yaml"
+CARDS = ("README.md", "config.yaml")  # which say with what command they were made
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +162,55 @@ def test_the_best_epoch_is_the_result(whole):
 def test_a_finished_run_is_left_as_it_is(whole, trunk, capsys):
     folder, printed = whole
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    tuned(folder, trunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.evaluation.retrieval.ZeroShot.__call__", None)  # nothing is evaluated
+        tuned(folder, trunk)
+    said = "this run is finished; --evaluate evaluates it again\n"
+    assert capsys.readouterr().out == said + printed.stdout
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    tuned(folder, trunk, "--evaluate")
     assert capsys.readouterr().out == printed.stdout
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in before if path.name not in CARDS} == {
+        path: content for path, content in before.items() if path.name not in CARDS
+    }
+
+
+def test_evaluation_alone(whole, trunk, tmp_path, capsys):
+    """Of a fine-tuned checkpoint, in a folder without a run; of the pretrained one under a mask."""
+    folder, printed = whole
+    given = ["--model", "xvlm", "--config", str(CONFIG), "--accelerator", "cpu", "--precision", "32-true", "--evaluate"]
+    weights = str(folder / "result" / "model.safetensors")
+    retrieval.main([*given, "-pre", weights, "--output_dir", str(tmp_path / "alone")])
+    assert capsys.readouterr().out.splitlines()[:2] == printed.stdout.splitlines()[:2]
+    assert not (tmp_path / "alone" / "last.pt").exists() and not (tmp_path / "alone" / "log.csv").exists()
+    pruned = ["-m", str(trunk["mask"]), "-pre", str(trunk["weights"])]
+    retrieval.main([*given, *pruned, "--output_dir", str(tmp_path / "m")])
+    assert zeros(tmp_path / "m" / "result")
+    with pytest.raises(ValueError, match="another configuration"):  # the run there has other weights
+        retrieval.main([*given, "-pre", weights, "--output_dir", str(folder)])
+    with pytest.raises(ValueError, match="--evaluate only evaluates"):
+        retrieval.main([*given, "--skip_eval"])
+
+
+def test_other_contents_under_the_same_names_are_another_run(tmp_path, trunk, public):
+    folder, _ = public
+    arguments = public_options(tmp_path, public, trunk, "--debug", "--skip_eval", "--incremental")
+    retrieval.main(arguments)
+    file = Path(public[1]["val_file"])
+    before = file.read_text()
+    try:
+        file.write_text(before + " ")
+        with pytest.raises(ValueError, match=rf"another configuration \(contents.{file}.bytes \d+ -> \d+"):
+            retrieval.main(arguments)
+    finally:
+        file.write_text(before)
+    retrieval.main(arguments)
+
+
+def test_default_folders_say_model_task_and_mask():
+    config, mask = Path("configs/xvlm/retrieval_mini.yaml"), Path("x/xvlm_omp_63_seed42_pruning_masks.safetensors")
+    assert default_folder("xvlm", "retrieval", config, mask) == Path("output/xvlm_retrieval_mini/xvlm_omp_63_seed42")
+    assert default_folder("blip", "vqa", Path("my.yaml"), None) == Path("output/blip_vqa_my/dense")
 
 
 def test_the_dense_model(tmp_path, trunk):

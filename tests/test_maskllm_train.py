@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import maskllm_train
 import oneshot_pruning_timm
-from engine.training.mask_learning import ImageTask
+from engine.training.learning_tasks import ImageTask
 from models.external.model import prunable_view
 from sparsity.learned.checkpoint import fold
 from sparsity.masks import Masks

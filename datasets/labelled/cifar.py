@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from datasets.sampler import sample_generator
+from sparsity.errors import UserError
+from sparsity.files import used_up
 
 READERS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -34,7 +36,7 @@ class CifarDataset(Dataset):
         root: folder of torchvision's; what is missing there is downloaded, by one process at a time.
 
     Raises:
-        OSError: the files are not there, or are others, and cannot be downloaded.
+        UserError: the files are not there, or are others, and cannot be downloaded.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ def _read(reader: type[CIFAR10], root: Path, train: bool) -> CIFAR10:
         with FileLock(root / f".{reader.base_folder}.lock"):
             return reader(root, train=train, download=True)  # does nothing where another process has just done it
     except (OSError, RuntimeError) as error:
-        raise OSError(
+        if used_up(error):
+            raise
+        raise UserError(
             f"{root / reader.base_folder}: not there as published, and {reader.url} cannot be downloaded "
             f"({error}): unpack that file in {root}"
         ) from error

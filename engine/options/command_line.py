@@ -75,7 +75,7 @@ def seeds(text: str) -> list[int]:
 def byte_count(text: str) -> int:
     """argparse type: bytes, as "4GB" or "500 MB"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    if match is None or len(match[1]) > 20:
         raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
@@ -129,9 +129,7 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
     add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
-    keys = (
-        "key of a --weights file under which they stand, e.g. state_dict_ema (default: as the model's library reads it)"
-    )
+    keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
     add("--weights_key", help=keys)
     add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
     add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
@@ -160,11 +158,13 @@ def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
     add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
 
 
-def add_finetuning_options(parser: argparse.ArgumentParser, task: str, models: Sequence[str]) -> None:
+def add_finetuning_options(
+    parser: argparse.ArgumentParser, task: str, models: Sequence[str], *, measures: bool = True
+) -> None:
     """What every script that fine-tunes has: model and mask, configuration, where a run is kept, logs, devices.
 
     `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
-    be named.
+    be named. measures: whether there is something to evaluate.
     """
     add = parser.add_argument
     only = models[0] if len(models) == 1 else None
@@ -172,10 +172,13 @@ def add_finetuning_options(parser: argparse.ArgumentParser, task: str, models: S
     add("--model", required=only is None, default=only, metavar="MODEL", help=listed)
     add("-m", "--mask", type=Path, help="mask file of the pretrained model; default: none, with --dense")
     add("--dense", action="store_true", help="train the dense model, whatever --mask says (default: no)")
-    add("--output_dir", type=Path, default=Path("output", task), help="default: %(default)s")
+    add("--output_dir", type=Path, help="default: output/<model>_<configuration>/<mask, or dense>")
     add("--snapshot", type=Path, help="checkpoint to go on from, and to write; default: last.pt in --output_dir")
     add("--incremental", action="store_true", help="stop after one epoch; the same command goes on (default: no)")
     add("--skip_eval", action="store_true", help="train only; the last weights are the result (default: no)")
+    if measures:
+        what = "train nothing: evaluate the run in --output_dir, or where there is none the weights as they are given"
+        add("--evaluate", action="store_true", help=f"{what} (default: no)")
     add("--debug", action="store_true", help="a few steps per epoch, a few images to evaluate (default: no)")
     add = parser.add_argument_group("configuration").add_argument
     add("--config", type=Path, help=f"default: configs/<model>/{task}.yaml, or {task}_mini.yaml of the bundled model")
@@ -190,7 +193,7 @@ def add_finetuning_options(parser: argparse.ArgumentParser, task: str, models: S
     add("-exp", "--experiment_name", help="of the run on Weights & Biases; default: the configuration's")
     add("--tensorboard", action="store_true", help="log to TensorBoard, in --output_dir (default: no)")
     add_device_options(parser, "-p")
-    parser.set_defaults(precision="bf16-mixed")
+    parser.set_defaults(precision="bf16-mixed", **({} if measures else {"evaluate": False}))
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +237,8 @@ def _add_arithmetic(add: Callable[..., Any], *short: str) -> None:
     precisions = ("32-true", "bf16-mixed", "16-mixed")
     arithmetic = "arithmetic of the forward (default: %(default)s)"
     add(*short, "--precision", default="32-true", choices=precisions, help=arithmetic)
+    add("--tf32", action="store_true", help="float32 products on the tensor cores, with 10 bits (default: no)")
+    add("--deterministic", action="store_true", help="the same bits in each run, also on a GPU; slower (default: no)")
 
 
 def check_loggers(wanted: Mapping[str, bool]) -> None:

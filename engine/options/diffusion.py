@@ -13,7 +13,7 @@ from tqdm import tqdm
 from configs.loading import load_config
 from configs.locations import located
 from engine.options.command_line import positive_int
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import MissingFileError, ResourceError, UserError
 from sparsity.files import replacing
 
 BUNDLED = "dit-mini"
@@ -65,7 +65,7 @@ def choose(args: argparse.Namespace, sizes: ModuleType) -> tuple[Any, str | None
 def official(model: str, pixels: int) -> str:
     """The file of the published weights, which is downloaded where it is not there yet, whole or not at all.
 
-    Raises UserError where none were published for so many pixels, OSError where they cannot be had.
+    Raises UserError where none were published for so many pixels, or they cannot be had.
     """
     if (model, pixels) not in OFFICIAL:
         raise UserError(f"--ckpt: give the weights of {model} for {pixels} pixels, a file, or 'random'")
@@ -80,7 +80,9 @@ def official(model: str, pixels: int) -> str:
                     shutil.copyfileobj(content, file)
                 if temporary.stat().st_size != size:
                     raise OSError("the connection broke off")
+        except ResourceError:
+            raise
         except (OSError, ValueError, TypeError) as error:
             told = f"{url} cannot be downloaded ({error}); give the weights of {model}, a file, or 'random'"
-            raise OSError(f"--ckpt: {told}") from error
+            raise UserError(f"--ckpt: {told}") from error
     return str(path)

@@ -24,7 +24,9 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     UserError or OSError for whatever keeps the run from beginning: neither mask nor --dense, files that are missing,
     sizes of batches that do not go together, packages of loggers that are not installed.
     """
-    if args.dense:
+    if args.evaluate and args.skip_eval:
+        raise UserError("--evaluate only evaluates, and --skip_eval does not: leave one of them out")
+    if args.dense or (args.evaluate and args.mask is None):
         args.mask = None
     elif args.mask is None:
         raise UserError("give --mask FILE to train a pruned model, or --dense to train the dense one")
@@ -40,6 +42,7 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     except ValueError as error:
         raise UserError(f"{args.config}: {error}") from error
     check_loggers(vars(args))
+    args.output_dir = args.output_dir or default_folder(args.model, task, args.config, args.mask)
     check_writable(args.output_dir, "--output_dir")
     args.snapshot = args.snapshot or Path(args.output_dir, "last.pt")
     if args.snapshot.is_dir():
@@ -47,3 +50,10 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     check_writable(args.snapshot.parent, "--snapshot")
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config
+
+
+def default_folder(model: str, task: str, config: Path, mask: Path | None) -> Path:
+    """Where the results of a run go unless told otherwise: other models, tasks and masks have other folders."""
+    kind = config.stem if config.stem.startswith(task) else f"{task}_{config.stem}"
+    name = "dense" if mask is None else mask.stem.removesuffix("_pruning_masks")
+    return Path("output", f"{model}_{kind}", name)

@@ -57,7 +57,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     _add_optimization(parser)
     add = parser.add_argument_group("results").add_argument
     add("--output", type=Path, default=Path("output/maskllm"), help="default: ./%(default)s")
-    add("--experiment", help="folder in --output; default: the model and the pattern")
+    add("--experiment", help="folder in --output; default: model, pattern and prior")
     add("--resume", type=Path, help="checkpoint to go on from, and to write; default: last.pt in the folder")
     add("--log-interval", type=positive_int, default=50, help="steps (default: %(default)s)")
     add("--save-every", type=positive_int, help="steps from checkpoint to checkpoint; default: an epoch")
@@ -157,8 +157,15 @@ def check_learning(args: argparse.Namespace) -> Recipe:
         raise UserError("--sparsity-mode sparse trains under a fixed mask: give it with --sparse-checkpoint")
     if args.amp:
         args.precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[args.amp_dtype]
-    args.experiment = args.experiment or f"{args.model.replace('/', '_').replace(':', '_')}.{args.N}of{args.M}"
+    args.experiment = args.experiment or experiment(args)
     args.folder = args.output / args.experiment
     check_writable(args.folder, "--output")
     check_loggers({"wandb": args.log_wandb, "tensorboard": False})
     return recipe
+
+
+def experiment(args: argparse.Namespace) -> str:
+    """The folder of a run unless told otherwise: other models, patterns, modes and priors have other ones."""
+    parts = [args.model.replace("/", "_").replace(":", "_"), f"{args.N}of{args.M}"]
+    parts += [args.sparsity_mode] if args.sparsity_mode != MODES[0] else []
+    return ".".join([*parts, *([args.sparse_checkpoint.stem] if args.sparse_checkpoint else [])])

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.pruning import PrunedModel
+from engine.contents import contents
 from engine.pruning.run import percent, timed
 from engine.reports.report import Metrics, append_csv, markdown_table, mean_and_error, with_error
 from sparsity.allocation.budget import Sparsity
@@ -47,13 +48,20 @@ def digests(
     read = dataclasses.asdict(config)
     common = {"weights": state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
     common |= {"evaluation": read["evaluation"], "precision": options["precision"]}
+    common |= _held({"evaluation": read["evaluation"]})
     data = {key: read[key] for key in config.CALIBRATION}
-    data["num_batches"] = options["num_batches"]
+    data |= {"num_batches": options["num_batches"], **_held(data)}
     result = {DENSE: _digest(common)}
     for name, pruner in pruners.items():
         own = {key: options[key] for key in inspect.signature(type(pruner)).parameters}
         result[name] = _digest(common | own | (data if pruner.statistic else {}))
     return result
+
+
+def _held(read: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files that these settings name hold, where they name any."""
+    found = contents(read)
+    return {f"contents of {', '.join(read)}": found} if found else {}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.export import as_published, save_weights
 from engine.options.oneshot import Target
-from engine.pruning.run import calibrate
+from engine.pruning.run import calibrate, check_finite
 from engine.reports.report import Metrics, markdown_table
 from sparsity.errors import UserError
 from sparsity.files import replacing
@@ -45,6 +45,7 @@ def one_shot(
     request = Request([] if target.sparsity is None else [target.sparsity], target.pattern, seed=seed)
     pruner.preflight(view, request)
     ((_, masks),) = pruner.masks(view, measure(), request, measure)
+    check_finite(masks)
     return masks
 
 
@@ -70,7 +71,9 @@ def save(
         save_weights(model, path, halves=halves, allowed=("vanished",))
     else:
         with as_published(model, halves or {}), replacing(path) as temporary:
-            torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, temporary)
+            state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+            with temporary.open("wb") as file:  # opened here, so that a full disk says so
+                torch.save(state, file)
     if masks is None:
         return [path]
     beside = path.with_name(f"{path.name.removesuffix('.tar').rpartition('.')[0]}_pruning_masks.safetensors")

@@ -17,11 +17,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
+from engine.contents import contents
 from engine.export import save_model
 from engine.pruning.tensor_stream import stream_tensors
-from engine.ranks import summed
+from engine.ranks import on_leader, summed
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Scratch
@@ -60,7 +62,8 @@ def calibrate(
 
     scratch = None
     if folder:
-        read = json.dumps([dataclasses.asdict(config), seed, epoch, numbers], default=str)
+        held = fabric.broadcast(on_leader(fabric, partial(contents, config)))
+        read = json.dumps([dataclasses.asdict(config), held, seed, epoch, numbers], default=str)
         scratch = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
 
     reading = CalibrationPass(
@@ -145,6 +148,7 @@ class Results:
         label = str(self.options["pattern"] or percent(sparsity))
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
+        check_finite(masks)
         if self.writes:
             masks.save(path)
         self.written.append(path)
@@ -228,6 +232,14 @@ class Results:
         ]
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
+
+
+def check_finite(masks: Masks) -> None:
+    """UserError, naming the first, where weights that a method has updated are NaN or infinite."""
+    bad = [name for name, weight in masks.weights.items() if not bool(weight.isfinite().all())]
+    if bad:
+        told = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
+        raise UserError(f"NaN or infinite after the update: {told}; nothing of it is saved: try --precision 32-true")
 
 
 def plain(value: Any) -> Any:

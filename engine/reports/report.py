@@ -3,14 +3,13 @@
 import csv
 import io
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsity.files import write_atomic
+from sparsity.files import append, write_atomic
 
 Metrics = Mapping[str, float]
 
@@ -59,11 +58,7 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         elif known:
             path.replace(path.with_stem(f"{path.stem}_old"))
     writer.writerows(rows)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(handle, text.getvalue().encode())
-    finally:
-        os.close(handle)
+    append(path, text.getvalue())
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import replacing
+from sparsity.files import check_archive, reading, replacing
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers and texts so that a kill at any moment leaves the old file or the new one."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # opened here, so that a full disk says so
+        torch.save(state, file)
 
 
 def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
@@ -23,10 +23,18 @@ def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any
     """
     if not Path(path).is_file():
         raise MissingFileError(f"{path}: checkpoint not found")
+    with reading(path), Path(path).open("rb"):  # whether it may be read at all
+        pass
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises a dozen kinds for a file that is not one of its own
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+        way_out = (
+            "it is truncated, damaged or another kind of file: delete it, and the run begins anew, or copy it again"
+        )
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {way_out}") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path}: not a checkpoint of a training run, it has no {', '.join(map(repr, missing))}")
@@ -41,3 +49,10 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = dict.fromkeys((*old, *new))
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
     return [] if old == new else [f"{name} {old!r} -> {new!r}"]
+
+
+def plain(value: Any) -> Any:
+    """A configuration as a checkpoint gives it back: tuples are lists, so that equal ones are equal."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from configs.loading import save_config
+from configs.loading import read_yaml, save_config
 from configs.task import TaskConfig
 from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
+from engine.contents import classes, contents
 from engine.export import save_weights
 from engine.ranks import on_leader, place_of
 from engine.reports.model_card import model_card
@@ -30,6 +32,9 @@ from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
 
+log = logging.getLogger(__name__)
+
+CARD = "README.md"  # of the results: what is written last
 RATES = {"linear": warmup_linear, "cosine": warmup_cosine}
 Metrics = dict[str, float]
 
@@ -91,26 +96,33 @@ class Finetuning:
 
     def _identity(self, sizes: Any) -> dict[str, Any]:
         given = {name: getattr(self.args, name) for name in ("seed", "precision", "devices", "num_nodes", "debug")}
+        given |= {name: getattr(self.args, name) for name in ("tf32", "deterministic")}
         mask = self.masks.digest() if self.masks else None
         parts = {"model": dataclasses.asdict(sizes), "training": self.config.identity(), "mask": mask}
-        return {"task": self.title, **parts, **given}
+        read = self.fabric.broadcast(on_leader(self.fabric, partial(contents, self.config)))
+        labels = getattr(self.train, "class_names", None)
+        data = {"samples": len(self.train)} if labels is None else classes(labels, len(self.train))
+        return {"task": self.title, **parts, "contents": {**read, "training set": data}, **given}
 
     def fit(self, validate: Callable[[], Metrics] | None = None, select: str | None = None) -> bool:
         """Train on from the snapshot; whether all epochs are done, since `--incremental` does one.
 
         validate: called after each epoch, but for `--skip_eval`. select: its metric that says which weights are the
-        best; the last ones are where None.
+        best; the last ones are where None. With `--evaluate` nothing is trained.
         """
         run, epochs = self.run, self.config.scheduler.epochs
         if not run.checkpoint_path.is_file():
-            clear_skipped(self.args.output_dir, self.fabric.global_rank, self.fabric.world_size)
+            clear_skipped(self.args.output_dir, place_of(self.fabric))
         if validate is not None and not self.args.skip_eval:
             run.validate, run.select = partial(self.evaluate, validate), select
         start = run.resume()
+        if self.args.evaluate:
+            self._tell_what_is_evaluated(start)
+            return True
         stop = (
             min(run.steps, (start // self.epoch_steps + 1) * self.epoch_steps) if self.args.incremental else run.steps
         )
-        if start < stop:
+        if start < stop or (run.unvalidated and run.validate):
             run.loggers = on_leader(self.fabric, partial(self._begin, start)) or ()
             fit(run, self._batches(start, stop), start, stop)
         if stop < run.steps:
@@ -118,6 +130,11 @@ class Finetuning:
             if self.fabric.is_global_zero:
                 print(f"epoch {stop // self.epoch_steps} of {epochs} is done; the same command does the next")
         return stop == run.steps
+
+    def _tell_what_is_evaluated(self, start: int) -> None:
+        best, path = self.run.best, self.run.checkpoint_path
+        what = f"{path}, after step {start} of {self.run.steps}" if start else f"{self.config.weights}, as it is"
+        log.info("evaluating %s", f"{self.run.best_path}, of step {best['step']:g}" if best else what)
 
     def evaluate(self, evaluation: Callable[[], Metrics]) -> Metrics:
         """Its metrics, computed at the precision of the run."""
@@ -127,8 +144,15 @@ class Finetuning:
     def finish(self, tests: Mapping[str, Callable[[], Metrics]], unscored: Iterable[Callable[[], Any]] = ()) -> None:
         """Evaluate the best weights and write `<output_dir>/result/`: weights with zeros, mask, metrics, model card.
 
-        unscored: what `--skip_eval` does in place of the tests.
+        unscored: what `--skip_eval` does in place of the tests. A run that was finished before is left as it is, unless
+        `--evaluate` is given.
         """
+        done = None if self.args.evaluate else self.fabric.broadcast(on_leader(self.fabric, partial(self._done, tests)))
+        if done is not None:
+            self._close({})
+            if self.fabric.is_global_zero:
+                print(f"this run is finished; --evaluate evaluates it again\n{self._told(done)}")
+            return
         self.run.load_best()
         for produce in unscored if self.args.skip_eval else ():
             self.evaluate(produce)
@@ -136,25 +160,42 @@ class Finetuning:
         self._close(metrics)
         folder = on_leader(self.fabric, partial(self._write, metrics))
         if folder is not None:
-            lines = [
-                f"{test}: {', '.join(f'{k} {v:.1f}' for k, v in found.items())}" for test, found in metrics.items()
-            ]
-            print("\n".join([*lines, f"results: {folder}"]))
+            print(self._told(metrics))
         self.fabric.barrier()
 
+    @property
+    def _results(self) -> Path:
+        return self.args.output_dir / "result"
+
+    def _told(self, metrics: Mapping[str, Metrics]) -> str:
+        lines = [f"{test}: {', '.join(f'{k} {v:.1f}' for k, v in found.items())}" for test, found in metrics.items()]
+        return "\n".join([*lines, f"results: {self._results}"])
+
+    def _done(self, tests: Collection[str]) -> dict[str, Metrics] | None:
+        """The metrics of these tests, where the results of this very run are there and whole."""
+        folder, wanted = self._results, () if self.args.skip_eval else tests
+        if not (folder / CARD).is_file():  # what is written last
+            return None
+        try:
+            settings, metrics = read_yaml(folder / "config.yaml"), json.loads((folder / "metrics.json").read_bytes())
+        except (UserError, ValueError, OSError):
+            return None
+        return metrics if settings.get("run") == self.run.digest and set(wanted) <= set(metrics) else None
+
     def _write(self, metrics: Mapping[str, Metrics]) -> Path:
-        folder = self.args.output_dir / "result"
+        folder = self._results
+        (folder / CARD).unlink(missing_ok=True)
         save_weights(self.model, folder / "model.safetensors")
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-        save_config(self._settings(), folder / "config.yaml")
+        save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
         facts = {"base model": self.config.weights, "task": self.title, "epochs": epochs}
         facts |= {"weights of epoch": best["step"] / self.epoch_steps} if best else {}
         facts |= {name: getattr(self.args, name) for name in ("seed", "precision")}
         card = model_card(self.title, facts, self.masks, self.view, metrics, self.args.command)
-        write_atomic(folder / "README.md", card.encode())
+        write_atomic(folder / CARD, card.encode())
         return folder
 
     def _settings(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The training loop of every script."""
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +15,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from engine.ranks import on_leader
-from engine.training.checkpoint import differences, load_checkpoint, save_checkpoint
-from engine.training.loggers import CsvLog, Logger
+from engine import stopping
+from engine.ranks import Agreement, on_leader
+from engine.training.checkpoint import differences, load_checkpoint, plain, save_checkpoint
+from engine.training.finite import TRY, check_finite
+from engine.training.loggers import VALIDATION, CsvLog, Logger
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import remove_leftovers
 from sparsity.masks import Hold
@@ -29,7 +33,8 @@ class Run:
     values; a checkpoint of another one is refused. clip_norm: of the gradient; 0 does not clip. validate: called every
     `validate_every` steps on every rank, returns metrics for the log, as validation/<name>. select: the metric whose
     highest value says which weights are the best. accumulate: batches of a step. hold: keeps pruned weights at zero.
-    snapshot: the checkpoint; default last.pt in `output_dir`. loggers: of rank 0, besides log.csv.
+    snapshot: the checkpoint; default last.pt in `output_dir`. loggers: of rank 0, besides log.csv. best: where the best
+    weights are from. unvalidated: the checkpoint was saved before a validation that is not done.
     """
 
     fabric: Any
@@ -51,14 +56,22 @@ class Run:
     snapshot: Path | None = None
     loggers: Sequence[Logger] = ()
     best: dict[str, float] | None = None  # {"step", "value"} of the best weights so far
+    unvalidated: bool = False
 
     @property
     def checkpoint_path(self) -> Path:
         return self.snapshot or self.output_dir / "last.pt"
 
     @property
+    def digest(self) -> str:
+        """Of the identity."""
+        return hashlib.sha256(json.dumps(plain(self.identity), sort_keys=True).encode()).hexdigest()
+
+    @property
     def best_path(self) -> Path:
         return self.output_dir / "best.pt"
+
+    BEST_KEYS = ("step", "identity", "metrics", "model")
 
     def resume(self) -> int:
         """Load the checkpoint of an earlier run in the same folder, if there is one; returns the first step to do.
@@ -68,27 +81,40 @@ class Run:
         if not self.checkpoint_path.is_file():
             return 0
         state = load_checkpoint(self.checkpoint_path, ("step", "identity", "model", "optimizer", "precision"))
-        changed = differences(state["identity"], self.identity)
+        changed = differences(state["identity"], plain(self.identity))
         if changed:
             raise UserError(
                 f"{self.checkpoint_path}: belongs to a run of another configuration ({'; '.join(changed)}); choose "
                 "another --output_dir, or delete it"
             )
-        self.best = state.get("best")
-        if self.best and not self.best_path.is_file():
-            raise MissingFileError(f"{self.best_path}: not found, and {self.checkpoint_path} goes with it")
+        self.best, self.unvalidated = state.get("best"), state.get("unvalidated", False)
+        if self.best:
+            self._read_best((self.best["step"], *((state["step"],) if self.unvalidated else ())))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self._verify()
         return int(state["step"])
 
-    def save(self, step: int) -> None:
+    def _read_best(self, steps: Collection[int]) -> dict[str, Any]:
+        """The best weights, with where they are from; UserError unless they are of this run, after one of `steps`."""
+        if not self.best_path.is_file():
+            raise MissingFileError(f"{self.best_path}: not found, and {self.checkpoint_path} goes with it")
+        state = load_checkpoint(self.best_path, self.BEST_KEYS)
+        if state["identity"] != plain(self.identity) or state["step"] not in steps:
+            raise UserError(
+                f"{self.best_path}: holds the weights of another run, or of another step than {self.checkpoint_path} "
+                "says; choose another --output_dir, or delete both to begin anew"
+            )
+        return state
+
+    def save(self, step: int, unvalidated: bool = False) -> None:
         """Write the checkpoint after `step` steps; the ranks wait for the one that writes."""
-        self._verify()
+        self._verify(step)
         state = {
             "step": step,
-            "identity": self.identity,
+            "identity": plain(self.identity),
+            "unvalidated": unvalidated,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
@@ -100,20 +126,44 @@ class Run:
         """Keep the weights of now as the best ones if they are, by the metric `select`."""
         value = metrics[self.select]
         if self.best is None or value > self.best["value"]:
-            self._verify()
+            self._verify(step)
             self.best = {"step": step, "value": value}
-            state = {"step": step, "metrics": metrics, "model": self.model.state_dict()}
-            on_leader(self.fabric, partial(self._write, self.best_path, state))
+            on_leader(self.fabric, partial(self._keep_best, step, metrics))
+
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        state = {"step": step, "identity": plain(self.identity), "metrics": metrics, "model": self.model.state_dict()}
+        self._write(self.best_path, state)
 
     def load_best(self) -> None:
         """Bring the best weights back, where a metric selected them."""
         if self.best is not None:
-            self.model.load_state_dict(load_checkpoint(self.best_path, ("model",))["model"])
+            self.model.load_state_dict(self._read_best((self.best["step"],))["model"])
             self._verify()
 
-    def _verify(self) -> None:
+    def validated(self, step: int) -> dict[str, float]:
+        """The metrics of the weights after `step` steps, which become the best ones if they are.
+
+        Those that a run which was killed after that has left are taken as they are: on a GPU they might come out
+        otherwise, and not be those of the best weights any more.
+        """
+        if self.unvalidated and self.select and self.best_path.is_file():
+            found = load_checkpoint(self.best_path, self.BEST_KEYS)
+            if found["step"] == step and found["identity"] == plain(self.identity):
+                self.best = {"step": step, "value": found["metrics"][self.select]}
+                on_leader(self.fabric, partial(self._keep_best, step, found["metrics"]))  # perhaps it was half done
+                return found["metrics"]
+        with stopping.at_once():
+            metrics = self.validate()
+        if self.select:
+            self.offer(step, metrics)
+        return metrics
+
+    def _verify(self, step: int | None = None) -> None:
+        """Pruned weights are zero; UserError where something that is to be saved is not finite."""
         if self.hold is not None:
             self.hold.verify()
+        if step is not None:
+            check_finite(self.model, self.optimizer, f"at step {step}")
 
     @staticmethod
     def _write(path: Path, state: dict[str, Any]) -> None:
@@ -126,14 +176,19 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | Non
     `model(...)` call, `run.accumulate` of them in a step.
 
     All randomness of a batch is seeded by (seed, its number, rank), so a resumed run equals an uninterrupted one.
-    Raises UserError when the loss is no longer finite, before that is saved.
+    Raises UserError when the loss is no longer finite, before that is saved, and Stopped after a signal to stop, once
+    the step is saved.
     """
     stop = run.steps if stop is None else stop
     leads = run.fabric.is_global_zero
-    log = _Log(run.fabric, [CsvLog(run.output_dir / "log.csv", start), *run.loggers] if leads else [])
+    csv = on_leader(run.fabric, partial(CsvLog, run.output_dir / "log.csv", start, run.unvalidated))
+    log, agreement = _Log(run.fabric, [csv, *run.loggers] if leads else []), Agreement(run.fabric)
+    if run.unvalidated and run.validate:
+        _validate(run, start, log)
     peaks = [group.setdefault("peak", group["lr"]) for group in run.optimizer.param_groups]
     batches = iter(batches)
-    with tqdm(total=run.steps, initial=start, desc="training", disable=not leads, mininterval=2) as bar:
+    bar = tqdm(total=run.steps, initial=start, desc="training", disable=not leads, mininterval=2)
+    with bar, stopping.deferred():
         for step in range(start, stop):
             for group, peak in zip(run.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * run.rate(step)
@@ -146,14 +201,27 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | Non
             if due(run.log_every) or due(run.save_every):
                 loss = log.flush(done, **norm, lr=run.optimizer.param_groups[0]["lr"])
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            if run.validate and due(run.validate_every):
-                metrics = run.validate()
-                log.write(done, {f"validation/{name}": value for name, value in metrics.items()})
-                if run.select:
-                    run.offer(done, metrics)
-            if due(run.save_every):
-                run.save(done)
+            validates, asked = (
+                run.validate is not None and due(run.validate_every),
+                agreement.any(bool(stopping.asked())),
+            )
+            if validates or asked or due(run.save_every):
+                run.save(done, unvalidated=validates)
+            if asked and done < stop:
+                raise stopping.Stopped(
+                    f"{stopping.asked() or 'a signal'} after step {done} of {run.steps}, saved in {run.checkpoint_path}"
+                )
+            if validates:
+                _validate(run, done, log)
             bar.update()
+
+
+def _validate(run: Run, done: int, log: "_Log") -> None:
+    """Validate after `done` steps, which are saved, and save that."""
+    metrics = run.validated(done)
+    log.write(done, {f"{VALIDATION}{name}": value for name, value in metrics.items()})
+    run.unvalidated = False
+    run.save(done)
 
 
 def attention(device: torch.device) -> AbstractContextManager:
@@ -211,7 +279,7 @@ class _Log:
         self.sums, self.counts = {}, {}
         self.write(step, means | {name: float(value) for name, value in extra.items()})
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is {means['loss']} at step {step}: try a lower lr, or --precision 32-true")
+            raise UserError(f"the loss is {means['loss']} at step {step}: {TRY}")
         return means["loss"]
 
     def write(self, step: int, values: dict[str, float]) -> None:

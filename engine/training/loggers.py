@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsity.errors import UserError
-from sparsity.files import write_atomic
+from sparsity.files import append, write_atomic
+
+VALIDATION = "validation/"  # how the names of metrics of a validation begin
 
 
 class Logger(Protocol):
@@ -19,13 +21,17 @@ class Logger(Protocol):
 
 
 class CsvLog:
-    """CSV of (step, seconds, name, value); what a killed run logged beyond step `start` is removed."""
+    """CSV of (step, seconds, name, value); what a killed run logged beyond step `start` is removed, and of that step
+    the validation, where it is `unvalidated`.
+    """
 
     HEADER = ("step", "seconds", "name", "value")
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, start: int, unvalidated: bool = False):
         self.path, self.begin = path, time.monotonic()
         kept = [row for row in self._rows() if int(row[0]) <= start]
+        if unvalidated:
+            kept = [row for row in kept if int(row[0]) < start or not row[2].startswith(VALIDATION)]
         write_atomic(path, _csv([self.HEADER, *kept]).encode())
         self.begin -= float(kept[-1][1]) if kept else 0.0
 
@@ -37,8 +43,7 @@ class CsvLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         seconds = f"{time.monotonic() - self.begin:.0f}"
-        with self.path.open("a", newline="") as file:
-            file.write(_csv([step, seconds, name, f"{value:.6g}"] for name, value in values.items()))
+        append(self.path, _csv([step, seconds, name, f"{value:.6g}"] for name, value in values.items()))
 
     def close(self) -> None:
         """Every row is on disk already."""

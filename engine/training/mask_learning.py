@@ -7,30 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from configs.loading import save_config
-from datasets.calibration.data_kinds import clear_skipped, skipped_path
-from datasets.collate import SkippedImages, collate
-from datasets.labelled.data_path import BUNDLED
-from datasets.labelled.public import check_classes
-from datasets.labelled.timm_images import open_images
-from datasets.loaders import loader
-from engine.evaluation.classification import Accuracy, Classifier
+from datasets.calibration.data_kinds import clear_skipped
 from engine.export import save_weights
-from engine.pruning.data_kinds import Subject
 from engine.ranks import on_leader, place_of
-from engine.training.checkpoint import save_checkpoint
+from engine.training.checkpoint import load_checkpoint, plain, save_checkpoint
 from engine.training.fit import Run, fit
+from engine.training.learning_tasks import Metrics, Task
 from engine.training.loggers import Logger, WandbLog
-from engine.training.timm_training import Labelled, build_optimizer, build_rate
+from engine.training.timm_training import build_optimizer, build_rate
 from sparsity.errors import UserError
 from sparsity.files import remove_leftovers, write_atomic
 from sparsity.learned.checkpoint import fold
@@ -38,121 +30,11 @@ from sparsity.learned.layer import folded
 from sparsity.learned.learnable_masks import LearnableMasks
 from sparsity.learned.schedule import Recipe, progress
 from sparsity.masks import Masks, state_digest
-from sparsity.statistics.gradients import batch_generator
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
 BEST, MASK, WEIGHTS, METRICS = "model_best.pth.tar", "mask.safetensors", "model.safetensors", "metrics.json"
-
-
-class Task(Protocol):
-    """What is learned: a model, its data and its loss.
-
-    epoch_steps: batches of this rank in an epoch. select: the metric of `evaluate` that says which masks are the best;
-    None where there is no evaluation.
-    """
-
-    view: PrunableView
-    epoch_steps: int
-    select: str | None
-
-    def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """The batches of this rank in the steps from `start` to `stop`."""
-
-    def loss(self, batch: Any, step: int) -> Tensor: ...
-
-    def evaluate(self) -> Metrics:
-        """Of the model as it is, by which the best masks are chosen."""
-
-    def test(self) -> Metrics:
-        """Of the model as it is, at the end."""
-
-
-class ImageTask:
-    """A classifier of timm on labelled images.
-
-    model: on the device of `fabric`. settings: of timm's data, `input_size`, `mean`, `std`, `crop_pct` and
-    `interpolation`. Raises OSError or UserError where the data is not there, or has other classes than the model.
-    """
-
-    select = "top1"
-
-    def __init__(self, args: Namespace, fabric: Any, model: nn.Module, view: PrunableView, settings: dict[str, Any]):
-        self.args, self.fabric, self.model, self.view = args, fabric, model, view
-        self.compiled = torch.compile(model) if args.torchcompile else model
-        side = settings["input_size"][-1]
-        trained = {"auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "hflip": args.hflip}
-        trained |= {"color_jitter": args.color_jitter, "scale": args.scale, "ratio": args.ratio}
-        opened = partial(open_images, args.data_path, side=side)
-        lengths = {"train": args.train_images, "val": args.val_images, "test": args.test_images}
-        self.train = opened("train", length=lengths["train"], augment=settings | trained, seed=args.seed)
-        names = ("val", "test") if args.data_path == BUNDLED else ("val",)
-        sets = {name: opened(name, length=lengths[name], augment=settings, seed=0) for name in names}
-        check_classes(len(self.train.class_names), model.num_classes)
-        self.labelled = Labelled(args, model.num_classes)
-        self.epoch_steps = len(self.train) // (args.batch_size * fabric.world_size)
-        if not self.epoch_steps:
-            raise UserError(f"--batch-size {args.batch_size}: the training set has {len(self.train)} images")
-        self.accuracies = {name: self._accuracy(data, lengths[name]) for name, data in sets.items()}
-
-    def _accuracy(self, data: Any, length: int | None) -> Accuracy:
-        part = Subset(data, range(min(length or len(data), len(data))))
-        reading = {"workers": self.args.workers, "max_skipped": self.args.max_skipped}
-        return Accuracy(Classifier(self.model), part, self.fabric, self.args.folder, **reading)
-
-    def batches(self, start: int, stop: int) -> Iterator[Any]:
-        place = place_of(self.fabric)
-        order = {"seed": self.args.seed, "start": start, "stop": stop, "workers": self.args.workers}
-        read = loader(self.train, self.args.batch_size, collate, place=place, **order)
-        path = skipped_path(self.args.folder, self.fabric.global_rank)
-        skipped = SkippedImages(path, (stop - start) * self.args.batch_size, self.args.max_skipped)
-        for step, batch in enumerate(skipped.watch(read), start):
-            yield self.labelled.prepared(batch, place.batch(step))
-
-    def loss(self, batch: Any, step: int) -> Tensor:
-        return self.labelled.loss(self.compiled(batch["image"]), batch)
-
-    def evaluate(self) -> Metrics:
-        return self.accuracies["val"]()
-
-    def test(self) -> Metrics:
-        return self.accuracies["test"]() if "test" in self.accuracies else {}
-
-
-class SubjectTask:
-    """A model of prune.py with its calibration batches, its own loss, and its evaluation where it has one.
-
-    num_batches: of an epoch, on all ranks.
-    """
-
-    def __init__(self, args: Namespace, fabric: Any, subject: Subject, view: PrunableView, num_batches: int):
-        self.subject, self.view, self.seed, self.fabric = subject, view, args.seed, fabric
-        self.data = subject.calibration(args.folder, num_batches, args.seed)
-        self.epoch_steps = len(self.data.numbers) if fabric.world_size == 1 else self.data.batches // fabric.world_size
-        self.metric = next(iter(subject.metrics.values()), None) if args.evaluate else None
-        self.evaluation = subject.evaluation(args.folder) if args.evaluate else None
-        self.select = self.metric
-
-    def batches(self, start: int, stop: int) -> Iterator[Any]:
-        """An epoch that is entered in the middle is read from its beginning."""
-        step = start
-        while step < stop:
-            epoch, skip = divmod(step, self.epoch_steps)
-            count = min(self.epoch_steps - skip, stop - step)
-            yield from islice(self.data.at(epoch), skip, skip + count)
-            step += count
-
-    def loss(self, batch: Any, step: int) -> Tensor:
-        number = place_of(self.fabric).batch(step)
-        return self.view.loss(batch, batch_generator(self.seed, number))
-
-    def evaluate(self) -> Metrics:
-        return dict(self.evaluation())
-
-    def test(self) -> Metrics:
-        return {}
 
 
 class MaskedModel(nn.Module):
@@ -229,12 +111,10 @@ class LearningRun(Run):
     def best_path(self) -> Path:
         return self.output_dir / BEST
 
-    def offer(self, step: int, metrics: Metrics) -> None:
-        value = metrics[self.select]
-        if self.best is None or value > self.best["value"]:
-            self._verify()
-            self.best = {"step": step, "value": value}
-            on_leader(self.fabric, partial(self.export, step, metrics))
+    BEST_KEYS = ("step", "identity", "metrics", "state_dict")
+
+    def _keep_best(self, step: int, metrics: Metrics) -> None:
+        self.export(step, metrics)
 
 
 def read_prior(path: Path, view: PrunableView, read: Callable[[Path], dict[str, Tensor]]) -> Masks:
@@ -331,14 +211,15 @@ class MaskLearning:
         ignored += ("log_wandb", "wandb_project", "wandb_offline", "pattern", "config", "accelerator", "strategy")
         given = {name: _plain(value) for name, value in vars(self.args).items() if name not in ignored}
         weights = state_digest(self.task.view.model)
-        return {"arguments": given, "weights": weights, "prior": prior.digest() if prior is not None else None}
+        identity = {"arguments": given, "weights": weights, "prior": prior.digest() if prior is not None else None}
+        return identity | {"contents": self.task.contents}
 
     def fit(self) -> None:
         """Train on from the last checkpoint, to the end."""
         if not self.run.checkpoint_path.is_file():
-            clear_skipped(self.args.folder, self.fabric.global_rank, self.fabric.world_size)
+            clear_skipped(self.args.folder, place_of(self.fabric))
         start = self.run.resume()
-        if start < self.steps:
+        if start < self.steps or self.run.unvalidated:
             self.run.loggers = on_leader(self.fabric, self._begin) or ()
             fit(self.run, self._batches(start), start)
 
@@ -347,21 +228,38 @@ class MaskLearning:
             yield {"batch": batch, "step": step}
 
     def finish(self) -> str:
-        """Test the best masks, write the metrics; returns what was found, in a line for each test."""
+        """Test the best masks, write the metrics; returns what was found, in a line for each test. A run that was
+        finished before is left as it is.
+        """
+        done = self.fabric.broadcast(on_leader(self.fabric, self._done))
+        if done is not None:
+            return f"this run is finished; --output and --experiment choose another folder\n{self._told(done)}"
         if self.run.best is None:
             on_leader(self.fabric, partial(self._export, self.steps, {}))
         found = {"best": dict(self.run.best or {})}
-        best = torch.load(self.run.best_path, map_location="cpu", weights_only=True)
+        best = load_checkpoint(self.run.best_path, LearningRun.BEST_KEYS)
         self.model.model.load_state_dict(best["state_dict"])
         with folded(self.model.model), self.fabric.autocast():
             found["test"] = self.task.test()
-        found |= {"val": best["metrics"]}
+        found |= {"val": best["metrics"], "run": self.run.digest}
         for logger in self.run.loggers:
             logger.write(self.steps, {f"test/{name}": value for name, value in found["test"].items()})
             logger.close()
         on_leader(self.fabric, partial(write_atomic, self.args.folder / METRICS, json.dumps(found, indent=1).encode()))
-        lines = [f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for name, of in found.items() if of]
+        return self._told(found)
+
+    def _told(self, found: dict[str, Any]) -> str:
+        tests = {name: metrics for name, metrics in found.items() if metrics and name != "run"}
+        lines = [f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for name, of in tests.items()]
         return "\n".join([*lines, f"results: {self.args.folder}"])
+
+    def _done(self) -> dict[str, Any] | None:
+        """What this very run has found, where it is finished."""
+        try:
+            found = json.loads((self.args.folder / METRICS).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.get("run") == self.run.digest else None
 
     def _validate(self) -> Metrics:
         with self.model.averaged(), folded(self.model.model), self.fabric.autocast():
@@ -374,6 +272,7 @@ class MaskLearning:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             facts = {"epoch": step // self.task.epoch_steps, "arch": args.model, "version": 2, "metric": None}
             facts |= {"metric": metrics.get(self.task.select), "metrics": metrics, "args": _settings(args)}
+            facts |= {"step": step, "identity": plain(self.identity)}
             remove_leftovers(folder / BEST)
             save_checkpoint(folder / BEST, {**facts, "state_dict": state})
             with folded(model):

@@ -1,5 +1,4 @@
-"""In which types a model's tensors were published. Models compute in float32 or better, and are written as they
-came."""
+"""In which types a model's tensors were published: they compute in float32 or better, and are written as they came."""
 
 from collections.abc import Iterator
 from pathlib import Path

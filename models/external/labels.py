@@ -1,5 +1,4 @@
-"""Which classes of a model the folders of images are: by name, by ImageNet's synsets, by a JSON file, never by a
-guess."""
+"""Which classes of a model the folders of images are: by name, by ImageNet's synsets, or by a JSON file; no guesses."""
 
 import json
 import logging

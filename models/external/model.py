@@ -221,7 +221,9 @@ def prunable_view(
 
     run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
     view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)
-    log.info("kept dense: %s", listed(view.dense) or "none, since no layer is known as the output head (--exclude)")
+    if not heads & set(names):
+        log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
+    log.info("kept dense: %s", listed(view.dense) or "none")
     return view
 
 

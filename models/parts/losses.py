@@ -101,7 +101,8 @@ def draw_negatives(
         return None
     drawn = []
     for rows in (text_to_image.float(), image_to_text.float()):
-        weights = (rows.softmax(1) + floor).masked_fill(same, 0.0)
+        # Where the model has become NaN something is drawn, so that its loss says so, not a failing draw.
+        weights = (rows.softmax(1).nan_to_num() + floor).masked_fill(same, 0.0)
         weights = weights + (weights.sum(1, keepdim=True) == 0) * ~same  # all but the pair has underflowed
         if generator is not None:
             weights = weights.to(generator.device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
-from sparsity.files import write_atomic
+from sparsity.files import write_atomic, writing
 from sparsity.masks import state_digest
 from sparsity.statistics.gradients import batch_generator, only_prunable, summed_gradients
 from sparsity.statistics.inputs import untouched
@@ -273,6 +273,12 @@ def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, dat
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def _checksum(account: Mapping[str, Any]) -> str:
+    """SHA-256 over all of an account but its checksum."""
+    facts = {name: value for name, value in account.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 class _Memory:
     """Rows in memory. images: of the batches of each row that is there."""
 
@@ -307,11 +313,13 @@ class _File:
     def __init__(self, origin: Scratch, width: int, dtype: torch.dtype):
         self.path, self.account = origin.path.with_suffix(self.SUFFIX), origin.path.with_suffix(".json")
         self._identity, self._width, self._dtype = origin.identity, width, dtype
+        self._digests: list[str] = []  # of the rows
         self.images: list[int] = self._found()
         if self.images:
             logger.info("%s: going on after %d gradient rows", self.path, len(self.images))
         else:
             # Another file, not the old one emptied: rows that are still mapped must not change.
+            self._digests = []
             self.remove()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -319,11 +327,26 @@ class _File:
     def _found(self) -> list[int]:
         try:
             account, size = json.loads(self.account.read_text()), self.path.stat().st_size
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
-        if account["identity"] != self._identity or size < len(account["images"]) * self._bytes:
+        if not isinstance(account, dict) or account.get("identity") != self._identity:
             return []
-        return account["images"]
+        self._digests = account.get("digests", [])
+        images, text = account.get("images", []), _checksum(account)
+        if account.get("checksum") != text or size < len(images) * self._bytes:
+            return []
+        return images if all(map(self._intact, range(len(images)))) else []
+
+    def _intact(self, row: int) -> bool:
+        """Whether a row is as it was written."""
+        sha = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(row * self._bytes)
+            left = self._bytes
+            while left and (piece := file.read(min(left, _PIECE["cpu"]))):
+                sha.update(piece)
+                left -= len(piece)
+        return sha.hexdigest() == self._digests[row]
 
     @property
     def _bytes(self) -> int:
@@ -331,19 +354,19 @@ class _File:
 
     def append(self, pieces: Iterable[Tensor], images: int) -> None:
         """Adds a row, and accounts for it."""
-        try:
-            with self.path.open("r+b") as file:
-                file.seek(len(self.images) * self._bytes)
-                for piece in pieces:
-                    file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(self.path)  # a full disk does not say for which file
-            raise
+        sha = hashlib.sha256()
+        with writing(self.path), self.path.open("r+b") as file:
+            file.seek(len(self.images) * self._bytes)
+            for piece in pieces:
+                written = piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data
+                file.write(written)
+                sha.update(written)
+            file.flush()
+            os.fsync(file.fileno())
         self.images.append(images)
-        account = {"identity": self._identity, "images": self.images}
-        write_atomic(self.account, json.dumps(account).encode())
+        self._digests.append(sha.hexdigest())
+        account = {"identity": self._identity, "images": self.images, "digests": self._digests}
+        write_atomic(self.account, json.dumps(account | {"checksum": _checksum(account)}).encode())
 
     def rows(self) -> Tensor:
         count = len(self.images)

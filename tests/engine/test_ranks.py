@@ -5,11 +5,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import multiprocessing
 
-from engine.ranks import on_leader
+from engine.ranks import OtherRankError, on_leader
+from sparsity.errors import ResourceError
 
 
 def fail():
-    raise OSError("the disk is full")
+    raise ResourceError("the disk is full")
 
 
 def one_rank(rank, address, results):
@@ -27,8 +28,10 @@ def one_rank(rank, address, results):
     found = [on_leader(Two, lambda: "written")]
     try:
         on_leader(Two, fail)
-    except OSError as error:
+    except ResourceError as error:
         found.append(str(error))
+    except OtherRankError as error:
+        found.append(error.code)
     torch.save(found, f"{results}/{rank}")
     torch.distributed.destroy_process_group()
 
@@ -37,11 +40,11 @@ def one_rank(rank, address, results):
 def test_an_error_of_the_leader_ends_all(tmp_path):
     multiprocessing.spawn(one_rank, (f"file://{tmp_path}/store", str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
-    assert found == [["written", "the disk is full"], [None, "the disk is full"]]
+    assert found == [["written", "the disk is full"], [None, 4]]
 
 
 def test_alone():
     fabric = Fabric(accelerator="cpu", devices=1)
     assert on_leader(fabric, lambda: 3) == 3
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(ResourceError, match="the disk is full"):
         on_leader(fabric, fail)

@@ -123,9 +123,7 @@ def test_rows_of_several_batches_add_up_in_float32():
 
 
 def test_tamt_steps_along_sums_in_float32():
-    """Two hundred batches a step, in bfloat16: the first step's scores are those of the float32 mean gradient's
-    sign.
-    """
+    """Two hundred batches a step, in bfloat16: the scores go the way of the float64 model's."""
     batches = batches_of(torch.bfloat16, count=200, size=2)
     learned = []
     for model in (Net().bfloat16(), Net().bfloat16().double()):

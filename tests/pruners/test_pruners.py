@@ -1,6 +1,8 @@
 """Every pruner against its formula in float64, and what all pruners have in common."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import pruners
 from pruners.base import Pruner
 from sparsity.allocation.budget import budget
+from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.run.request import CalibrationPass, Request
 from sparsity.selection import magnitude_counts
@@ -339,3 +342,23 @@ def test_the_list_of_pruners_is_the_list_of_files():
         pruners.build("multflow")
     with pytest.raises(ValueError, match="pruner 'omp' has no option 'lambda_'"):
         pruners.build("omp", lambda_=1)
+
+
+@pytest.mark.parametrize(
+    "bases", [{"Own": Pruner, "Helper": object}, {"Own": Pruner, "Two": Pruner}, {"Helper": object}]
+)
+def test_a_file_has_one_pruner(monkeypatch, bases):
+    """Other classes beside it are fine; two pruners, or none, are named."""
+    module = types.ModuleType("pruners.own")
+    for name, base in bases.items():
+        setattr(module, name, type(name, (base,), {"name": "own", "__module__": module.__name__}))
+    monkeypatch.setitem(sys.modules, "pruners.own", module)
+    monkeypatch.setattr(pruners, "available", lambda: ["own"])
+    if bases == {"Own": Pruner, "Helper": object}:
+        assert pruners.options("own") == []
+        return
+    found = "Own, Two" if "Two" in bases else "none"
+    with pytest.raises(
+        UserError, match=f"pruners/own.py: expected one subclass of pruners.base.Pruner, it has {found}"
+    ):
+        pruners.options("own")

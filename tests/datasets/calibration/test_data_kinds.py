@@ -179,10 +179,10 @@ def test_a_calibration_that_goes_on_keeps_its_list(tmp_path):
     listed = skipped_path(tmp_path, 0)
     listed.write_text("of/the/first/half.jpg\tbroken\n")
     (tmp_path / "chita_epoch0_rank0.rows").touch()
-    clear_skipped(tmp_path, 0, 1)
+    clear_skipped(tmp_path, Place())
     assert listed.exists()
     (tmp_path / "chita_epoch0_rank0.rows").unlink()
-    clear_skipped(tmp_path, 0, 1)
+    clear_skipped(tmp_path, Place())
     assert not listed.exists()
 
 

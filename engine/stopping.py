@@ -1,0 +1,68 @@
+"""SIGTERM and SIGUSR1, which schedulers send before they kill: a run saves, and ends as one that can go on.
+
+Signals are the process's, so this module keeps the one state that there is of them.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(BaseException):
+    """The run was asked to stop; what was done is saved. No `Exception`: nothing that handles errors may keep it."""
+
+
+class _State:
+    asked = ""  # name of the signal that came
+    waits = False  # for a place where it is good to stop
+    process = 0  # that listens: children that are forked inherit the handler
+
+
+def listen() -> None:
+    """Raise Stopped wherever the program is when a signal comes, unless it is `deferred`."""
+    _State.asked, _State.waits, _State.process = "", False, os.getpid()
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _come)
+
+
+def _come(number: int, _: Any) -> None:
+    if os.getpid() != _State.process:
+        return
+    _State.asked = signal.Signals(number).name
+    if not _State.waits:
+        raise Stopped(_State.asked)
+
+
+def asked() -> str:
+    """The name of the signal that has come; "" where none has."""
+    return _State.asked
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside the block a signal is only noted, for `asked`; at the end it raises Stopped, where nothing else did."""
+    yield from _waiting(True)
+    if _State.asked and not _State.waits:
+        raise Stopped(_State.asked)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Inside the block a signal raises Stopped, also within a `deferred` one: what was done is saved."""
+    if _State.asked and _State.waits:
+        raise Stopped(_State.asked)
+    yield from _waiting(False)
+
+
+def _waiting(waits: bool) -> Iterator[None]:
+    before, _State.waits = _State.waits, waits
+    try:
+        yield
+    finally:
+        _State.waits = before
