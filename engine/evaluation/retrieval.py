@@ -21,6 +21,7 @@ from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
 from engine.evaluation.reranking import Share, retrieval_scores
+from engine.ranks import summed
 from sparsity.errors import UserError
 
 RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
@@ -66,15 +67,11 @@ class ZeroShot:
             self.texts,
             k_test=self.evaluation.k_test,
             device=self.fabric.device,
-            share=Share(self.own, self._total) if self.fabric.world_size > 1 else None,
+            share=Share(self.own, partial(summed, self.fabric)) if self.fabric.world_size > 1 else None,
             half=self.evaluation.half_tokens,
             progress=partial(self._progress, desc="re-ranking", unit="image"),
         )
         return recall(*scores, self.txt2img, self.img2txt)
-
-    def _total(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, on the device: not every backend adds up what is on the host."""
-        return self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum").to(tensor.device)
 
     def _read(self) -> Iterator[Tensor]:
         """Batches (B, 3, H, W) of this rank's images, NaN for those that cannot be read."""
@@ -91,7 +88,7 @@ class ZeroShot:
 
     def _agree(self, failed: UserError | None) -> None:
         """Raise on all ranks what one of them has found: none waits for one that is gone."""
-        if self.fabric.world_size > 1 and int(self._total(torch.tensor(float(failed is not None)))):
+        if int(summed(self.fabric, torch.tensor(float(failed is not None)))):
             raise failed or UserError("too many images of another rank cannot be read")
 
     def _progress(self, batches: Iterable, desc: str, unit: str = "batch") -> Iterable:
