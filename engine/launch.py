@@ -118,11 +118,11 @@ def launch(
 ) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded, its arithmetic set.
 
-        folder: where the run writes, which it holds alone from here on (see `engine.locks`). unused_parameters: some
-            parameters get no gradient in some steps (DDP must look for them). sync_buffers: DDP sends
-        rank 0's buffers in each forward, for models with statistics of batches; needless where all ranks compute the same
-        ones, as BLIP's queues. Raises UserError where there are no such devices, or another run holds the folder.
-        """
+    folder: where the run writes, which it holds alone from here on (see `engine.locks`). unused_parameters: some
+    parameters get no gradient in some steps (DDP must look for them). sync_buffers: DDP sends rank 0's buffers in each
+    forward, for models with statistics of batches; needless where all ranks compute the same ones, as BLIP's queues.
+    Raises UserError where there are no such devices, or another run holds the folder.
+    """
     from lightning.fabric import Fabric, seed_everything
     from lightning.fabric.strategies import DDPStrategy
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.reports.mask_overlap import description, overlap
 from engine.reports.plots import plot_heat, plot_magnitudes, plot_overlap, plot_sparsity
 from engine.reports.report import Picture
 from engine.reports.weight_places import magnitudes
 from sparsity.masks import Masks, Report
-from sparsity.overlap import description, overlap
 from sparsity.view import PrunableView
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
+from engine.reports.mask_overlap import overlap
 from models.checkpoint import read_weights
 from sparsity.errors import UserError
 from sparsity.masks import Masks
-from sparsity.overlap import overlap
 from sparsity.packing import pack, unpack
 from sparsity.run.sequential import Deferred, Done, Progress
 from sparsity.run.steps import Trail

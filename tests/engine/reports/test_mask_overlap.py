@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.reports.mask_overlap import description, overlap
 from sparsity.masks import Masks
-from sparsity.overlap import description, overlap
 
 
 def naive(a, b):
