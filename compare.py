@@ -17,7 +17,7 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 
 import argparse
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.pruning.comparison import Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import calibrate, plain
+    from engine.ranks import place_of
     from sparsity.run.request import Request
 
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
@@ -96,7 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
     view, file = subject.load(fabric), args.output_dir / "results.csv"
     digest = digests(view, subject.sizes, config, vars(args), chosen)
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
-    clear_skipped(args.output_dir, fabric.global_rank, fabric.world_size)
+    if not ledger.rows:  # else it goes on
+        clear_skipped(args.output_dir, place_of(fabric))
     evaluate = subject.evaluation(args.output_dir)
     arguments = {name: plain(value) for name, value in vars(args).items()}
     save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")
@@ -107,8 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     def measure(pruner: Any, seed: int, epoch: int, *, names: Any = None, request: Request | None = None) -> Any:
         own = data(seed) if pruner.statistic else None
-        what = {"folder": args.output_dir, "config": config, "names": names, "request": request}
-        return calibrate(pruner, view, own, fabric, seed, epoch, **what)
+        kept = partial(calibrate, folder=args.output_dir, config=config)
+        return kept(pruner, view, own, fabric, seed, epoch, names=names, request=request)
 
     for pruner in chosen.values():
         rounds = data(args.seeds[0]).rounds if pruner.statistic else None

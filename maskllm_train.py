@@ -38,7 +38,7 @@ from sparsity.errors import UserError
 from sparsity.learned.schedule import RECIPES, Recipe
 
 WAY_OUT = "give --initial-checkpoint FILE, without --pretrained"
-OF_OWN_LOSS = ("config", "variant", "weights", "groups", "calibration", "loss")  # options of models that have one
+OF_OWN_LOSS = ("config", "variant", "weights", "weights_key", "groups", "calibration", "class_map", "loss")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

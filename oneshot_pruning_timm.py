@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import pruners
+from configs.decoding import Decoding
 from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
-from engine.options.command_line import Parser, add_device_options, count, positive_int, share
+from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
 from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
@@ -36,6 +37,7 @@ class Asked:
     nsamples: int
     batch_size: int
     image_size: int | None
+    decoding: Decoding
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,21 +49,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_oneshot_options(parser, nsamples=128)
     add("--data-path", help=f"folder with train/ and val/, cifar10, cifar100 or bundled (default: {IMAGENET})")
     add("--batch-size", type=positive_int, default=32, help="images at a time (default: %(default)s)")
-    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
-    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
     add("--ckpt", type=Path, help="weights instead of the published ones (default: none)")
+    add("--weights-key", default="", help="key of --ckpt under which they stand (default: averaged ones before others)")
     add("--skip-eval", action="store_true", help="prune only, and measure no accuracy (default: no)")
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
+    add_reading_options(parser)
     add_device_options(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    args.target = check_oneshot(args)
+    args.target, args.decoding = check_oneshot(args), decoding(args)
     if args.ckpt and not args.ckpt.is_file():
         raise MissingFileError(f"--ckpt {args.ckpt}: there is no such file")
+    if args.weights_key and not args.ckpt:
+        raise UserError(f"--weights-key {args.weights_key}: is a key of --ckpt FILE, which is not given")
     if args.save_model:
         if not args.save_model.name.endswith(SUFFIXES):
             raise UserError(f"--save-model {args.save_model}: its name must end with {', '.join(SUFFIXES)}")
@@ -72,11 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
+    from datasets.calibration.data_kinds import clear_skipped
     from datasets.calibration.image_batches import Samples
     from datasets.labelled.data_path import check_data, has_validation, open_data
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
     from engine.pruning.oneshot import divisible, one_shot, report, save
+    from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
 
@@ -85,12 +91,13 @@ def main(arguments: list[str] | None = None) -> None:
     args.data_path = args.data_path or images_of(args.model)
     sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
     model = classifiers.build(args.model, pretrained=args.ckpt is None, way_out=WAY_OUT, **sizes)
-    if args.ckpt:
-        classifiers.load(model, args.ckpt)
+    halves = classifiers.load(model, args.ckpt, key=args.weights_key) if args.ckpt else {}
     images = classifiers.data_config(model, args.image_size)
     fabric, folder = launch(args), args.save_model.parent if args.save_model else Path("output")
+    clear_skipped(folder, place_of(fabric))
     view = prunable_view(model.to(fabric.device))
-    opened = partial(open_data, args.data_path, transform=classifiers.transform(images), side=images["input_size"][-1])
+    how = {"transform": classifiers.transform(images), "side": images["input_size"][-1], "decoding": args.decoding}
+    opened = partial(open_data, args.data_path, **how)
     reading = {"workers": args.workers, "max_skipped": args.max_skipped}
 
     accuracy = None
@@ -106,16 +113,16 @@ def main(arguments: list[str] | None = None) -> None:
         pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
         data = None
         if pruner.statistic:
-            place = {"rank": fabric.global_rank, "world_size": fabric.world_size}
             train = opened(train=True, length=args.nsamples, seed=args.seed)
-            data = Samples(train, args.nsamples, args.batch_size, folder, seed=args.seed, **reading, **place)
-        asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size)
+            place, size = place_of(fabric), args.batch_size
+            data = Samples(train, args.nsamples, size, folder, seed=args.seed, place=place, **reading)
+        asked = Asked(args.model, args.data_path, args.nsamples, args.batch_size, args.image_size, args.decoding)
         kept = {"folder": args.save_model.parent, "config": asked} if args.save_model else {}
         masks = one_shot(pruner, view, data, fabric, args.target, args.seed, **kept)
         masks.apply(view)
         lines.append((f"{args.pruner} {args.target}", accuracy() if accuracy else {}))
     if fabric.is_global_zero:
-        written = save(model, args.save_model, masks) if args.save_model else []
+        written = save(model, args.save_model, masks, halves) if args.save_model else []
         print(report(lines, view, written))
     fabric.barrier()
 

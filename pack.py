@@ -4,8 +4,9 @@
     python pack.py output/pruned/vit_mini.packed.safetensors vit_mini.safetensors --unpack
 
 2:4 takes 9/16 of the dense size in 16 bits, any other sparsity its values and a bit for each weight; what that would
-not make smaller stays as it is. Every script of this project reads packed checkpoints as they are; unpacked, they are
-plain safetensors, as timm and transformers load them. Learned masks (`*.gate`) become zeros first.
+not make smaller, and what is quantised, stays as it is. Every script of this project reads packed checkpoints as they
+are; unpacked, they are plain safetensors, as timm and transformers load them. Learned masks (`*.gate`) become zeros
+first. Values that --dtype cannot hold are counted, and refused unless --allow_loss is given.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from engine.options.command_line import Parser
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
+ALLOWED = {"vanished": ("vanished",), "all": ("vanished", "overflowed")}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -25,7 +27,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("source", type=Path, help="checkpoint: safetensors, packed or not, or what torch.save wrote")
     add("target", type=Path, help="file to write, .safetensors")
     add("--unpack", action="store_true", help="write all weights, zeros too (default: no)")
-    add("--dtype", choices=DTYPES, help="of floating-point weights (default: as they are)")
+    add("--dtype", choices=DTYPES, help="of floating-point weights, quantised ones apart (default: as they are)")
+    allowed = "write also what --dtype cannot hold: values that become 0, or infinite too (default: refuse)"
+    add("--allow_loss", choices=ALLOWED, help=allowed)
     return parser.parse_args(arguments)
 
 
@@ -37,6 +41,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.target}: the file to write must be a .safetensors file")
     if args.target.resolve() == args.source.resolve():
         raise UserError(f"{args.target}: is the checkpoint itself: give another file to write")
+    if args.allow_loss and not args.dtype:
+        raise UserError("--allow_loss is for --dtype, without which nothing is lost: leave it out")
     check_writable(args.target.parent, "target")
 
 
@@ -48,12 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     from engine.export import save_state
     from models.checkpoint import read_weights
+    from sparsity.casting import cast
     from sparsity.learned.checkpoint import fold
 
     state = fold(read_weights(args.source))
     if args.dtype:
-        dtype = getattr(torch, args.dtype)
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        allowed = ALLOWED.get(args.allow_loss, ())
+        way_out = f"--allow_loss {' or '.join(ALLOWED)} writes them all the same"
+        try:
+            state = cast(state, getattr(torch, args.dtype), allowed=allowed, way_out=way_out)
+        except UserError as error:
+            raise UserError(f"{args.source}: {error}") from None
     save_state(state, args.target, packed=not args.unpack)
     dense = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     size = args.target.stat().st_size

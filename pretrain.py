@@ -48,19 +48,22 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from engine.export import save_weights
+    from engine.ranks import place_of
     from engine.training.fit import Run, fit
-    from engine.training.optimizer import build_optimizer
+    from engine.training.optimizer import after_each_step, build_optimizer
     from engine.training.pretraining import PRETRAINING
     from engine.training.schedule import cooldown, warmup_cosine
     from models.parts.pretraining import AROUND
 
     kind, module = models.KINDS[args.model], models.find(args.model)
     course = PRETRAINING[kind](module, config, str(args.config), args.seed)
-    fabric = launch(args, args.output_dir, unused_parameters=course.unused_parameters)
+    fabric = launch(args, args.output_dir, unused_parameters=course.unused_parameters, broadcast_buffers=False)
     model = module.build(course.sizes)
     around = AROUND[kind](model, **course.options)
     result = around.result
-    trained, optimizer = fabric.setup(around, build_optimizer(around, config, args.precision))
+    plain = build_optimizer(around, config, args.precision)
+    after_each_step(plain, around.on_step)
+    trained, optimizer = fabric.setup(around, plain)
     steps = len(course.data)
 
     def rate(step: int) -> float:
@@ -90,10 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"this run is finished; delete {training.checkpoint_path} to train again")
     if fabric.is_global_zero:
         save_config(config, args.output_dir / "config.yaml")
-    fit(training, course.data.steps(start, fabric.global_rank, fabric.world_size), start)
+    fit(training, course.data.steps(start, place_of(fabric)), start)
     if fabric.is_global_zero:
         file = args.output_dir / f"{args.model}.safetensors"
-        path = save_weights(result, file, torch.float16, without=module.REBUILT, tied_once=True)
+        half = {"dtype": torch.float16, "allowed": ("vanished",)}
+        path = save_weights(result, file, **half, without=module.REBUILT, tied_once=True)
         print(f"weights: {path}\nlog: {args.output_dir / 'log.csv'}")
     fabric.barrier()
 

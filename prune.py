@@ -100,12 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrate, timed
+    from engine.ranks import place_of
     from sparsity.run.request import Request
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
     fabric = launch(args, folder)
     view = subject.load(fabric)
-    clear_skipped(folder, fabric.global_rank, fabric.world_size)
+    clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
     request = Request(args.sparsities or (), args.pattern, args.pool, args.seed)

@@ -42,10 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = config.sizes(load_config(config.model_config, module.Config))
     encode = TextEncoder(module.tokenizer(sizes), sizes.max_tokens, **task.TEXT)
     train = training_set(config, encode, sizes.vision.image_size, args.seed)
-    fabric = launch(args, args.output_dir)
+    fabric = launch(args, args.output_dir, broadcast_buffers=False)
     model = task.build(sizes, config.checkpoint, negative_all_rank=config.negative_all_rank)
     tuning = Finetuning(args, config, fabric, task, model, sizes, train)
-    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
+    reading = {name: getattr(config, name) for name in ("workers", "max_skipped", "decoding")}
     recalls = partial(ZeroShot, model, encode=encode, fabric=fabric, vision=sizes.vision, folder=args.output_dir)
     tests = {name: recalls(data, **reading) for name, data in config.evaluations(args.debug).items()}
     if tuning.fit(validate=tests.pop("val"), select="r_mean"):

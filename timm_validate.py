@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
-from engine.options.command_line import Parser, add_device_options, count, positive_int, share
+from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
 from sparsity.errors import MissingFileError, UserError
 
 MODES = ("dense", "sparse", "maskllm")
@@ -29,23 +29,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="weights to evaluate (default: none)")
     add("--pretrained", action="store_true", help="evaluate the published weights (default: no)")
     add("--use-ema", action="store_true", help="the checkpoint's averaged weights (default: no)")
+    add(
+        "--weights-key",
+        default="",
+        help="key of the checkpoint under which the weights stand (default: the usual ones)",
+    )
     add("--sparsity-mode", choices=MODES, default="dense", help="what the checkpoint holds (default: %(default)s)")
     add("--mask", type=Path, help="mask file to apply to the weights (default: none)")
     add("--data-path", help=f"folder with val/, or of classes; cifar10, cifar100 or bundled (default: {IMAGENET})")
     add("--num-classes", type=positive_int, help="default: the model's")
     add("--image-size", "--img-size", type=positive_int, help="side of the images in pixels (default: the model's)")
     add("--batch-size", type=positive_int, default=128, help="images at a time (default: %(default)s)")
-    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
-    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add_reading_options(parser)
     add_device_options(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    args.data_path = args.data_path or images_of(args.model)
+    args.data_path, args.decoding = args.data_path or images_of(args.model), decoding(args)
     if bool(args.checkpoint) == args.pretrained:
         raise UserError("give --checkpoint FILE, or --pretrained for the published weights, and not both")
+    if args.weights_key and (args.use_ema or not args.checkpoint):
+        raise UserError(
+            f"--weights-key {args.weights_key}: is a key of --checkpoint FILE, and takes the place of --use-ema"
+        )
     if args.pretrained and args.sparsity_mode != "dense":
         raise UserError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
     for option in ("checkpoint", "mask"):
@@ -58,10 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     check(args)
 
+    from datasets.calibration.data_kinds import clear_skipped
     from datasets.labelled.data_path import check_data, open_data
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
     from engine.evaluation.sparse_checkpoint import loaded, result, tell_zeros
+    from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
     from sparsity.masks import Masks
@@ -71,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = classifiers.build(args.model, pretrained=args.pretrained, way_out="give --checkpoint FILE", **sizes)
     gates = 0
     if args.checkpoint:
-        weights = classifiers.read(args.checkpoint, ema=args.use_ema)
+        weights = classifiers.read(args.checkpoint, ema=args.use_ema, key=args.weights_key)
         weights, gates = loaded(weights, args.sparsity_mode, str(args.checkpoint))
         classifiers.load(model, args.checkpoint, weights)
     view = prunable_view(model)
@@ -80,11 +90,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.sparsity_mode != "dense" or args.mask:
         tell_zeros(view, str(args.checkpoint or args.mask))
     images = classifiers.data_config(model, args.image_size)
-    fabric = launch(args)
-    test = open_data(args.data_path, False, classifiers.transform(images), side=images["input_size"][-1])
+    fabric, folder = launch(args), Path("output")
+    clear_skipped(folder, place_of(fabric))
+    how = {"side": images["input_size"][-1], "decoding": args.decoding}
+    test = open_data(args.data_path, False, classifiers.transform(images), **how)
     check_classes(len(test.class_names), model.num_classes)
     reading = {"workers": args.workers, "max_skipped": args.max_skipped, "batch_size": args.batch_size}
-    accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, Path("output"), **reading)()
+    accuracy = Accuracy(Classifier(model.to(fabric.device)), test, fabric, folder, **reading)()
     if fabric.is_global_zero:
         print(json.dumps(result(args.model, accuracy, model, gates, images), indent=4))
     fabric.barrier()

@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets.annotations import load_image
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import draw_scene
 from datasets.collate import collate
+from datasets.images import load_image
 from datasets.loaders import loader
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardDataset, shard_loader
@@ -86,7 +86,7 @@ def write_shards(root: Path, images: list[tuple[bytes, str]]) -> None:
 
 
 def with_pillow(path: Path, side: int) -> None:
-    with Image.open(path) as image:
+    with Image.open(path, formats=("JPEG",)) as image:
         image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 

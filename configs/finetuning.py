@@ -74,11 +74,12 @@ class CaptionedConfig(TaskConfig):
 class RetrievalConfig(CaptionedConfig):
     """Image-text retrieval.
 
-    k_test: candidates of each query that the ITM head re-ranks. negative_all_rank: hard negatives come from the batches
-    of all devices.
+    k_test: candidates of each query that the ITM head re-ranks. half_tokens: see `configs.pruning.Evaluation`.
+    negative_all_rank: hard negatives come from the batches of all devices.
     """
 
     k_test: int = 256
+    half_tokens: bool = False
     negative_all_rank: bool = True
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class RetrievalConfig(CaptionedConfig):
     def evaluations(self, debug: bool = False) -> dict[str, Evaluation]:
         """By name: "val", by which the best weights are chosen, then what they are tested on."""
         limit = DEBUG_IMAGES if debug else None
-        options = {"k_test": self.k_test, "limit": limit}
+        options = {"k_test": self.k_test, "half_tokens": self.half_tokens, "limit": limit}
         if not self.bundled:
             files = {"val": self.val_file, "test": self.test_file}
             return {name: Evaluation(files=self.files(file), **options) for name, file in files.items()}
@@ -205,14 +206,19 @@ class BundledPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningPretrainConfig(TaskConfig):
-    """Language modelling on image-text pairs, in annotated files or WebDataset shards, or on the bundled scenes."""
+    """Language modelling on image-text pairs, in annotated files or WebDataset shards, or on the bundled scenes.
+
+    streams: places of the shards that are read at the same time, a multiple of devices x workers.
+    """
 
     train: list[Files] = field(default_factory=list)
     bundled: BundledPairs | None = None
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.0
+    streams: int = 16
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "streams")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
         if self.bundled and self.train:

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import logging
 import math
+import os
+import reprlib
 import types
 import typing
 from argparse import Namespace
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 T = TypeVar("T", bound="DataclassInstance")
+_MOST_KEYS = 10_000  # of a mapping
+_LARGEST = 2**63 - 1
 
 
 def load_config(path: str | Path, schema: type[T]) -> T:
@@ -33,21 +37,43 @@ def load_config(path: str | Path, schema: type[T]) -> T:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Mapping in a YAML file, by the safe loader."""
+    """Mapping in a YAML file, by the safe loader; a key that stands twice is an error."""
     path = located(Path(path))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFileError(f"{path}: configuration file not found; see configs/ for those that exist")
     try:
         with reading(path):
             text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        content = yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: too many brackets in brackets") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # yaml raises these for `!!int x`, `!!bool x`, `!!timestamp x` and dates such as 2001-13-01
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, where no key may stand twice in a mapping, and merged mappings (<<) stay small."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.error.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.error.MarkedYAMLError(problem=f"more than {_MOST_KEYS} keys", problem_mark=node.start_mark)
 
 
 def configure(args: Namespace, task: str, schema: type[T], base: str = "_base") -> tuple[Path | None, T]:
@@ -82,14 +108,14 @@ def find_variant(folder: Path, task: str, variant: str, weights: str | None, bas
 def build(schema: type[T], values: Any, where: str) -> T:
     """Dataclass `schema` from a mapping; `where` (a file, then the keys that lead there) begins every message."""
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a mapping of keys to values, got {values!r}")
+        raise UserError(f"{where}: expected a mapping of keys to values, got {_shown(values)}")
     kinds = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
+            close = difflib.get_close_matches(_shown(key).strip("'"), fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {_shown(key)}{hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -99,7 +125,7 @@ def build(schema: type[T], values: Any, where: str) -> T:
     try:
         return schema(**converted)
     except ValueError as error:  # from __post_init__
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -115,17 +141,19 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return build(kind, value, where)
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list, got {value!r}")
+            raise UserError(f"{where}: expected a list, got {_shown(value)}")
         return origin(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
+            raise UserError(f"{where}: expected a mapping, got {_shown(value)}")
         return {key: _convert(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
     if kind is float:
         return _number(value, where)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         expected = {int: "an integer", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
-        raise UserError(f"{where}: expected {expected}, got {value!r}")
+        raise UserError(f"{where}: expected {expected}, got {_shown(value)}")
+    if kind is int and not -_LARGEST <= value <= _LARGEST:
+        raise UserError(f"{where}: expected an integer of 64 bits, got {_shown(value)}")
     return _here(value)
 
 
@@ -141,11 +169,22 @@ def _number(value: Any, where: str) -> float:
     """YAML 1.1 reads 1e-4 as text: accept it as the number that it is meant to be."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: expected a number, got {value!r}")
+        raise UserError(f"{where}: expected a number, got {_shown(value)}")
     return number
+
+
+def _shown(value: Any) -> str:
+    """The value for a message: short, also where aliases in a file make it endless."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 60
+    shown.maxlevel = 2
+    try:
+        return shown.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a long {type(value).__name__}"
 
 
 def save_config(config: Any, path: str | Path) -> None:

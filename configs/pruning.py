@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.decoding import Decoding
 from configs.general_loader import GeneralLoader
 from configs.loading import load_config, read_yaml
 from configs.sources import FUNCTION, Files, LabelledImages, at_least, is_hosted
@@ -20,7 +21,8 @@ class Evaluation:
 
     bundled_split: "scenes" (of the vendors that are trained on), "unseen_scenes" or "unseen_glyphs" (of the one that is
     not); bundled_seed gives others of them. limit: at most so many images. k_test: candidates of each query that are
-    re-ranked; 0 for contrastive similarity alone.
+    re-ranked; 0 for contrastive similarity alone. half_tokens: hold image tokens in float16, half the host memory, and
+    log by how much that changes the scores.
     """
 
     k_test: int = 256
@@ -29,6 +31,7 @@ class Evaluation:
     bundled_seed: int = 0
     files: Files | None = None
     limit: int | None = None
+    half_tokens: bool = False
 
     def __post_init__(self):
         at_least(self, 0, "k_test", "bundled_scenes", "bundled_seed")
@@ -46,7 +49,7 @@ class PrunedModel:
     """Model and weights of a pruning run, and how its calibration data is read.
 
     bundled: calibrate on the bundled images. batch_size: samples in a calibration batch. max_skipped: share of
-    unreadable images that is tolerated.
+    unreadable images that is tolerated. decoding: how image files become pictures.
     """
 
     model_config: str
@@ -55,6 +58,7 @@ class PrunedModel:
     batch_size: int = 8
     workers: int = 1
     max_skipped: float = 0.01
+    decoding: Decoding = field(default_factory=Decoding)
 
     def __post_init__(self):
         at_least(self, 1, "batch_size")
@@ -79,18 +83,22 @@ class PrunedModel:
 class PruneConfig(PrunedModel):
     """Pruning of a model of images and texts: calibrated on `general` (image-text pairs) and `region` files, pairs in a
     general batch, images in a region batch; or on the bundled scenes. general_loader: a YAML file that names these
-    files, see `configs.general_loader`.
+    files, see `configs.general_loader`. streams: places of the shards that are read at the same time, a multiple of
+    devices x workers.
     """
 
-    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size")  # what decides the calibration batches
+    # What decides the calibration batches.
+    CALIBRATION: ClassVar = ("bundled", "general", "region", "batch_size", "decoding", "streams")
 
     general: list[Files] = field(default_factory=list)
     region: list[Files] = field(default_factory=list)
     general_loader: str = ""
+    streams: int = 16
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "streams")
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
             general, region = (
@@ -169,7 +177,7 @@ class LabelsPruneConfig(PrunedModel):
     ImageNet, see `configs.general_loader`.
     """
 
-    CALIBRATION: ClassVar = ("bundled", "images", "batch_size")  # what decides the calibration batches
+    CALIBRATION: ClassVar = ("bundled", "images", "batch_size", "decoding")  # what decides the calibration batches
 
     images: LabelledImages | None = None
     general_loader: str = ""
@@ -214,18 +222,22 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file. calibration: a folder of images, or a function of the user's that returns
-    batches; loss: one that gives a batch's loss, both as package.module:function. include, exclude: globs over layers
-    that are prunable and that are not. groups: name -> globs over its layers.
+    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
+    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
+    over layers that are prunable and that are not. groups: name -> globs over its layers.
     """
 
-    CALIBRATION: ClassVar = ("calibration", "loss", "batch_size")  # what decides the calibration batches
+    # What decides the calibration batches.
+    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size", "decoding")
 
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
+    weights_key: str = ""
     model: str = ""
     calibration: str = ""
+    class_map: str = ""
     loss: str = ""
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
@@ -252,6 +264,8 @@ class ExternalPruneConfig(PrunedModel):
             raise UserError("this pruner needs --calibration, a folder of images or package.module:function")
         if not Path(self.calibration).is_dir() and not FUNCTION.fullmatch(self.calibration):
             raise MissingFileError(f"--calibration {self.calibration}: neither a folder nor package.module:function")
+        if self.class_map and not Path(self.class_map).is_file():
+            raise MissingFileError(f"--class_map {self.class_map}: there is no such file")
 
     def check_evaluation(self, where: str) -> None:
         """Raises UserError: what this model is for is not known."""

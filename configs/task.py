@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.decoding import Decoding
 from configs.sources import at_least
 from sparsity.errors import MissingFileError, UserError
 
@@ -70,6 +71,7 @@ class TaskConfig:
 
     image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
     steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.
+    decoding: how image files become pictures.
     """
 
     # What does not change the result of a run: a snapshot may be resumed with other values.
@@ -87,6 +89,7 @@ class TaskConfig:
     gradient_checkpointing: bool = False
     workers: int = 1
     max_skipped: float = 0.01
+    decoding: Decoding = field(default_factory=Decoding)
     save_every: int | None = None
     log_every: int = 20
     wandb_data: WandbData = field(default_factory=WandbData)

@@ -106,9 +106,10 @@ class SkippedImages:
     def add(self, skipped: Sequence[Skipped]) -> None:
         """Count and list these; raises UserError as `watch`."""
         self.count += len(skipped)
-        new = {item.path: item.reason for item in skipped if item.path not in self._listed}
+        new = {_on_a_line(item.path): _on_a_line(item.reason) for item in skipped}
+        new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new and self.list_path.is_file():  # another account of this run has listed some
-            self._listed |= {line.partition("\t")[0] for line in self.list_path.read_text("utf-8").splitlines()}
+            self._listed |= {line.partition("\t")[0] for line in self.list_path.read_text("utf-8").split("\n")}
             new = {path: reason for path, reason in new.items() if path not in self._listed}
         if new:
             self._listed |= new.keys()
@@ -119,3 +120,10 @@ class SkippedImages:
                 f"{self.list_path}: {self.count} of {self.expected} samples were skipped because their images cannot be"
                 f" read, more than max_skipped = {self.max_skipped:g}: get these images again, or raise --max_skipped"
             )
+
+
+def _on_a_line(text: str) -> str:
+    """Escaped where it holds control characters, or bytes of a file name that is not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.place import ALONE, Place
 from datasets.sampler import ResumableSampler
 
 
@@ -17,21 +18,13 @@ def loader(
     seed: int,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     workers: int = 0,
     shuffle: bool = True,
 ) -> DataLoader:
     """Batches `start` to `stop` of this rank; see `ResumableSampler`. `workers` processes read them ahead."""
     sampler = ResumableSampler(
-        len(dataset),
-        seed=seed,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        start=start,
-        stop=stop,
-        rank=rank,
-        world_size=world_size,
+        len(dataset), seed=seed, batch_size=batch_size, shuffle=shuffle, start=start, stop=stop, place=place
     )
     return DataLoader(
         dataset,

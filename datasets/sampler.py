@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from datasets.place import ALONE, Place
 from sparsity.errors import UserError
 
 
@@ -24,7 +25,7 @@ class ResumableSampler(Sampler[int]):
         shuffle: a new permutation every epoch, or 0 .. size - 1.
         start: batches of this rank that are skipped, because they were read before.
         stop: batch of this rank at which the stream ends, counted from 0 (not from `start`); None is never.
-        rank, world_size: this process and the number of processes.
+        place: of this process.
         batch_size: samples in a batch of one rank.
     """
 
@@ -37,28 +38,25 @@ class ResumableSampler(Sampler[int]):
         shuffle: bool = True,
         start: int = 0,
         stop: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         if size < 1 or batch_size < 1:
             raise UserError(f"size and batch_size must be at least 1, got {size!r} and {batch_size!r}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
         if start < 0 or (stop is not None and stop < 0):
             raise UserError(f"start and stop must not be negative, got {start!r} and {stop!r}")
         self.size, self.seed, self.batch_size, self.shuffle = size, seed, batch_size, shuffle
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.start, self.stop, self.place = start, stop, place
 
     def __iter__(self) -> Iterator[int]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         step = self.start
         while self.stop is None or step < self.stop:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            for place in range(first, first + self.batch_size):
-                if place // self.size != epoch:
-                    epoch = place // self.size
+            first = self.place.batch(step) * self.batch_size
+            for position in range(first, first + self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
                     order = self._order(epoch)
-                yield epoch * self.size + int(order[place % self.size])
+                yield epoch * self.size + int(order[position % self.size])
             step += 1
 
     def __len__(self) -> int:

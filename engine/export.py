@@ -1,7 +1,8 @@
 """Weights and models that load without this project."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsity.casting import cast
+from sparsity.errors import UserError
 from sparsity.files import replacing, replacing_folder
 from sparsity.packing import pack
+from sparsity.view import canonical
 
 log = logging.getLogger(__name__)
 
@@ -20,22 +24,31 @@ FORMAT = {"format": "pt"}  # metadata without which transformers does not read a
 def save_weights(
     model: nn.Module,
     path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
+    halves: Mapping[str, torch.dtype] | None = None,
     without: Sequence[str] = (),
     tied_once: bool = False,
+    allowed: Collection[str] = (),
 ) -> Path:
-    """Write the state dict as safetensors, floating-point tensors as `dtype`.
+    """Write the state dict as safetensors, floating-point tensors as `dtype`; by default each as it is, or as `halves`
+    says (see `sparsity.view.PrunableView`).
 
     without: globs over names that are left out. tied_once: a tied tensor stands under its first name alone, which
-    `models.checkpoint.load_weights` understands; by default under each, as other programs want it.
+    `models.checkpoint.load_weights` understands; by default under each, as other programs want it. allowed: what the
+    cast may lose, see `sparsity.casting.cast`, whose UserError names the file.
     """
-    state, seen = {}, set()
+    state, targets, seen = {}, {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if any(fnmatchcase(name, glob) for glob in without) or (tied_once and id(tensor) in seen):
             continue
         seen.add(id(tensor))
-        state[name] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = tensor.detach()
+        targets[name] = dtype or (halves or {}).get(canonical(name), tensor.dtype)
+    try:
+        state = cast(state, targets, allowed=allowed)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     save_state(state, path)
     return Path(path)
 
@@ -50,14 +63,37 @@ def save_state(state: Mapping[str, Tensor], path: str | Path, *, packed: bool = 
         save_file(tensors, temporary, metadata=metadata)
 
 
-def save_model(model: nn.Module, path: str | Path) -> Path:
+@contextmanager
+def as_published(model: nn.Module, halves: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """The model inside the block with its tensors in the dtypes that its source has; afterwards with its own again."""
+    tensors = {key: tensor for key, tensor in _tensors(model) if key in halves}
+    narrow = cast({key: tensor.detach() for key, tensor in tensors.items()}, halves, allowed=("vanished",))
+    before = [(tensor, tensor.data) for tensor in {id(tensor): tensor for tensor in tensors.values()}.values()]
+    try:
+        for key, tensor in tensors.items():
+            tensor.data = narrow[key]
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Canonical name and tensor: parameters and buffers themselves, under all their names."""
+    return ((canonical(name), tensor) for name, tensor in model.state_dict(keep_vars=True).items())
+
+
+def save_model(model: nn.Module, path: str | Path, halves: Mapping[str, torch.dtype] | None = None) -> Path:
     """Write a model as its own library loads it: for transformers a folder `path`, with the processor where the model's
-    own is here, else its state dict in `path`.safetensors.
+    own is here, else its state dict in `path`.safetensors. halves: of `sparsity.view.PrunableView`.
     """
     if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
-        return save_weights(model, f"{path}.safetensors")
+        return save_weights(model, f"{path}.safetensors", halves=halves, allowed=("vanished",))
+    own = model.config.dtype
     with replacing_folder(path) as temporary:
-        model.save_pretrained(temporary)
+        with as_published(model, halves or {}):
+            model.save_pretrained(temporary)
+        model.config.dtype = own  # what is in memory is not what was written
         _save_processor(model.name_or_path, temporary)
     return Path(path)
 

@@ -100,12 +100,19 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def launch(args: argparse.Namespace, folder: Path | None = None, *, unused_parameters: bool = False) -> Any:
+def launch(
+    args: argparse.Namespace,
+    folder: Path | None = None,
+    *,
+    unused_parameters: bool = False,
+    broadcast_buffers: bool = True,
+) -> Any:
     """Fabric on the devices that were asked for, its processes started and seeded, its arithmetic set.
 
     folder: where the run writes, which it holds alone from here on (see `engine.locks`). unused_parameters: some
-    parameters get no gradient in some steps (DDP must look for them). Raises UserError where there are no such devices,
-    or another run holds the folder.
+    parameters get no gradient in some steps (DDP must look for them). broadcast_buffers: DDP
+    sends rank 0's in each forward, for models with statistics of batches; needless where all ranks compute the same, as
+    BLIP's queues. Raises UserError where there are no such devices, or another run holds the folder.
     """
     from lightning.fabric import Fabric, seed_everything
     from lightning.fabric.strategies import DDPStrategy
@@ -115,7 +122,8 @@ def launch(args: argparse.Namespace, folder: Path | None = None, *, unused_param
     set_arithmetic(args)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused_parameters)
+        options = {"find_unused_parameters": unused_parameters, "broadcast_buffers": broadcast_buffers}
+        strategy = DDPStrategy(**options)
     try:
         fabric = Fabric(
             accelerator=_accelerator(args.accelerator),

@@ -16,6 +16,8 @@ from engine.exit_codes import RESOURCES, exit_code
 if TYPE_CHECKING:
     from torch import Tensor
 
+from datasets.place import Place
+
 T = TypeVar("T")
 PAUSE = 0.25  # seconds between two looks at what the other ranks say
 GRACE = 10.0  # seconds in which a rank ends by itself, once another has failed
@@ -45,6 +47,11 @@ def summed(fabric: Any, tensor: "Tensor") -> "Tensor":
     if fabric.world_size == 1:
         return tensor
     return fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum").to(tensor.device)
+
+
+def place_of(fabric: Any) -> Place:
+    """Return where this process stands among the ranks."""
+    return Place(fabric.global_rank, fabric.world_size)
 
 
 class Agreement:

@@ -1,9 +1,10 @@
 """Weights of public and own checkpoints into a model: wrappers unpacked, prefixes stripped, positions interpolated."""
 
+import logging
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,10 +20,15 @@ from sparsity.files import reading
 from sparsity.packing import unpack
 from sparsity.view import canonical
 
+log = logging.getLogger(__name__)
+
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
+AVERAGED = ("state_dict_ema", "model_ema")  # those of averaged weights beside them, as timm's training writes
+TIMM = (*AVERAGED, "state_dict", *WRAPPERS)  # in the order in which timm looks for them: averaged ones first
 SAVED_FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers names them
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
 SHOWN = 3  # names in an error message
+HALF = (torch.float16, torch.bfloat16)
 
 
 def find_weights(name: str | Path) -> Path:
@@ -56,11 +62,12 @@ def _download(repository: str) -> Path:
     raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
 
 
-def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
+def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str = "") -> dict[str, Tensor]:
     """State dict of a safetensors file, packed or not, or a pickle (no code is unpickled), under canonical names.
 
-    wrappers: keys under which the weights may stand, the first that is there counts. Raises FileNotFoundError, or
-    UserError where the file holds no weights.
+    wrappers: keys under which the weights may stand, the first that is there counts; which one it was is logged where
+    the file has several. key: the one that alone counts. Raises FileNotFoundError, or UserError where the file holds no
+    weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,12 +83,40 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[s
             content = unpack(content, metadata)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-    for key in wrappers:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    content = _under(path, content, key) if key else _unwrapped(path, content, wrappers)
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: expected names with tensors, bare or under {', '.join(map(repr, wrappers))}")
+        places = repr(key) if key else f"bare or under {', '.join(map(repr, dict.fromkeys(wrappers)))}"
+        raise UserError(f"{path}: expected names with tensors, {places}")
     return {canonical(name): tensor for name, tensor in content.items()}
+
+
+def _unwrapped(path: Path, content: object, wrappers: Sequence[str]) -> object:
+    """What stands under the first of these keys, and so on inside of it."""
+    sets = _sets(content)
+    for wrapper in wrappers:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            if len(sets) > 1 and wrapper in sets:
+                others = ", ".join(repr(name) for name in sets if name != wrapper)
+                log.warning("%s: read the weights under %r; it also has %s", path, wrapper, others)
+            content = content[wrapper]
+    return content
+
+
+def _under(path: Path, content: object, key: str) -> object:
+    if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        there = ", ".join(map(repr, _sets(content))) or "no key with weights: they stand there bare"
+        raise UserError(f"{path}: has no weights under {key!r}; it has {there}")
+    return content[key]
+
+
+def _sets(content: object) -> list[str]:
+    """The keys of a checkpoint with a state dict, perhaps wrapped once more."""
+    found = content.items() if isinstance(content, dict) else ()
+    return [name for name, value in found if _is_state(value) or (name in TIMM and isinstance(value, dict))]
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -136,9 +171,18 @@ def load_weights(
     if misfits:
         told = "; ".join(f"{len(names)} {kind}: {listed(names, SHOWN)}" for kind, names in misfits.items())
         raise UserError(f"{path}: weights of another model: {told}")
+    narrower = [n for n, t in weights.items() if torch.promote_types(t.dtype, state[n].dtype) != state[n].dtype]
+    if narrower:
+        told = f"{weights[narrower[0]].dtype} to {state[narrower[0]].dtype}"
+        log.warning("%s: %d tensors are narrowed, from %s: %s", path, len(narrower), told, listed(narrower))
     for name, tensor in weights.items():
         state[name].data.copy_(tensor)
     return [name for name in state if name not in weights and _matches(name, optional)]
+
+
+def half_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Name -> dtype of the tensors in half precision, which models compute with in float32."""
+    return {canonical(name): tensor.dtype for name, tensor in tensors.items() if tensor.dtype in HALF}
 
 
 def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:

@@ -98,7 +98,7 @@ class CHITA(Pruner):
         if pattern:
             facts = {"pattern": str(pattern), "sparsity": str(pattern.sparsity)}
             facts |= {"dense_layers": dense_layers(view, pattern)}
-            pruned = self._solve(view, first, provenance | facts, pattern=pattern)
+            pruned = self._step(view, first, provenance | facts, pattern=pattern)
             yield pattern.sparsity, pruned
         trails = []
         for sparsity in request.sparsities:
@@ -109,7 +109,7 @@ class CHITA(Pruner):
                 count = view.numel - budget(step_sparsity(sparsity, step, self.epochs, self.schedule), view.numel)
                 with pruned.applied(view) if pruned else nullcontext():
                     rows = _rows(again(step - 1)) if again and step > 1 else first
-                    pruned = self._solve(view, rows, facts, count=count, before=pruned)
+                    pruned = self._step(view, rows, facts, count=count, before=pruned)
                 trails[-1].save(step, pruned)
                 if step > 1:
                     rows.forget()
@@ -118,7 +118,7 @@ class CHITA(Pruner):
         for done in (first, *trails):
             done.forget()
 
-    def _solve(
+    def _step(
         self,
         view: PrunableView,
         rows: Rows,

@@ -53,8 +53,8 @@ class LayerWise(Pruner):
             raise UserError(f"pruner {self.name!r} needs calibration data")
         if self.mode == "sequential" and reading.names is None:
             return defer(view, reading.scratch, reading.reduce)
-        where = {"names": reading.names, "offload": self.offload}
-        return collect(view, self.statistic, reading.over(batches), reduce=reading.reduce, **where)
+        over, names = reading.over(batches), reading.names
+        return collect(view, self.statistic, over, reduce=reading.reduce, names=names, offload=self.offload)
 
     def masks(
         self, view: PrunableView, statistics: Measured, request: Request, again: Again | None = None

@@ -12,7 +12,7 @@ class MultiFlow(Pruner):
     pool = "magnitude"
 
     def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
-        magnitude, norms = weight.double().abs_(), statistic.sqrt()  # (out, in), (in,)
+        magnitude, norms = weight.abs().double(), statistic.sqrt()  # (out, in), (in,)
         inward = magnitude.mean(dim=0) * norms  # (in,)
         outward = (magnitude @ norms) / weight.shape[1]  # (out,)
         return magnitude.mul_(outward[:, None]).mul_(inward)

@@ -16,4 +16,4 @@ class Wanda(LayerWise):
     mode = "dense"
 
     def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
-        return weight.double().abs_() * statistic.sqrt()
+        return weight.abs().double() * statistic.sqrt()

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,23 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`, all of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_archive(path: str | Path) -> None:
+    """Raise UserError where a file that `torch.save` wrote is not as it was written, which torch itself does not check.
+
+    Files in the format before torch 1.6 have no checksums, nor have those that were written without; they pass.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = any(entry.CRC for entry in archive.infolist()) and archive.testzip()
+    except Exception as error:  # zipfile and zlib raise half a dozen kinds
+        raise UserError(f"{path}: damaged archive ({type(error).__name__})") from error
+    if damaged:
+        raise UserError(f"{path}: damaged archive ({damaged} is not as it was written)")
 
 
 def check_writable(folder: str | Path, option: str) -> None:

@@ -10,17 +10,19 @@ The file that `save` writes is a safetensors file, the same to the byte for the 
   itself first;
   "ties": the rule by which equal scores were ordered when the masks were chosen; "digest": SHA-256 over the JSON of
   "shapes" (separators "," and ":") followed by the packed bytes in that order; "provenance": what the caller recorded
-  (pruner, pattern, pool, sparsity, seed, config, digest of the model, versions). A file is written beside its final
-  place, flushed to disk and renamed, so that no half-written mask file is ever seen.
+  (pruner, pattern, pool, sparsity, seed, config, digest of the model, versions); "checksum": SHA-256 over the JSON of
+  all these (sorted keys), which older files lack. A file is written beside its final place, flushed to disk and
+  renamed, so that no half-written mask file is ever seen.
 
 `load` also reads the public mask files: pickles (or safetensors) of `<layer>.weight_pruning_mask`, bool or float, bare
 or nested under "model", with an entry for every key of a tied weight; all-ones `<layer>.bias_pruning_mask` entries are
 passed over.
+
+Digest and checksum, or those of the archive that `torch.save` writes, are verified whenever a file is read.
 """
 
-import hashlib
-import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,21 +31,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from sparsity.bits import to_bits, to_bytes
+from sparsity.bits import tensors_digest, to_bits, to_bytes
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.files import reading, write_atomic
+from sparsity.files import check_archive, reading, write_atomic
+from sparsity.mask_file import (
+    METADATA,
+    BadFileError,
+    begin_digest,
+    check_digest,
+    named,
+    opened,
+    write_description,
+)
 from sparsity.view import PrunableView, canonical
 
 logger = logging.getLogger(__name__)
 
 TIES = "equal scores: prunable order, then row-major in (out, in), lowest index pruned first"
-_METADATA = "sparsity"
 _WEIGHT, _BIAS = ".weight_pruning_mask", ".bias_pruning_mask"
 _NESTS = ("model", "model_state", "state_dict", "student")
 # Where `report` warns: a layer that keeps one weight in a thousand no longer carries a signal, and a modality that
@@ -95,7 +103,7 @@ class Masks(Mapping[str, Tensor]):
 
     def digest(self) -> str:
         """SHA-256 of names, shapes and bits: equal for equal masks, whatever their provenance."""
-        return _digest(self._shapes(), {name: _pack(mask) for name, mask in self.items()})
+        return _sha(self._shapes(), {name: _pack(mask) for name, mask in self.items()}).hexdigest()
 
     def _shapes(self) -> list[list]:
         return [[name, list(mask.shape)] for name, mask in self.items()]
@@ -103,16 +111,11 @@ class Masks(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file that the module describes, whole or not at all."""
         packed = {name: _pack(mask) for name, mask in self.items()}
-        metadata = {
-            "format": 1,
-            "shapes": self._shapes(),
-            "aliases": self.aliases,
-            "ties": TIES,
-            "digest": _digest(self._shapes(), packed),
-            "provenance": self.provenance,
-        }
+        shapes = self._shapes()
+        digest = _sha(shapes, packed).hexdigest()
         # One entry: the order in which safetensors writes several is not fixed.
-        write_atomic(Path(path), serialize(packed, {_METADATA: json.dumps(metadata, sort_keys=True)}))
+        description = write_description(shapes, self.aliases, TIES, digest, self.provenance)
+        write_atomic(Path(path), serialize(packed, {METADATA: description}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Masks":
@@ -120,45 +123,40 @@ class Masks(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise MissingFileError(f"there is no mask file {str(path)!r}")
-        try:
+        with named(path):
             with reading(path), path.open("rb") as file:
                 is_safetensors = file.read(9)[8:] == b"{"
             return cls._read_safetensors(path) if is_safetensors else cls._read_public(_unpickle(path))
-        except _BadFileError as error:
-            raise UserError(f"{str(path)!r} is not a usable mask file: {error}") from error.__cause__
 
     @classmethod
     def _read_safetensors(cls, path: Path) -> "Masks":
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                text = (file.metadata() or {}).get(_METADATA)
-        except (SafetensorError, OSError) as error:
-            raise _BadFileError("it is truncated or damaged") from error
-        if text is None:
+        with opened(path, "pt") as (file, description):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if description is None:
             return cls._read_public(tensors)
+        shapes = description["shapes"]
+        check_digest(_sha(shapes, tensors), description)
         try:
-            metadata = json.loads(text)
-            shapes, digest = metadata["shapes"], metadata["digest"]
-            if _digest(shapes, {name: tensors[name] for name, _ in shapes}) != digest:
-                raise _BadFileError("its masks do not match the digest that was written with them")
             masks = {name: _unpack(tensors[name], shape) for name, shape in shapes}
-            return cls(masks, metadata["provenance"], metadata["aliases"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _BadFileError("its description is damaged") from error
+        except UserError as error:
+            raise BadFileError(str(error)) from error
+        return cls(masks, description["provenance"], description["aliases"])
 
     @classmethod
     def _read_public(cls, content: Any) -> "Masks":
         masks = {}
         for key, value in _public_entries(content):
-            if not isinstance(value, Tensor) or not bool(((value == 0) | (value == 1)).all()):
-                raise _BadFileError(f"{key!r} holds values other than 0 and 1")
+            if not isinstance(value, Tensor) or not _is_binary(value):
+                raise BadFileError(f"{key!r} holds values other than 0 and 1")
             if key.endswith(_WEIGHT):
-                masks[canonical(key.removesuffix(_WEIGHT) + ".weight")] = value.bool()
+                name = canonical(key.removesuffix(_WEIGHT) + ".weight")
+                if name in masks and not torch.equal(masks[name], value.bool()):
+                    raise BadFileError(f"it has two masks of {name!r}, which differ")
+                masks[name] = value.bool()
             elif not bool(value.all()):
-                raise _BadFileError(f"{key!r} prunes a bias, and biases are never pruned")
+                raise BadFileError(f"{key!r} prunes a bias, and biases are never pruned")
         if not masks:
-            raise _BadFileError(f"it has no key like '<layer>{_WEIGHT}'")
+            raise BadFileError(f"it has no key like '<layer>{_WEIGHT}'")
         return cls(masks)
 
     def resolve(self, view: PrunableView) -> dict[str, Tensor]:
@@ -338,25 +336,12 @@ class Report:
 
 def model_digest(view: PrunableView) -> str:
     """SHA-256 over the names, shapes and bytes of the prunable weights."""
-    sha = hashlib.sha256()
-    for weight in view.weights.values():
-        parameter = weight.parameter.detach().cpu().contiguous()
-        sha.update(f"{weight.name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        sha.update(parameter.view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    return tensors_digest({weight.name: weight.parameter for weight in view.weights.values()})
 
 
 def state_digest(model: nn.Module) -> str:
     """SHA-256 over all that a model holds: what is kept dense decides its gradients and results, too."""
-    sha = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-class _BadFileError(Exception):
-    """Why a file cannot be read as masks."""
+    return tensors_digest(model.state_dict())
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -364,24 +349,33 @@ def _pack(mask: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = to_bits(packed, int(np.prod(shape)))
+    bits = to_bits(packed, math.prod(shape))
     return torch.from_numpy(bits).view(torch.bool).reshape(shape)
 
 
-def _digest(shapes: list[list], packed: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps(shapes, separators=(",", ":")).encode())
+def _sha(shapes: list[list], packed: Mapping[str, Tensor]) -> Any:
+    sha = begin_digest(shapes)
     for name, _ in shapes:
         sha.update(packed[name].numpy().data)
-    return sha.hexdigest()
+    return sha
+
+
+def _is_binary(value: Tensor) -> bool:
+    """Whether all are 0 or 1; a damaged bool holds other bytes, too, and a sparse or meta tensor is none of ours."""
+    if value.layout != torch.strided or value.is_meta:
+        return False
+    value = value.contiguous().view(torch.uint8) if value.dtype == torch.bool else value
+    return bool(((value == 0) | (value == 1)).all())
 
 
 def _unpickle(path: Path) -> Any:
     try:
+        check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on pickles, which says less than the error below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
-        raise _BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error
+        raise BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error
 
 
 def _public_entries(content: Any) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,9 @@ A weight under `name` becomes `name.values` and, by whichever is smallest,
 - any other sparsity: `name.bitmask`, a bit for each weight, 1 where it is kept.
 
 Bits fill bytes from the lowest on. The file's metadata has, as JSON under "packed", of each such weight its shape, its
-pattern (null: bitmask) and, for N:M, the dimension that the groups run along. All other tensors are as they were.
+pattern (null: bitmask) and, for N:M, the dimension that the groups run along. All other tensors are as they were. Under
+"packed_digest" stands the SHA-256 of that JSON and all tensors, sorted by name (`sparsity.bits.tensors_digest`); it is
+verified where the file is unpacked. Older files lack it.
 """
 
 import json
@@ -19,42 +21,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.bits import to_bits, to_bytes
+from sparsity.bits import tensors_digest, to_bits, to_bytes
+from sparsity.casting import FLOATS
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern, patterns_of
 
-PACKED = "packed"  # key of the metadata
+PACKED, DIGEST = "packed", "packed_digest"  # keys of the metadata
+_FORMAT = {"format": "pt"}
 _VALUES, _INDICES, _BITMASK = ".values", ".indices", ".bitmask"
 
 
 def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, of tensors on the processor.
 
-    Floating-point matrices, and what has more dimensions, are packed where that is smaller; a zero comes back as +0,
-    all other values bit by bit.
+    Matrices of 16 bits or more, and what has more dimensions, are packed where that is smaller; a zero comes back as
+    +0, all other values bit by bit. Quantised ones, such as float8, are as they were.
     """
     tensors: dict[str, Tensor] = {}
     layouts: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
-        layout = _smallest(tensor) if tensor.is_floating_point() and tensor.ndim > 1 else None
+        layout = _smallest(tensor) if tensor.dtype in FLOATS and tensor.ndim > 1 else None
         if layout is None:
             tensors[name] = tensor.clone().contiguous()
             continue
         layouts[name] = {"shape": list(tensor.shape), **layout}
         encode = _pack_mask if layout["pattern"] is None else _pack_groups
         tensors |= {name + kind: part for kind, part in encode(tensor, layout).items()}
-    return tensors, {"format": "pt", PACKED: json.dumps(layouts)}
+    text = json.dumps(layouts)
+    return tensors, {**_FORMAT, PACKED: text, DIGEST: _digest(tensors, text)}
 
 
 def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> dict[str, Tensor]:
     """The state dict that was packed; tensors of a file without packed ones come back as they are.
 
-    Raises UserError, naming the weight, where a file does not fit what it says.
+    Raises UserError, naming the weight where it is one, where a file does not fit what it says or is not as it was
+    written.
     """
-    try:
-        layouts = dict(json.loads((metadata or {}).get(PACKED, "{}")))
-    except (ValueError, TypeError) as error:
-        raise UserError("the description of its packed weights is damaged") from error
+    metadata = metadata or {}
+    text, digest = metadata.get(PACKED, "{}"), metadata.get(DIGEST)
+    # A file has both entries; an older one has no others, so that none whose name is damaged is passed over.
+    own = metadata.keys() - _FORMAT.keys()
+    if (DIGEST in own and PACKED not in own) or (PACKED in own and DIGEST not in own and own != {PACKED}):
+        raise UserError("the description of its packed weights is damaged")
+    layouts = _layouts(text)
     parts = {name + kind for name in layouts for kind in (_VALUES, _INDICES, _BITMASK)}
     state = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for name, layout in layouts.items():
@@ -62,9 +71,25 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
             decode = _unpack_mask if layout["pattern"] is None else _unpack_groups
             kinds = [kind for kind in (_VALUES, _INDICES, _BITMASK) if name + kind in tensors]
             state[name] = decode({kind: tensors[name + kind] for kind in kinds}, layout)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"the packed weight {name!r} is damaged") from error
+    if digest is not None and digest != _digest(tensors, text):
+        raise UserError("its tensors do not match the digest that was written with them: it is damaged")
     return state
+
+
+def _layouts(text: str) -> dict[str, Any]:
+    try:
+        layouts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("the description of its packed weights is damaged") from error
+    if not isinstance(layouts, dict):
+        raise UserError("the description of its packed weights is damaged")
+    return layouts
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    return tensors_digest(dict(sorted(tensors.items())), text)
 
 
 def _smallest(tensor: Tensor) -> dict[str, Any] | None:
@@ -97,7 +122,7 @@ def _pack_mask(tensor: Tensor, _: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _unpack_mask(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
-    kept = _checked_bits(parts[_BITMASK], math.prod(layout["shape"]))
+    kept = to_bits(parts[_BITMASK], math.prod(layout["shape"]))
     values = parts[_VALUES]
     if kept.sum() != len(values):
         raise UserError("there are more or fewer values than bits")
@@ -118,16 +143,11 @@ def _pack_groups(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]
 def _unpack_groups(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
     pattern, shape = _pattern(layout), layout["shape"]
     values, bits = parts[_VALUES], _bits(pattern)
-    binary = _checked_bits(parts[_INDICES], values.numel() * bits).reshape(-1, bits)
-    places = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=1)).view(-1, pattern.n)
-    result = values.new_zeros(math.prod(shape) // pattern.m, pattern.m)
-    result = result.scatter_(1, places, values.view(-1, pattern.n))
-    if places.shape[0] != result.shape[0]:
+    if values.numel() * pattern.m != math.prod(shape) * pattern.n:
         raise UserError("there are more or fewer values than the shape says")
+    binary = to_bits(parts[_INDICES], values.numel() * bits).reshape(-1, bits)
+    places = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=1)).view(-1, pattern.n)
+    if not (places.diff(dim=1) > 0).all():
+        raise UserError("two values have one place")
+    result = values.new_zeros(len(places), pattern.m).scatter_(1, places, values.view(-1, pattern.n))
     return result.view(shape) if layout["dim"] else result.view(shape[::-1]).t().contiguous()
-
-
-def _checked_bits(packed: Tensor, count: int) -> np.ndarray:
-    if packed.numel() != -(-count // 8):
-        raise UserError("there are more or fewer bits than the shape says")
-    return to_bits(packed, count)

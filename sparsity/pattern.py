@@ -77,8 +77,10 @@ def parse_pattern(text: str | None) -> NM | None:
     """NM(2, 4) for "2:4"; None for None or "unstructured". UserError unless 1 <= N < M."""
     if text is None or text == "unstructured":
         return None
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text, re.ASCII)
     pattern = NM(int(match[1]), int(match[2])) if match else None
     if pattern is None or not 1 <= pattern.n < pattern.m:
-        raise UserError(f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r}")
+        raise UserError(
+            f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r:.60}"
+        )
     return pattern

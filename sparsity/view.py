@@ -6,7 +6,8 @@ and refuses by name what it could only prune wrongly. `canonical` is the one pla
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,12 +19,48 @@ from torch.nn.utils import parametrize
 from sparsity.allocation.budget import members
 from sparsity.errors import UserError
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
 
 def canonical(key: str) -> str:
     """The state-dict key without what torch.compile, Fabric and DDP put in front of it."""
     return _WRAPPERS.sub("", key)
+
+
+# Classes that wrap a model, by name, so that none of their packages is imported -> the children that are the model, the
+# innermost first: Fabric keeps what the strategy has wrapped beside it.
+_WRAPPED = {
+    "OptimizedModule": ("_orig_mod",),
+    "DataParallel": ("module",),
+    "DistributedDataParallel": ("module",),
+    "_FabricModule": ("_original_module", "_forward_module"),
+    "FullyShardedDataParallel": ("_fsdp_wrapped_module",),
+}
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without what torch.compile, DataParallel, DDP, Fabric and FSDP have put around it."""
+    while True:
+        children = _WRAPPED.get(type(model).__name__, ())
+        inner = next((model._modules[name] for name in children if model._modules.get(name) is not None), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def eager(model: nn.Module) -> AbstractContextManager:
+    """Modules of the model that are compiled run as they were written: hooks that are traced do not see tensors."""
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def module_name(raw: str) -> str:
+    """The name of a module without what wrappers put into it."""
+    return canonical(f"{raw}.").removesuffix(".")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +110,9 @@ class PrunableView:
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
     for layer-wise methods. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). Raises UserError, naming the layer, for weights that cannot be pruned as they are.
+    (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
+    they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
+    pruned as they are.
     """
 
     def __init__(
@@ -87,8 +126,10 @@ class PrunableView:
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
         moved_by_loss: Sequence[str] = (),
+        halves: Mapping[str, torch.dtype] | None = None,
     ):
-        self.model = model
+        model = bare(model)
+        self.model, self.halves = model, dict(halves or {})
         self.moved_by_loss = frozenset(
             id(p) for n, p in model.named_parameters() if any(fnmatchcase(canonical(n), g) for g in moved_by_loss)
         )
@@ -113,13 +154,15 @@ class PrunableView:
     def forward(self, batch: Any) -> Any:
         if self._forward is None:
             raise UserError("this pruner needs calibration data, and the model's view has no forward to run it")
-        return self._forward(batch)
+        with eager(self.model):
+            return self._forward(batch)
 
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""
         if self._loss is None:
             raise UserError("this pruner needs gradients, and the model's view has no loss")
-        return self._loss(batch, generator)
+        with eager(self.model):
+            return self._loss(batch, generator)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
         return None if self._valid_tokens is None else self._valid_tokens(key, batch)
@@ -179,7 +222,7 @@ def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, 
     """(canonical name, module, whether it is kept dense), under every name of each module."""
     dense_roots: list[str] = []
     for raw, module in model.named_modules(remove_duplicate=False):
-        name = canonical(raw + ".").removesuffix(".")
+        name = module_name(raw)
         inside = any(name.startswith(root + ".") for root in dense_roots)
         matches = any(fnmatchcase(name, glob) for glob in keep_dense)
         if matches:
@@ -204,7 +247,7 @@ def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
         raise _refusal(name, "its weight is computed from others (weight norm, spectral norm, torch.nn.utils.prune)")
     if isinstance(weight, nn.UninitializedParameter):
         raise _refusal(name, "its weight has no shape before a first forward")
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+    if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise _refusal(name, f"its weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})")
     if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
         raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")

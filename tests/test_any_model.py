@@ -1,6 +1,7 @@
 """prune.py on models that are not the project's own, end to end, and the Python API as README.md has it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,35 @@ def test_a_timm_model_without_data(tmp_path):
 
 
 def test_a_timm_model_with_classes(tmp_path, photos):
-    _, masks = pruned(tmp_path, "timm:test_vit", "snip", "--weights", "random", "--calibration", str(photos))
+    (tmp_path / "map.json").write_text('{"cat": "n02123045", "dog": 207}')
+    data = ["--weights", "random", "--calibration", str(photos), "--class_map", str(tmp_path / "map.json")]
+    _, masks = pruned(tmp_path, "timm:test_vit", "snip", *data)
     assert half(masks)
     assert masks.provenance["config"]["calibration"] == str(photos)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """dog, cat and zebra, in this order."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**tiny_models.VISION, id2label={0: "dog", 1: "cat", 2: "zebra"})
+    model = transformers.ViTForImageClassification(config)
+    return tiny_models.save(model, tmp_path_factory.mktemp("models") / "vit", image_processor())
+
+
+def test_classes_that_the_model_has_not_are_refused_where_there_is_a_loss(tmp_path, classifier, photos, capsys):
+    _, known = pruned(tmp_path / "known", f"hf:{classifier}", "snip", "--calibration", str(photos))
+    (other := tmp_path / "other").mkdir()
+    shutil.copytree(photos / "cat", other / "cat")
+    shutil.copytree(photos / "dog", other / "horse2")
+    with pytest.raises(ValueError, match="1 of 2 class folders are none of the model's 3 classes: 'horse2'; the model"):
+        pruned(tmp_path / "refused", f"hf:{classifier}", "snip", "--calibration", str(other))
+    (tmp_path / "map.json").write_text('{"cat": "cat", "horse2": "dog"}')
+    mapped = ["--calibration", str(other), "--class_map", str(tmp_path / "map.json")]
+    _, given = pruned(tmp_path / "mapped", f"hf:{classifier}", "snip", *mapped)
+    assert given.digest() == known.digest(), "the same images with the same labels, in the same order"
+    _, masks = pruned(tmp_path / "no loss", f"hf:{classifier}", "multiflow", "--calibration", str(other))
+    assert half(masks), "what reads no labels needs none"
 
 
 def test_a_folder_of_transformers_with_captions(tmp_path, clip, photos):
@@ -184,6 +211,10 @@ def test_what_would_be_read_is_listed(photos, capsys):
         (
             ["-m", "timm:test_vit", "-p", "snip", "--calibration", "absent"],
             "--calibration absent: neither a folder nor ",
+        ),
+        (
+            ["-m", "timm:test_vit", "-p", "snip", "--calibration", ".", "--class_map", "absent.json"],
+            "--class_map absent.json: there is no such file",
         ),
         (["-m", "timm:test_vit", "-p", "omp", "--evaluate"], "--evaluate: there is no evaluation of timm:test_vit"),
         (["-m", "timm:test_vit", "-p", "omp", "--variant", "mini"], "--variant is for xvlm, "),

@@ -2,6 +2,7 @@
 that names the option or the key, nothing written; what arguments and YAML alone decide, before torch is imported.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -15,6 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,9 +34,10 @@ from configs.finetuning import (
     VQAConfig,
 )
 from configs.general_loader import ONE_VALUE, GeneralLoader
-from configs.pretraining import PRETRAIN_CONFIGS
-from configs.pruning import PRUNE_CONFIGS, PruneConfig
+from configs.pretraining import PRETRAIN_CONFIGS, TrainingConfig
+from configs.pruning import PRUNE_CONFIGS, PruneConfig, PrunedModel
 from configs.sources import Files
+from configs.task import TaskConfig
 from datasets.calibration.data_kinds import Calibration
 from datasets.tasks.retrieval import RetrievalEvalDataset
 from datasets.text import TextEncoder
@@ -79,6 +82,16 @@ RUNS = {
     "pretrain": ["--config", str(CONFIGS / "pretrain.yaml"), "--output_dir", OUT],
 }
 
+# Scripts without a configuration: what their parsers refuse by themselves.
+PARSED = {
+    "pack": ["data/vit_mini.safetensors", "TMP/packed.safetensors"],
+    "sample": ["--model", "dit_mini", "--output", "TMP/sample.png"],
+    "maskllm_train": ["--model", "vit_mini", "--output", OUT],
+    "oneshot_pruning_timm": ["--model", "vit_mini", "--pruner", "magnitude"],
+    "oneshot_pruning_dit": ["--pruner", "magnitude", "--output-dir", OUT],
+    "timm_validate": ["--model", "vit_mini"],
+}
+
 # What the type of an option must refuse.
 BAD_TEXTS = {
     options.positive_int: ("0", "-1", "1.5", "abc", "nan", "inf", ""),
@@ -91,6 +104,9 @@ BAD_TEXTS = {
     options.globs: ("a,,b", ""),
     options.group_globs: ("a", "a=", "=b", "a=b,", ""),
 }
+
+# Of any other type: those of these that it refuses, which are not all.
+TEXTS = ("", "abc", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "a,,b", "=b", "\u0663:\u0664")
 
 # Options that are texts or paths: bad ones, and what is said of them.
 BAD_VALUES = {
@@ -110,6 +126,8 @@ BAD_VALUES = {
     },
     "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
     "experiment_name": {},  # whatever one likes
+    "class_map": {},  # as the next
+    "weights_key": {},  # what is in the file is known after torch is there
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},
     "config": {
@@ -124,6 +142,8 @@ BAD_VALUES = {
         "/proc/results": "--output_dir /proc/results",
     },
     "calibration": {"photos": "--calibration is for other models"},
+    "weights_key": {"state_dict": "--weights_key is for other models"},
+    "class_map": {"map.json": "--class_map is for other models"},
     "loss": {"a.b:c": "--loss is for other models"},
 }
 
@@ -156,31 +176,38 @@ def parser_of(script: str) -> Parser:
 
 def bad_arguments(script: str) -> Iterator[Case]:
     """For every option: values that it must refuse, none at all, its name misspelt, and it left out if it is needed."""
-    for action in parser_of(script)._actions:
+    good = (RUNS | PARSED)[script]
+    for action in (action for action in parser_of(script)._actions if action.option_strings and action.dest != "help"):
         shown, long = "/".join(action.option_strings), action.option_strings[-1]
-        if action.dest == "help":
-            continue
         if action.nargs == 0:
-            yield Case(script, [*RUNS[script], f"{long}=yes"], [shown, "'yes'"])
+            yield Case(script, [*good, f"{long}=yes"], [shown, "'yes'"])
         else:
-            yield Case(script, [*RUNS[script], long], [shown, "expected one argument"])
-            for text, told in bad_values(action):
-                yield Case(script, [*RUNS[script], f"{long}={text}"], [told or shown])
-        yield Case(script, [*RUNS[script], misspelt(long)], [misspelt(long), "did you mean --"])
+            yield Case(script, [*good, long], [shown, "expected "])
+            for text, told in bad_values(action, script in RUNS):
+                yield Case(script, [*good, f"{long}={text}"], [told or shown])
+        yield Case(script, [*good, misspelt(long)], [misspelt(long), "did you mean --"])
         if action.required:
-            place = next(i for i, given in enumerate(RUNS[script]) if given in action.option_strings)
-            yield Case(script, RUNS[script][:place] + RUNS[script][place + 2 :], [f"required: {shown}"])
-    yield Case(script, [*RUNS[script], "stray"], ["unrecognized argument stray"])
+            place = next(i for i, given in enumerate(good) if given in action.option_strings)
+            yield Case(script, good[:place] + good[place + 2 :], [f"required: {shown}"])
+    yield Case(script, [*good, "stray"], ["unrecognized argument stray"])
 
 
-def bad_values(action: Any) -> Iterator[tuple[str, str]]:
-    """(text, what is said of it; empty where the name of the option will do)."""
+def bad_values(action: Any, meant: bool = True) -> Iterator[tuple[str, str]]:
+    """(text, what is said of it; empty where the name of the option will do). meant: texts and paths, too."""
     if action.choices is not None:
         yield from ((text, "") for text in ("nonsense", "", str(next(iter(action.choices)))[:-1]))
-    elif action.type in BAD_TEXTS:
-        yield from ((text, "") for text in BAD_TEXTS[action.type])
-    else:
-        yield from BAD_VALUES[action.dest].items()
+    elif action.dest in BAD_VALUES:
+        yield from BAD_VALUES[action.dest].items() if meant else ()
+    elif action.type not in (None, str, Path):
+        yield from ((text, "") for text in BAD_TEXTS.get(action.type) or filter(partial(refuses, action.type), TEXTS))
+
+
+def refuses(kind: Callable[[str], Any], text: str) -> bool:
+    try:
+        kind(text)
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return True
+    return False
 
 
 def misspelt(word: str) -> str:
@@ -194,6 +221,12 @@ FILES = {"annotations": "a.json", "images": "images", "roots": {"cc3m": "images"
 STAGE = {"steps": 1, "batch_size": 2, "max_objects": 1, "objectives": ["itc"], "region_images": 1, "fused_pairs": 1}
 IMAGES = {"dataset": "imagenet", "split": "train", "root": "data/imagenet"}
 PRUNED = {"model_config": MODEL, "weights": "random", "batch_size": 2, "workers": 0, "max_skipped": 0.5}
+DECODED = {"exif_rotation": True, "transparency": "white", "max_pixels": 9}
+PRUNED |= {"decoding": DECODED}
+UNDECODED = [
+    ({"decoding": {"transparency": "black"}}, "decoding: transparency must be one of ignored, white, got 'black'"),
+    ({"decoding": {"max_pixels": 0}}, "decoding: max_pixels must be from 1 to 89478485, got 0"),
+]
 TRAINED = {"model_config": MODEL, "betas": [0.9, 0.98]}
 ONE_VALUE_REFUSED = {
     name: {bool: not GeneralLoader.__dict__[name], str: "text"}.get(type(GeneralLoader.__dict__[name]), 1)
@@ -209,8 +242,10 @@ TUNED = {
     "batch_size_train": 2,
     "batch_size_target": 4,
     "wandb_data": {"project": "a", "tags": ["b"]},
+    "decoding": DECODED,
 }
 TUNED_REFUSED = [
+    *UNDECODED,
     ({"optimizer": {"lr": 1e-3, "opt": "adam"}}, "optimizer: opt must be one of adamW, sgd, got 'adam'"),
     ({"optimizer": {"lr": 1e-3, "betas": [0.9]}}, "optimizer: betas must be two numbers"),
     ({"optimizer": {"lr": 1e-3, "min_lr": 1e-2}}, "optimizer: min_lr must be at most lr"),
@@ -240,6 +275,7 @@ SCHEMAS = {
         [],
         PRUNED | {"general": [FILES], "region": [FILES], "evaluation": {"k_test": 1, "files": FILES, "limit": 3}},
         [
+            *UNDECODED,
             ({"max_skipped": 1.5}, "max_skipped must be a fraction between 0 and 1, got 1.5"),
             ({"bundled": True}, "set bundled: true, or give general and region files, not both"),
             ({"general": [{}]}, "general[0]: images must name a folder"),
@@ -404,6 +440,21 @@ def wrong(kind: Any) -> Iterator[Any]:
         yield from WRONG[kind]
 
 
+def example(kind: Any) -> Any:
+    """A value with this annotation; of a dataclass, what it needs."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        kinds, missing = typing.get_type_hints(kind), dataclasses.MISSING
+        return {
+            f.name: example(kinds[f.name])
+            for f in dataclasses.fields(kind)
+            if f.default is f.default_factory is missing
+        }
+    if origin in (list, tuple):
+        return [example(arguments[0])]
+    return {int: 2, float: 0.5, str: "a", bool: False}.get(kind)
+
+
 def spoilt(schema: type, content: dict) -> Iterator[tuple[str, dict]]:
     """(what the message names, content with one fault): wrong types and numbers below zero in every field, unknown keys
     one letter off, required ones left out; the same inside what is nested.
@@ -421,8 +472,9 @@ def spoilt(schema: type, content: dict) -> Iterator[tuple[str, dict]]:
             yield f"unknown key '{misspelt(f.name)}'; did you mean '", content | {misspelt(f.name): 1}
         inner = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
         present = content.get(f.name)
-        if inner and present:
-            listed = isinstance(present, list)
+        if inner:
+            listed = kind is not inner and typing.get_origin(kind) in (list, tuple)
+            present = present or ([example(inner)] if listed else example(inner))
             for told, changed in spoilt(inner, present[0] if listed else present):
                 yield told, content | {f.name: [changed] if listed else changed}
 
@@ -438,7 +490,7 @@ def bad_configurations(schema: type) -> Iterator[Case]:
             yield Case(script, arguments, ["TMP/c.yaml: ", told], {"c.yaml": bad})
 
 
-ARGUMENTS = [case for script in RUNS for case in bad_arguments(script)]
+ARGUMENTS = [case for script in RUNS | PARSED for case in bad_arguments(script)]
 CONFIGURATIONS = [case for schema in SCHEMAS for case in bad_configurations(schema)]
 TOGETHER = [  # arguments that are good by themselves
     *(Case(script, tuning(script)[:-2], ["give --mask FILE to train a pruned model, or --dense"]) for script in TUNING),
@@ -542,10 +594,10 @@ def check(outcomes: dict, cases: list[Case]) -> None:
     assert not found, "\n".join([f"{len(found)} of {len(cases)}", *found])
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script", RUNS | PARSED)
 def test_bad_arguments(outcomes, script):
     cases = [case for case in ARGUMENTS if case.script == script]
-    assert len(cases) > 20
+    assert len(cases) > (20 if script in RUNS else 5)
     check(outcomes, cases)
 
 
@@ -567,6 +619,17 @@ def test_files_that_are_no_configuration(outcomes):
 def test_every_option_of_a_text_has_bad_values():
     known = {action.dest for script in RUNS for action in parser_of(script)._actions}
     assert set(BAD_VALUES) <= known, "an option that is gone"
+    for script in RUNS:
+        for action in (a for a in parser_of(script)._actions if a.nargs != 0 and a.dest != "help"):
+            assert list(bad_values(action)) or action.dest in BAD_VALUES, f"{script}.py {action.dest}: give bad values"
+
+
+def test_every_configuration_is_here():
+    def leaves(kind: type) -> set[type]:
+        return set().union(*map(leaves, kind.__subclasses__())) if kind.__subclasses__() else {kind}
+
+    found = set().union(*map(leaves, (PrunedModel, TrainingConfig, TaskConfig)))
+    assert {kind for kind in found if kind.__module__.startswith("configs.")} | {GeneralLoader} == set(SCHEMAS)
 
 
 # What is known only after torch is there: sizes of models, weights, data

@@ -405,8 +405,15 @@ def test_images_that_cannot_be_read(tmp_path, trunk, public, capsys):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config | {"workers": 0}))
     given = options(tmp_path / "out", trunk, "--skip_eval", config=tmp_path / "c.yaml")
     assert "1 of 12 samples were skipped" in refused(capsys, retrieval.main, given)
+    listed = tmp_path / "out/skipped.txt"
+    listed.write_text("of/an/earlier/run.jpg\tgone\n")
+    (tmp_path / "out/last.pt").unlink(missing_ok=True)  # a fresh run
     retrieval.main([*given, "--max_skipped", "0.5"])
-    assert str(broken) in (tmp_path / "out/skipped.txt").read_text() and zeros(tmp_path / "out/result")
+    (line,) = listed.read_text().splitlines()
+    assert line.startswith(f"{broken}\t") and zeros(tmp_path / "out/result")
+    listed.write_text("of/the/first/half.jpg\tgone\n")
+    retrieval.main([*given, "--max_skipped", "0.5"])  # goes on from the snapshot
+    assert listed.read_text().startswith("of/the/first/half.jpg")
 
 
 # Bad input: one line, exit code 2, nothing written

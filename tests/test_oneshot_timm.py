@@ -14,6 +14,7 @@ import oneshot_pruning_timm
 import pack
 import timm_validate
 from datasets.calibration.image_batches import Samples
+from datasets.place import Place
 from models.dino import timm_mini as registered  # noqa: F401 (makes vit_mini known to timm)
 from sparsity.masks import Masks
 from tests.test_scripts import refused, script
@@ -272,4 +273,4 @@ def test_samples_do_not_depend_on_the_batch_size_or_the_ranks(tmp_path):
 
     whole = seen(3)
     assert len(set(whole)) == 10 and seen(7) == seen(1) == whole
-    assert sorted(seen(3, rank=0, world_size=2) + seen(3, rank=1, world_size=2)) == sorted(whole)
+    assert sorted(seen(3, place=Place(0, 2)) + seen(3, place=Place(1, 2))) == sorted(whole)

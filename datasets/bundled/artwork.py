@@ -104,7 +104,7 @@ def render(svg: str, side: int) -> np.ndarray:
     from resvg_py import svg_to_bytes  # build-time dependency
 
     png = svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True)
-    image = np.array(Image.open(io.BytesIO(png)).convert("RGBA"))
+    image = np.array(Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA"))
     image[image[..., 3] == 0] = 0
     return image
 

@@ -10,6 +10,7 @@ from datasets.bundled.glyphs import Glyphs
 from datasets.bundled.scenes import BundledRegions, BundledScenes
 from datasets.collate import collate, collate_regions
 from datasets.loaders import loader
+from datasets.place import ALONE, Place
 from datasets.text import TextEncoder
 
 REGION_SEED = 1000  # region scenes come from other random streams than the general ones
@@ -40,14 +41,14 @@ class Curriculum:
     def __len__(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+    def steps(self, start: int, place: Place = ALONE) -> Iterator[dict[str, Any]]:
         """Steps `start` to the last of one rank: {"sources": {"general": batch, "region": batch}, "objectives",
         "fused_pairs"}.
         """
         for number, stage, done in unfinished(self.stages, start):
             general, region = self._sources[number]
             order = {"seed": self.seed + number, "start": done, "stop": stage.steps, "workers": self.workers}
-            order |= {"rank": rank, "world_size": world_size}
+            order["place"] = place
             loaders = {"general": loader(general, stage.batch_size, collate, **order)}
             if stage.region_images:
                 loaders["region"] = loader(region, stage.region_images, collate_regions, **order)
@@ -78,13 +79,11 @@ class LabelledCurriculum:
     def __len__(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+    def steps(self, start: int, place: Place = ALONE) -> Iterator[dict[str, Any]]:
         """Steps `start` to the last of one rank: {"image", "label", "fine_label"}."""
         for number, stage, done in unfinished(self.stages, start):
             order = {"seed": self.seed + number, "start": done, "stop": stage.steps, "workers": self.workers}
-            yield from loader(
-                self._sources[number], stage.batch_size, collate, rank=rank, world_size=world_size, **order
-            )
+            yield from loader(self._sources[number], stage.batch_size, collate, place=place, **order)
 
 
 class NoisedCurriculum:
@@ -101,10 +100,10 @@ class NoisedCurriculum:
     def __len__(self) -> int:
         return self.config.steps
 
-    def steps(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Any]]:
+    def steps(self, start: int, place: Place = ALONE) -> Iterator[dict[str, Any]]:
         """Steps `start` to the last of one rank: {"image", "label", "noise", "time"}."""
         order = {"seed": self.seed, "start": start, "stop": self.config.steps, "workers": self.config.workers}
-        yield from loader(self.data, self.config.batch_size, collate, rank=rank, world_size=world_size, **order)
+        yield from loader(self.data, self.config.batch_size, collate, place=place, **order)
 
 
 def unfinished(stages: Sequence[Any], start: int) -> Iterator[tuple[int, Any, int]]:

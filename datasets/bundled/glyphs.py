@@ -83,7 +83,7 @@ def load_glyphs(root: str | Path = "data/bundled") -> Glyphs:
     size, columns, n = pack["size"], pack["columns"], len(pack["concepts"])
     images = {}
     for vendor in pack["vendors"]:
-        with Image.open(_part(root / f"{vendor['key']}.webp")) as atlas:
+        with Image.open(_part(root / f"{vendor['key']}.webp"), formats=("WEBP",)) as atlas:
             cells = np.asarray(atlas.convert("RGBA")).reshape(-1, size, columns, size, 4)
         images[vendor["key"]] = cells.swapaxes(1, 2).reshape(-1, size, size, 4)[:n]
     trained = [vendor["key"] for vendor in pack["vendors"] if vendor["trained"]]

@@ -10,6 +10,7 @@ from typing import Any
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.data_kinds import Lockstep
 from datasets.labelled.image_folder import Gather, ImageFolder
+from datasets.place import ALONE, Place
 from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 class FolderBatches(Lockstep):
     """Batches of a folder's images as a model takes them; see `Lockstep`.
 
-    preprocess: see `Gather`. folder: of the results. options: `rank` and `world_size`.
+    preprocess, unlabelled: see `Gather`. folder: of the results. options: `rank` and `world_size`.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class FolderBatches(Lockstep):
         folder: Path,
         num_batches: int,
         seed: int,
-        **options: int,
+        place: Place = ALONE,
     ):
-        data = ImageFolder(config.calibration, seed=seed)
-        super().__init__([[(data, Gather(data, preprocess))]], config, folder, num_batches, seed, **options)
+        data = ImageFolder(config.calibration, seed=seed, decoding=config.decoding)
+        gather = Gather(data, preprocess)
+        self.unlabelled = gather.unlabelled
+        super().__init__([[(data, gather)]], config, folder, num_batches, seed, place)
 
     def __iter__(self) -> Iterator[Any]:
         for gathered in super().__iter__():
@@ -53,12 +56,10 @@ class LoaderBatches:
         name: str,
         num_batches: int,
         seed: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         self.make, self.name, self.seed, self.epoch = make, f"--calibration {name}", seed, 0
-        self.rank, self.world_size = rank, world_size
+        self.place = place
         batches = self._made()
         length = len(batches) if isinstance(batches, Sized) else num_batches
         if length == 0:
@@ -74,7 +75,7 @@ class LoaderBatches:
 
     @property
     def rounds(self) -> list[int]:
-        return [int(number % self.world_size == self.rank) for number in self._numbers()]
+        return [int(self.place.has(number)) for number in self._numbers()]
 
     @property
     def numbers(self) -> list[int]:

@@ -24,6 +24,7 @@ from datasets.loaders import loader
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.regions import RegionDataset
 from datasets.pairs.shards import ShardDataset, shard_loader
+from datasets.place import ALONE, Place
 from datasets.text import TextEncoder
 from datasets.transforms import IMAGENET, TrainTransform
 
@@ -50,16 +51,14 @@ class Lockstep:
         folder: Path,
         num_batches: int,
         seed: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         available = [max(1, sum(len(data) // config.batch_size for data, _ in kind)) for kind in kinds]
         self.batches = min(num_batches, *available)
         if self.batches < num_batches:
             log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
-        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, rank)
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, place.rank)
+        self.place, self.epoch = place, 0
         self.sources = [source for kind in kinds for source in kind]
         self.shares = [n for kind in kinds for n in proportional(self.batches, [len(data) for data, _ in kind])]
 
@@ -86,7 +85,7 @@ class Lockstep:
         turns = self._turns()
         expected = max(1, len(turns) * self.config.batch_size)
         skipped = SkippedImages(self.skipped_path, expected, self.config.max_skipped)
-        steps = {i: [batch // self.world_size for _, j, batch in turns if j == i] for _, i, _ in turns}
+        steps = {i: [batch // self.place.world_size for _, j, batch in turns if j == i] for _, i, _ in turns}
         loaders = {i: iter(self._loader(*self.sources[i], mine[0], mine[-1] + 1)) for i, mine in steps.items()}
         yield from skipped.watch(next(loaders[i]) for _, i, _ in turns)
 
@@ -95,11 +94,10 @@ class Lockstep:
         order = sorted(((b + 0.5) / share, i, b) for i, share in enumerate(self.shares) for b in range(share))
         first = self.epoch * len(order)
         turns = ((first + n, i, self.epoch * self.shares[i] + b) for n, (_, i, b) in enumerate(order))
-        return [turn for turn in turns if turn[2] % self.world_size == self.rank]
+        return [turn for turn in turns if self.place.has(turn[2])]
 
     def _loader(self, data: Any, gather: Callable[[list[Any]], dict[str, Any]], start: int, stop: int) -> DataLoader:
-        options = {"start": start, "stop": stop, "rank": self.rank, "world_size": self.world_size}
-        options |= {"workers": self.config.workers}
+        options = {"start": start, "stop": stop, "place": self.place, "workers": self.config.workers}
         size = min(self.config.batch_size, len(data))
         if isinstance(data, ShardDataset):
             return shard_loader(data, size, gather, **options)
@@ -112,7 +110,6 @@ class Calibration(Lockstep):
     Args:
         vision: has `image_size` and `patch_size`, in pixels.
         regions: the second source has regions of images; else it has image-text pairs, too.
-        options: `rank` and `world_size`.
     """
 
     def __init__(
@@ -123,13 +120,13 @@ class Calibration(Lockstep):
         folder: Path,
         num_batches: int,
         seed: int,
+        place: Place = ALONE,
         *,
         regions: bool = True,
-        **options: int,
     ):
         kinds = [_general(config, encode, vision, seed, num_batches)]
         kinds.append((_region if regions else _in_domain)(config, encode, vision, seed + 1, num_batches))
-        super().__init__([kind for kind in kinds if kind], config, folder, num_batches, seed, **options)
+        super().__init__([kind for kind in kinds if kind], config, folder, num_batches, seed, place)
 
 
 class LabelsCalibration(Lockstep):
@@ -137,23 +134,27 @@ class LabelsCalibration(Lockstep):
 
     Args:
         sizes: of the model; has `image_size`, in pixels, and `classes`.
-        options: `rank` and `world_size`.
 
     Raises:
         UserError: the data has other classes than the model.
     """
 
     def __init__(
-        self, config: LabelsPruneConfig, sizes: Any, folder: Path, num_batches: int, seed: int, **options: int
+        self, config: LabelsPruneConfig, sizes: Any, folder: Path, num_batches: int, seed: int, place: Place = ALONE
     ):
         if config.bundled:
             glyphs = load_glyphs()
             times = math.ceil(num_batches * config.batch_size / len(glyphs))  # whole rounds of the concepts, shuffled
             data = BundledClassification(glyphs, "train", times * len(glyphs), side=sizes.image_size, seed=seed)
         else:
-            data = labelled(config.images, TrainTransform(sizes.image_size, statistics=IMAGENET), seed=seed)
+            data = labelled(
+                config.images,
+                TrainTransform(sizes.image_size, statistics=IMAGENET),
+                seed=seed,
+                decoding=config.decoding,
+            )
         check_classes(len(data.class_names), sizes.classes)
-        super().__init__([[(data, collate)]], config, folder, num_batches, seed, **options)
+        super().__init__([[(data, collate)]], config, folder, num_batches, seed, place)
 
 
 class NoiseCalibration(Lockstep):
@@ -162,7 +163,6 @@ class NoiseCalibration(Lockstep):
     Args:
         data: items {"image", "label"}, read again with other noise where there are fewer than are asked for.
         sizes: of the model; has `null_class` and `class_dropout`.
-        options: `rank` and `world_size`.
     """
 
     def __init__(
@@ -173,11 +173,11 @@ class NoiseCalibration(Lockstep):
         folder: Path,
         num_batches: int,
         seed: int,
-        **options: int,
+        place: Place = ALONE,
     ):
         dropped = {"null_class": sizes.null_class, "dropout": sizes.class_dropout}
         noised = Noised(data, length=num_batches * config.batch_size, seed=seed, **dropped)
-        super().__init__([[(noised, collate)]], config, folder, num_batches, seed, **options)
+        super().__init__([[(noised, collate)]], config, folder, num_batches, seed, place)
 
 
 def proportional(total: int, sizes: list[int]) -> list[int]:
@@ -193,13 +193,16 @@ def skipped_path(folder: Path, rank: int) -> Path:
     return folder / (f"skipped_rank{rank}.txt" if rank else "skipped.txt")
 
 
-def clear_skipped(folder: Path, rank: int, world_size: int) -> None:
-    """Remove the lists that earlier runs left in a folder of results. Every rank calls it, before it reads anything; a
-    list that another rank of this run may write is left to that rank.
+def clear_skipped(folder: Path, place: Place) -> None:
+    """Remove the lists that earlier runs left in a folder of results: a fresh run begins its own. Every rank calls it,
+    before it reads anything; a list that another rank of this run may write is left to that rank, and one of a
+    calibration that goes on from the rows in its files is kept.
     """
-    skipped_path(folder, rank).unlink(missing_ok=True)
-    ours = {skipped_path(folder, other) for other in range(world_size)}
-    for path in set(folder.glob("skipped_rank*.txt")) - ours if not rank else ():
+    if any(folder.glob(f"*_rank{place.rank}.rows")):  # as sparsity.statistics.gradient_rows keeps them
+        return
+    skipped_path(folder, place.rank).unlink(missing_ok=True)
+    ours = {skipped_path(folder, other) for other in range(place.world_size)}
+    for path in set(folder.glob("skipped_rank*.txt")) - ours if not place.rank else ():
         path.unlink(missing_ok=True)
 
 
@@ -220,7 +223,8 @@ def _region(config: PruneConfig, encode: TextEncoder, vision: Any, seed: int, nu
         scenes = num_batches * config.batch_size
         return [(BundledRegions(load_glyphs(), encode, scenes, patch=patch, side=side, seed=seed), collate_regions)]
     annotated = [(files.annotations, files.folders) for files in config.region]
-    return [(RegionDataset(annotated, encode, side, patch, seed=seed), collate_regions)] if annotated else []
+    reading = {"seed": seed, "decoding": config.decoding}
+    return [(RegionDataset(annotated, encode, side, patch, **reading), collate_regions)] if annotated else []
 
 
 def _pairs(
@@ -233,9 +237,11 @@ def _pairs(
         return [(BundledScenes(load_glyphs(), encode, scenes, side=side, seed=seed), collate)]
     annotated = [(each.annotations, each.folders) for each in files if each.annotations]
     shards = [each.images for each in files if not each.annotations]
+    reading = {"seed": seed, "decoding": config.decoding}
     sources: list[Source] = []
     if annotated:
-        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, seed=seed), collate))
+        sources.append((ImageTextDataset(annotated, TrainTransform(side), encode, **reading), collate))
     if shards:
-        sources.append((ShardDataset(shards, TrainTransform(side), encode, seed=seed), collate))
+        pairs = ShardDataset(shards, TrainTransform(side), encode, streams=config.streams, **reading)
+        sources.append((pairs, collate))
     return sources

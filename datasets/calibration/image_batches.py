@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
+from datasets.place import ALONE, Place
 from sparsity.errors import UserError
 
 HELD = 1 << 30  # bytes of images that are kept for the next pass
@@ -41,19 +42,18 @@ class Samples:
         seed: int,
         workers: int = 0,
         max_skipped: float = 0.01,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         if count > len(data):
             raise UserError(f"--nsamples {count}: there are only {len(data)} images to calibrate on")
         chosen = np.random.default_rng(seed).permutation(len(data))[:count].tolist()
         batches = [chosen[first : first + batch_size] for first in range(0, count, batch_size)]
-        self.rounds = [int(number % world_size == rank) for number in range(len(batches))]
+        self.rounds = [int(place.has(number)) for number in range(len(batches))]
         self.numbers = [number for number, own in enumerate(self.rounds) if own]
-        own = [place for number in self.numbers for place in batches[number]]
+        own = [index for number in self.numbers for index in batches[number]]
         self._loader = DataLoader(Subset(data, own), batch_size, collate_fn=collate, num_workers=workers)
         self._held: list[tuple[Tensor, Tensor]] | None = None
-        self._skipped = SkippedImages(skipped_path(folder, rank), max(1, len(own)), max_skipped)
+        self._skipped = SkippedImages(skipped_path(folder, place.rank), max(1, len(own)), max_skipped)
 
     def at(self, epoch: int) -> Samples:
         return self

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from datasets.annotations import ImageRoot, Records, get_texts
+from configs.decoding import Decoding
+from datasets.annotations import ImageRoot, Records, get_texts, parse_json
 from datasets.collate import Skipped
-from datasets.labelled.public import EXTENSIONS
+from datasets.images import DEFAULT
+from datasets.labelled.class_folders import EXTENSIONS, images_below, in_order
 from datasets.sampler import sample_generator
 from sparsity.errors import UserError
 
@@ -19,33 +20,34 @@ CAPTIONS = "captions.json"
 
 
 class ImageFolder(Dataset):
-    """Images of a folder and of those in it, in the order of their paths.
+    """Images of a folder and of those in it, in the order of their paths; hidden files and folders are not looked at.
 
     It is indexed by a running number n = epoch * len(dataset) + index, and an item is {"image": RGB image, "caption":
     text or None, "class": name or None}, or `Skipped` where the image cannot be read.
 
     Captions stand in `captions.json` of the folder, {path: text or [texts]}, or beside each image in a text file of
     its name, 1.txt for 1.jpg, a caption in a line; of several one is drawn. Classes are the names of the folders
-    directly in this one, where every image lies in one of them.
+    directly in this one, in natural order, where every image lies in one of them.
 
     Args:
         seed: of all that is drawn.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: the folder is missing.
         UserError: there is no image in it, or only some have captions.
     """
 
-    def __init__(self, root: str | Path, *, seed: int):
-        self.root, self.seed = ImageRoot(root), seed
+    def __init__(self, root: str | Path, *, seed: int, decoding: Decoding = DEFAULT):
+        self.root, self.seed = ImageRoot(root, decoding), seed
         folder = self.root.root
-        paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        paths = images_below(folder)
         if not paths:
             raise UserError(f"{root}: no image in this folder; expected {', '.join(EXTENSIONS)}")
         captions = _captions(folder, paths)
         self.captioned = captions is not None
         classified = all("/" in path for path in paths)
-        self.classes = tuple(sorted({path.partition("/")[0] for path in paths})) if classified else ()
+        self.classes = tuple(in_order({path.partition("/")[0] for path in paths})) if classified else ()
         self.paths = paths
         self.records = Records((path, captions[path] if captions else []) for path in paths)
 
@@ -76,7 +78,7 @@ def _captions(folder: Path, paths: Sequence[str]) -> dict[str, list[str]] | None
 
 def _read_listed(path: Path) -> dict[str, list[str]]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise UserError(f"it holds a {type(content).__name__}")
         return {image: get_texts(content, image) for image in content}
@@ -97,12 +99,20 @@ class Gather:
     """Items of an `ImageFolder` to {"batch": a batch as the model takes it}, with the samples that were skipped under
     "skipped", as `SkippedImages.watch` expects them.
 
-    preprocess: (images, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None.
+    preprocess: (images, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None,
+    its `check` refuses images without captions. unlabelled: why the classes have no labels, where they should; batches
+    have none then, which is an error for those alone who need a loss.
     """
 
     def __init__(self, data: ImageFolder, preprocess: Callable[..., Any]):
         self.preprocess, self.captioned = preprocess, data.captioned
-        labels = preprocess.labels(data.classes) if data.classes else None
+        preprocess.check(data.captioned)
+        self.unlabelled: UserError | None = None
+        labels = None
+        try:
+            labels = preprocess.labels(data.classes) if data.classes else None
+        except UserError as error:
+            self.unlabelled = error
         self.labels = dict(zip(data.classes, labels, strict=True)) if labels else None
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,14 +12,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from configs.decoding import Decoding
 from configs.sources import LabelledImages
 from datasets.annotations import HOW_TO_GET, ImageRoot, Records
 from datasets.collate import Skipped
+from datasets.images import DEFAULT
+from datasets.labelled.class_folders import class_folders, image_files
 from datasets.sampler import sample_generator
 from sparsity.errors import MissingFileError, UserError
 
 log = logging.getLogger(__name__)
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 FLOWERS_SPLITS = {"train": ("train", "val"), "test": ("test",)}  # train and val together train
 
 
@@ -36,6 +37,7 @@ class ClassificationDataset(Dataset):
         class_names: of the labels 0, 1, ...
         transform: (RGB image, generator) -> tensor.
         seed: of all that is drawn.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: the folder is missing, or none of the images looked up is in it.
@@ -49,8 +51,10 @@ class ClassificationDataset(Dataset):
         transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
         *,
         seed: int,
+        decoding: Decoding = DEFAULT,
     ):
-        self.root, self.class_names, self.transform, self.seed = ImageRoot(root), tuple(class_names), transform, seed
+        self.root, self.class_names = ImageRoot(root, decoding), tuple(class_names)
+        self.transform, self.seed = transform, seed
         self.records = Records(samples)
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
 
@@ -72,6 +76,7 @@ def imagenet(
     *,
     seed: int,
     root: str | Path = "data/imagenet",
+    decoding: Decoding = DEFAULT,
 ) -> ClassificationDataset:
     """`{root}/{split}/<synset>/*.JPEG` with the class names of `{root}/annots/metadata.csv` (folder_name, class_name).
 
@@ -87,17 +92,17 @@ def imagenet(
     synsets = {synset: label for label, synset in enumerate(sorted(names))}
     folder = ImageRoot(Path(root, split)).root
     samples = []
-    for synset in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+    for synset in class_folders(folder):
         if synset not in synsets:
             raise UserError(f"{folder / synset}: this folder is no class of {table}; {HOW_TO_GET}")
-        images = sorted(name for name in os.listdir(folder / synset) if name.lower().endswith(EXTENSIONS))
-        samples += [(f"{synset}/{name}", synsets[synset]) for name in images]
+        samples += [(f"{synset}/{name}", synsets[synset]) for name in image_files(folder / synset)]
     if not samples:
         raise UserError(f"{folder}: no image found; expected <synset>/*.JPEG; {HOW_TO_GET}")
     missing = len(synsets) - len({label for _, label in samples})
     if missing:
         log.info("%s has no image of %d of %d classes", folder, missing, len(synsets))
-    return ClassificationDataset(folder, samples, [names[synset] for synset in synsets], transform, seed=seed)
+    class_names, reading = [names[synset] for synset in synsets], {"seed": seed, "decoding": decoding}
+    return ClassificationDataset(folder, samples, class_names, transform, **reading)
 
 
 def flowers102(
@@ -106,6 +111,7 @@ def flowers102(
     *,
     seed: int,
     root: str | Path = "data/flowers102",
+    decoding: Decoding = DEFAULT,
 ) -> ClassificationDataset:
     """`{root}/images` by `{root}/annots/split.csv` (filename, class, split) and `metadata.csv` (idx, class_name).
 
@@ -132,17 +138,22 @@ def flowers102(
             samples.append((path, labels[kind]))
     if not samples:
         raise UserError(f"{table}: no image of the split {split!r}; {HOW_TO_GET}")
-    dataset = ClassificationDataset(Path(root, "images"), samples, list(names.values()), transform, seed=seed)
+    reading = {"seed": seed, "decoding": decoding}
+    dataset = ClassificationDataset(Path(root, "images"), samples, list(names.values()), transform, **reading)
     dataset.root.check(table, [path for path, _ in samples])
     return dataset
 
 
 def labelled(
-    images: LabelledImages, transform: Callable[[Image.Image, np.random.Generator], torch.Tensor], *, seed: int
+    images: LabelledImages,
+    transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+    *,
+    seed: int,
+    decoding: Decoding = DEFAULT,
 ) -> ClassificationDataset:
     """The data that a configuration names; raises as `imagenet` and `flowers102`."""
     opened = {"imagenet": imagenet, "flowers102": flowers102}[images.dataset]
-    return opened(images.split, transform, seed=seed, root=images.folder)
+    return opened(images.split, transform, seed=seed, root=images.folder, decoding=decoding)
 
 
 def check_classes(found: int, expected: int) -> None:

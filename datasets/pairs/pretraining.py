@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.annotations import Folders, ImageRoot, Records, get_box, get_text, get_texts, read_by_folder
+from configs.decoding import Decoding
+from datasets.annotations import Folders, ImageRoot, Records, get_box, get_path, get_texts, read_by_folder
 from datasets.collate import Skipped
+from datasets.images import DEFAULT
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from sparsity.errors import UserError
@@ -31,6 +33,7 @@ class ImageTextDataset(Dataset):
         transform: (RGB image, generator) -> tensor.
         text: encodes the captions.
         seed: of all that is drawn.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: a file or folder is missing, or none of the images looked up is in its folder.
@@ -44,8 +47,9 @@ class ImageTextDataset(Dataset):
         text: TextEncoder,
         *,
         seed: int,
+        decoding: Decoding = DEFAULT,
     ):
-        self.roots, records = read_sources(sources, parse_pair, EXPECTED)
+        self.roots, records = read_sources(sources, parse_pair, EXPECTED, decoding)
         self.records = Records(records)
         self.transform, self.text, self.seed = transform, text, seed
 
@@ -67,7 +71,10 @@ class ImageTextDataset(Dataset):
 
 
 def read_sources(
-    sources: Sequence[tuple[str | Path, Folders]], parse: Callable[[dict], tuple], expected: str
+    sources: Sequence[tuple[str | Path, Folders]],
+    parse: Callable[[dict], tuple],
+    expected: str,
+    decoding: Decoding,
 ) -> tuple[list[ImageRoot], list[tuple[int, tuple]]]:
     """Image folders, and all the records as (number of the folder, what `parse` keeps, the image path first)."""
     if not sources:
@@ -75,7 +82,7 @@ def read_sources(
     roots, records = [], []
     for annotation_file, folders in sources:
         for folder, found in read_by_folder(annotation_file, folders, parse, expected):
-            root = ImageRoot(folder)
+            root = ImageRoot(folder, decoding)
             root.check(annotation_file, [record[0] for record in found])
             records += [(len(roots), record) for record in found]
             roots.append(root)
@@ -85,13 +92,15 @@ def read_sources(
 def parse_pair(record: dict) -> tuple[str, list[str], list[tuple[float, float, float, float]]]:
     """Image path, captions, and no box, one box, or one box for each caption."""
     captions = get_texts(record, "caption")
-    boxes = record.get("bb") or []
-    if boxes and not (isinstance(boxes, list) and isinstance(boxes[0], list)):
+    boxes = record.get("bb")
+    if boxes in (None, []):
+        boxes = []
+    elif not (isinstance(boxes, list) and isinstance(boxes[0], list)):
         boxes = [boxes]
     boxes = [get_box(box) for box in boxes]
     if len(boxes) not in (0, 1, len(captions)):
         raise UserError(f"'bb' must hold one box or one per caption, got {len(boxes)} for {len(captions)} captions")
-    return get_text(record, "image"), captions, boxes
+    return get_path(record), captions, boxes
 
 
 def crop_to(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image | None:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.annotations import Folders, Records, get_box, get_text, get_texts
+from configs.decoding import Decoding
+from datasets.annotations import Folders, Records, get_box, get_path, get_texts, shown
 from datasets.collate import Skipped
+from datasets.images import DEFAULT
 from datasets.pairs.pretraining import read_sources
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder, mentions_side
@@ -43,6 +45,7 @@ class RegionDataset(Dataset):
         seed: of all that is drawn.
         max_regions: most regions of an image.
         min_box: least width and height of a region in pixels of the file's image; smaller ones are left out.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: a file or folder is missing, or none of the images looked up is in its folder.
@@ -59,13 +62,14 @@ class RegionDataset(Dataset):
         seed: int,
         max_regions: int = 5,
         min_box: float = 1.0,
+        decoding: Decoding = DEFAULT,
     ):
         if max_regions < 1:
             raise UserError(f"max_regions must be at least 1, got {max_regions!r}")
         if image_res % patch_size:
             raise UserError(f"image_res must be a multiple of patch_size = {patch_size!r}, got {image_res!r}")
         self.min_box, self.max_regions = min_box, max_regions
-        self.roots, records = read_sources(sources, partial(parse_regions, min_box=min_box), EXPECTED)
+        self.roots, records = read_sources(sources, partial(parse_regions, min_box=min_box), EXPECTED, decoding)
         useful = [record for record in records if record[1][1] or record[1][2]]
         if not useful:
             files = ", ".join(str(source[0]) for source in sources)
@@ -116,10 +120,10 @@ def parse_regions(record: dict, min_box: float = 1.0) -> tuple[str, list[str], l
     """Image path, captions of the whole image, and (box, captions, attributes) of the regions of enough size."""
     elems = record.get("elems")
     if not isinstance(elems, list) or not all(isinstance(elem, dict) for elem in elems):
-        raise UserError(f"'elems' must be a list of regions, got {elems!r:.60}")
+        raise UserError(f"'elems' must be a list of regions, got {shown(elems)}")
     regions = [(get_box(e.get("bb")), get_texts(e, "caption"), _optional(e, "attributes")) for e in elems]
     large = [region for region in regions if min(region[0][2:]) >= min_box]
-    return get_text(record, "image"), _optional(record, "caption"), large
+    return get_path(record), _optional(record, "caption"), large
 
 
 def clip_boxes(boxes: np.ndarray, size: tuple[int, int], min_box: float) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +135,7 @@ def clip_boxes(boxes: np.ndarray, size: tuple[int, int], min_box: float) -> tupl
 
 
 def _optional(record: dict, key: str) -> list[str]:
-    return get_texts(record, key) if record.get(key) else []
+    return [] if record.get(key) in (None, "", []) else get_texts(record, key)
 
 
 def _draw(texts: Sequence[str], rng: np.random.Generator) -> str:

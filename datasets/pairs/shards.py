@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -13,13 +14,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from configs.decoding import Decoding
 from configs.shard_names import HOW_TO_GET, shard_paths
-from datasets.annotations import decode_image
 from datasets.collate import Skipped
+from datasets.images import DEFAULT, decode_image
 from datasets.pairs.tars import Sample, miscounted, open_shard, read_shard
+from datasets.place import ALONE, Place
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
+STREAMS = 16
 
 
 class ShardDataset:
@@ -36,6 +42,7 @@ class ShardDataset:
         seed: of all that is drawn.
         streams: places of a pass at which is read at the same time; consecutive batches come from different ones.
         block: samples whose encoded images are held in memory, for each stream.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -49,8 +56,9 @@ class ShardDataset:
         text: TextEncoder,
         *,
         seed: int,
-        streams: int = 16,
+        streams: int = STREAMS,
         block: int = 256,
+        decoding: Decoding = DEFAULT,
     ):
         for name, value in (("streams", streams), ("block", block)):
             if value < 1:
@@ -62,6 +70,7 @@ class ShardDataset:
         self.paths, self.counts = paths, np.array(counts, dtype=np.int64)
         self.first = np.cumsum(self.counts) - self.counts  # index of the first sample of each shard
         self.transform, self.text, self.seed, self.streams, self.block = transform, text, seed, streams, block
+        self.decoding = decoding
 
     def __len__(self) -> int:
         """Samples in a pass."""
@@ -95,9 +104,11 @@ class ShardDataset:
 
     def item(self, epoch: int, index: int, sample: Sample) -> dict[str, torch.Tensor] | Skipped:
         """The tensors of a sample, or why there are none."""
-        if sample.image is None or sample.caption is None:
-            return Skipped(sample.name, f"the shard has no {'caption' if sample.image else 'image'} for this sample")
-        image = decode_image(io.BytesIO(sample.image), sample.name)
+        if sample.image is None:
+            return Skipped(sample.name, "the shard has no image for this sample")
+        if sample.caption is None:
+            return Skipped(sample.name, sample.fault)
+        image = decode_image(io.BytesIO(sample.image), sample.name, self.decoding)
         if isinstance(image, Skipped):
             return image
         _, rng = sample_generator(epoch * len(self) + index, len(self), self.seed)
@@ -111,12 +122,19 @@ def shard_loader(
     *,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     workers: int = 0,
 ) -> DataLoader:
-    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them."""
-    batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, rank=rank, world_size=world_size)
+    """Batches `start` to `stop` of this rank, pass after pass; see `ShardBatches`. `workers` processes read them.
+
+    Warns where several processes read the same stretch.
+    """
+    batches = ShardBatches(dataset, batch_size, collate, start=start, stop=stop, place=place)
+    readers = place.world_size * max(1, workers)
+    if batches.streams % readers and not place.rank:
+        told = "streams: %d stretches of the shards for %d processes (%d devices x %d workers): "
+        told += "some are read more than once; make streams a multiple of %d"
+        log.warning(told, batches.streams, readers, place.world_size, max(1, workers), readers)
     return DataLoader(
         batches,
         batch_size=None,
@@ -146,7 +164,7 @@ class ShardBatches(IterableDataset):
         dataset, batch_size, collate: what is read, and how samples become a batch.
         start: batches of this rank that are skipped, because they were read before.
         stop: batch of this rank at which the stream ends, counted from 0 (not from `start`); None is never.
-        rank, world_size: this process and the number of processes.
+        place: of this process.
     """
 
     def __init__(
@@ -157,17 +175,14 @@ class ShardBatches(IterableDataset):
         *,
         start: int = 0,
         stop: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = ALONE,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size!r}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be between 0 and world_size - 1 = {world_size - 1}, got {rank!r}")
         if start < 0 or (stop is not None and stop < 0):
             raise UserError(f"start and stop must not be negative, got {start!r} and {stop!r}")
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.start, self.stop, self.reader = start, stop, place
         self.batches = -(-len(dataset) // batch_size)  # of a pass
         self.streams = min(dataset.streams, self.batches)
 
@@ -182,7 +197,7 @@ class ShardBatches(IterableDataset):
         step, workers = (self.start + worker.id, worker.num_workers) if worker else (self.start, 1)
         epoch, streams = -1, {}
         while self.stop is None or step < self.stop:  # a DataLoader takes the batches of its workers in turn
-            number, batch = divmod(step * self.world_size + self.rank, self.batches)
+            number, batch = divmod(self.reader.batch(step), self.batches)
             if number != epoch:
                 epoch, streams = number, {}
             stream, place = self.place(batch)

@@ -6,7 +6,6 @@ beside it. Nothing is ever unpacked to the disk.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from configs.shard_names import HOW_TO_GET
+from datasets.annotations import check_text, get_text, parse_json
 from sparsity.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -23,11 +23,14 @@ _MAGIC = slice(257, 262)
 
 
 class Sample(NamedTuple):
-    """name: `SHARD/KEY.jpg`. image: the encoded bytes. Image and caption are None where the shard has none."""
+    """name: `SHARD/KEY.jpg`. image: the encoded bytes. Image and caption are None where the shard has none; fault: what
+    is wrong with the caption then.
+    """
 
     name: str
     image: bytes | None
     caption: str | None
+    fault: str = ""
 
 
 def check_shard(path: Path) -> None:
@@ -54,9 +57,10 @@ def open_shard(path: Path) -> int:
     first = next(read_shard(path), None) if count else None
     if count and first is None:
         raise UserError(miscounted(path, count))
-    if first and (first.image is None or first.caption is None):
-        lacks = "caption (.txt, or 'caption' in .json)" if first.image else "image (.jpg, .png or .webp)"
-        raise UserError(f"{first.name}: no {lacks} for this key in the shard; {HOW_TO_GET}")
+    if first and first.image is None:
+        raise UserError(f"{first.name}: no image (.jpg, .png or .webp) for this key in the shard; {HOW_TO_GET}")
+    if first and first.caption is None:
+        raise UserError(f"{first.name}: {first.fault}; {HOW_TO_GET}")
     return count
 
 
@@ -74,9 +78,12 @@ def count_samples(path: Path) -> int:
     stats = stats_path(path)
     if stats.is_file():
         try:
-            return int(json.loads(stats.read_bytes())["successes"])
+            count = parse_json(stats.read_bytes())["successes"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{stats}: expected img2dataset's JSON with 'successes'; correct or remove it") from None
+            count = None
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UserError(f"{stats}: expected img2dataset's JSON with 'successes'; correct or remove it")
+        return count
     return sum(1 for _ in _keys(path))
 
 
@@ -125,17 +132,28 @@ def read_shard(path: Path) -> Iterator[Sample]:
 def _sample(path: Path, group: dict[str, Any]) -> Sample:
     kind = next((kind for kind in IMAGES if kind in group), None)
     name = f"{path}/{group['__key__']}" + (f".{kind}" if kind else "")
-    return Sample(name, group[kind] if kind else None, _caption(group))
-
-
-def _caption(group: dict[str, Any]) -> str | None:
-    if "txt" in group:
-        return group["txt"].decode("utf-8", "replace").strip()
     try:
-        caption = json.loads(group["json"])["caption"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return caption if isinstance(caption, str) else None
+        caption, fault = check_text(_caption(group), "caption").strip(), ""
+    except ValueError as error:
+        caption, fault = None, str(error)
+    return Sample(name, group[kind] if kind else None, caption, fault)
+
+
+def _caption(group: dict[str, Any]) -> str:
+    if "txt" in group:
+        try:
+            return group["txt"].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"its caption (.txt) is not UTF-8 ({error})") from None
+    content = {}
+    if "json" in group:
+        try:
+            content = parse_json(group["json"])
+        except ValueError as error:
+            raise UserError(f"its .json is not JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("caption") is None:
+        raise UserError("no caption (.txt, or 'caption' in .json) for this key in the shard")
+    return get_text(content, "caption", blank=True)
 
 
 def _check_inside(path: Path, name: str) -> None:

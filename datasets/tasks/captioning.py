@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from configs.finetuning import CaptioningConfig
 from configs.task import DEBUG_IMAGES
-from datasets.annotations import HOW_TO_GET
+from datasets.annotations import HOW_TO_GET, get_id, get_text, read_json, shown
 from datasets.bundled.captions import varied_caption
 from datasets.bundled.glyphs import image_tensor, load_glyphs
 from datasets.bundled.scenes import BundledRetrieval, BundledScenes
@@ -24,8 +24,9 @@ from datasets.sampler import sample_generator
 from datasets.tasks.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from datasets.text import TextEncoder
 from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
-from sparsity.errors import MissingFileError, UserError
+from sparsity.errors import UserError
 
+log = logging.getLogger(__name__)
 EXPECTED = '{"annotations": [{"image_id": number, "caption": text}]}'
 REFERENCES = 5  # captions of a bundled scene, as many as COCO has of an image
 
@@ -34,11 +35,11 @@ class Described(Protocol):
     """Images to describe: item i is {"image": (3, H, W), "index": i}, or `Skipped` where it cannot be read.
 
     Attributes:
-        ids: number of each image.
+        ids: number, or name, of each image.
         references: the captions that each image has, in the same order.
     """
 
-    ids: Sequence[int]
+    ids: Sequence[int | str]
     references: Sequence[Sequence[str]]
 
     def __len__(self) -> int: ...
@@ -49,23 +50,22 @@ class Described(Protocol):
 class CaptioningEvalDataset(RetrievalEvalDataset):
     """The images of an annotation file such as `coco_karpathy_test.json`; see `Described`.
 
-    Their ids are COCO's: the digits at the end of the file name.
+    Their ids are the `image_id` of the records; where these have none, COCO's, the digits at the end of the file name;
+    and where not every name ends in digits of its own, running numbers from 0. With `gt_file`, whose references are
+    found by them, they are never running numbers.
 
     Args:
         gt_file: COCO caption file with the references; those of the annotation file where None.
-        options: `annotation_file`, `image_root`, `transform` and `limit`, of `RetrievalEvalDataset`.
+        options: those of `RetrievalEvalDataset`.
 
     Raises:
         FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
-        UserError: a file is not as expected, or an image has no number or no reference.
+        UserError: a file is not as expected, or an image has no number, that of another, or no reference.
     """
 
     def __init__(self, annotation_file: str | Path, *options: Any, gt_file: str | Path | None = None, **named: Any):
         super().__init__(annotation_file, *options, **named)
-        self.ids = [_image_id(annotation_file, path) for path in self.images]
-        if len(set(self.ids)) < len(self.ids):
-            twice = next(i for i in self.ids if self.ids.count(i) > 1)
-            raise UserError(f"{annotation_file}: two images have the number {twice} at the end of their names")
+        self.ids = _ids(annotation_file, self.images, self.image_ids, running=gt_file is None)
         self.references = [[self.texts[t] for t in own] for own in self.img2txt]
         if gt_file is not None:
             known = read_references(gt_file)
@@ -98,41 +98,61 @@ class BundledCaptions(BundledRetrieval):
         return {"image": image_tensor(self.scene(i).image), "index": torch.tensor(i)}
 
 
-def read_references(path: str | Path) -> dict[int, list[str]]:
+def read_references(path: str | Path) -> dict[int | str, list[str]]:
     """Captions of each image id in a COCO caption file.
 
     Raises FileNotFoundError, or UserError where it is no such file.
     """
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path}: annotation file not found; expected {EXPECTED}; {HOW_TO_GET}")
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:  # also what is not UTF-8
-        raise UserError(f"{path}: not a JSON file ({error}); expected {EXPECTED}; {HOW_TO_GET}") from None
+    content = read_json(path, EXPECTED)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise UserError(f"{path}: no list 'annotations'; expected {EXPECTED}; {HOW_TO_GET}")
-    found: dict[int, list[str]] = {}
+    found: dict[int | str, list[str]] = {}
     for number, annotation in enumerate(annotations):
-        image_id, caption = _annotation(annotation)
-        if image_id is None or caption is None:
-            raise UserError(f"{path}: annotation {number} is {annotation!r:.60}; expected {EXPECTED}")
+        try:
+            image_id, caption = _annotation(annotation)
+        except ValueError as error:
+            told = f"{path}: annotation {number} is {shown(annotation)}: {error}; expected {EXPECTED}"
+            raise UserError(told) from None
         found.setdefault(image_id, []).append(caption)
     return found
 
 
-def _annotation(annotation: Any) -> tuple[int | None, str | None]:
-    fields: Mapping[str, Any] = annotation if isinstance(annotation, dict) else {}
-    image_id, caption = fields.get("image_id"), fields.get("caption")
-    number = str(image_id)
-    return int(number) if number.isdecimal() else None, caption if isinstance(caption, str) else None
+def _annotation(annotation: Any) -> tuple[int | str, str]:
+    if not isinstance(annotation, dict):
+        raise UserError("no object")
+    image_id = get_id(annotation)
+    if image_id is None:
+        raise UserError("no key 'image_id'")
+    return image_id, get_text(annotation, "caption")
 
 
-def _image_id(annotation_file: str | Path, path: str) -> int:
-    digits = re.search(r"\d+$", Path(path).stem)
-    if digits is None:
-        raise UserError(f"{annotation_file}: no number at the end of {path}, which says which image of COCO it is")
-    return int(digits[0])
+def _ids(
+    file: str | Path, paths: Sequence[str], given: Sequence[int | str | None], *, running: bool
+) -> list[int | str]:
+    """The id of each image; see `CaptioningEvalDataset`. running: they may be running numbers."""
+    named = sum(image_id is not None for image_id in given)
+    if 0 < named < len(given):
+        record = given.index(None)
+        raise UserError(f"{file}: record {record}: no 'image_id', which other records have: give it to all or to none")
+    ids: list[Any] = list(given)
+    if not named:
+        digits = [re.search(r"\d+$", Path(path).stem) for path in paths]
+        ids = [int(found[0]) if found else None for found in digits]
+    owner: dict[Any, int] = {}
+    for record, image_id in enumerate(ids):
+        other = owner.setdefault(image_id, record)
+        if image_id is not None and other == record:
+            continue
+        if running and not named:
+            log.info("%s: images are numbered as they stand, from 0: no 'image_id', and names without numbers", file)
+            return list(range(len(paths)))
+        if image_id is None:
+            fault = f"{paths[record]} has no 'image_id', and no number at the end of its name, to find its captions by"
+        else:
+            fault = f"{paths[record]} has the same number, {image_id}, as {paths[other]} of record {other}"
+        raise UserError(f"{file}: record {record}: {fault}")
+    return ids
 
 
 def prompted(encode: TextEncoder, prompt: str, caption: str, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -148,7 +168,8 @@ def training_set(config: CaptioningConfig, encode: TextEncoder, side: int, seed:
     if config.bundled:
         return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE)
-    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, seed=seed)
+    reading = {"seed": seed, "decoding": config.decoding}
+    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, **reading)
 
 
 def evaluation_sets(config: CaptioningConfig, side: int, debug: bool = False) -> dict[str, Described]:
@@ -156,8 +177,9 @@ def evaluation_sets(config: CaptioningConfig, side: int, debug: bool = False) ->
     limit = DEBUG_IMAGES if debug else None
     if not config.bundled:
         files = {"val": (config.val_file, config.val_gt_file), "test": (config.test_file, config.test_gt_file)}
+        reading = {"limit": limit, "decoding": config.decoding}
         return {
-            name: CaptioningEvalDataset(file, config.image_root, EvalTransform(side), limit, gt_file=gt_file)
+            name: CaptioningEvalDataset(file, config.image_root, EvalTransform(side), gt_file=gt_file, **reading)
             for name, (file, gt_file) in files.items()
         }
     glyphs, bundled = load_glyphs(), config.bundled

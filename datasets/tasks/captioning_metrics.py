@@ -95,7 +95,7 @@ class CaptionScorer:
 
     def _tokens(self, captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> tuple[Tokens, Tokens]:
         if not captions:
-            raise UserError("there is no caption to score: no image could be read")
+            raise UserError("there is no caption to score")
         tokenize = public_tokens if self.java else own_tokens
         found = tokenize({image: [text] for image, text in captions.items()})
         return found, tokenize({image: references[image] for image in captions})

@@ -39,7 +39,7 @@ def read(
     seed: int,
     start: int,
     stop: int,
-    **options: int,
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Batches `start` to `stop` of this rank, each of one source; as `datasets.loaders.loader`, which takes the
     options. The shards' order is that of their own seed.
@@ -63,8 +63,8 @@ def training_set(config: CaptioningPretrainConfig, encode: TextEncoder, side: in
         return Pairs(scenes, None)
     annotated = [(files.annotations, files.images) for files in config.train if files.annotations]
     shards = [files.images for files in config.train if not files.annotations]
-    transform = TrainTransform(side)
+    transform, reading = TrainTransform(side), {"seed": seed, "decoding": config.decoding}
     return Pairs(
-        ImageTextDataset(annotated, transform, fields, seed=seed) if annotated else None,
-        ShardDataset(shards, transform, fields, seed=seed) if shards else None,
+        ImageTextDataset(annotated, transform, fields, **reading) if annotated else None,
+        ShardDataset(shards, transform, fields, streams=config.streams, **reading) if shards else None,
     )

@@ -45,4 +45,5 @@ def _public(config: ClassificationConfig, split: str, transform: Callable, seed:
     if config.dataset in READERS:
         return CifarDataset(config.dataset, split == "train", transform, seed=seed, root=config.folder)
     part = dict(zip(("train", "test"), CLASSIFICATION[config.dataset], strict=True))[split]
-    return labelled(LabelledImages(config.dataset, part, config.folder), transform, seed=seed)
+    images = LabelledImages(config.dataset, part, config.folder)
+    return labelled(images, transform, seed=seed, decoding=config.decoding)

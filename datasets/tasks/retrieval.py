@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from configs.decoding import Decoding
 from configs.finetuning import RetrievalConfig
-from datasets.annotations import ImageRoot, Records, get_text, get_texts, read_records
+from datasets.annotations import ImageRoot, Records, get_id, get_path, get_texts, read_records
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledScenes
 from datasets.collate import Skipped
+from datasets.images import DEFAULT
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
 from datasets.transforms import FINETUNING_SCALE, TrainTransform
@@ -33,6 +35,7 @@ class RetrievalEvalDataset(Dataset):
 
     Attributes:
         images: image paths, (I,).
+        image_ids: what the records call their images, None where they don't, (I,).
         texts: captions, (T,).
         img2txt: for each image the numbers of its captions.
         txt2img: for each caption the number of its image.
@@ -41,6 +44,7 @@ class RetrievalEvalDataset(Dataset):
         annotation_file, image_root: where the records and the images are.
         transform: RGB image -> tensor.
         limit: only the first so many images.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: the file or folder is missing, or none of the images looked up is in the folder.
@@ -53,15 +57,17 @@ class RetrievalEvalDataset(Dataset):
         image_root: str | Path,
         transform: Callable[[Image.Image], torch.Tensor],
         limit: int | None = None,
+        decoding: Decoding = DEFAULT,
     ):
         records = read_records(annotation_file, parse_captioned, EXPECTED)[:limit]
-        self.images = [path for path, _ in records]
-        self.texts = [caption for _, captions in records for caption in captions]
-        self.txt2img = [i for i, (_, captions) in enumerate(records) for _ in captions]
+        self.images = [path for path, _, _ in records]
+        self.image_ids = [image_id for _, _, image_id in records]
+        self.texts = [caption for _, captions, _ in records for caption in captions]
+        self.txt2img = [i for i, (_, captions, _) in enumerate(records) for _ in captions]
         self.img2txt: list[list[int]] = [[] for _ in records]
         for t, i in enumerate(self.txt2img):
             self.img2txt[i].append(t)
-        self.root, self.transform = ImageRoot(image_root), transform
+        self.root, self.transform = ImageRoot(image_root, decoding), transform
         self.root.check(annotation_file, self.images)
 
     def __len__(self) -> int:
@@ -85,6 +91,7 @@ class RetrievalTrainDataset(Dataset):
         transform: (RGB image, generator) -> tensor.
         encode: (caption, generator) -> text fields.
         seed: of all that is drawn.
+        decoding: how image files become pictures.
 
     Raises:
         FileNotFoundError: a file or the folder is missing, or none of the images looked up is in the folder.
@@ -99,8 +106,9 @@ class RetrievalTrainDataset(Dataset):
         encode: Callable[[str, np.random.Generator], dict[str, torch.Tensor]],
         *,
         seed: int,
+        decoding: Decoding = DEFAULT,
     ):
-        self.root, records = ImageRoot(image_root), []
+        self.root, records = ImageRoot(image_root, decoding), []
         for file in annotation_files:
             found = read_records(file, parse_paired, EXPECTED_PAIR)
             self.root.check(file, [path for path, _, _ in found])
@@ -129,18 +137,19 @@ def training_set(config: RetrievalConfig, encode: TextEncoder, side: int, seed: 
     if config.bundled:
         return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE)
-    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, seed=seed)
+    reading = {"seed": seed, "decoding": config.decoding}
+    return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, **reading)
 
 
 def parse_paired(record: dict) -> tuple[str, list[str], str]:
     """Image path, captions, and what tells the image from others: its `image_id`, or its path where it has none."""
-    path = get_text(record, "image")
-    return path, get_texts(record, "caption"), str(record.get("image_id", path))
+    path, image_id = get_path(record), get_id(record)
+    return path, get_texts(record, "caption"), path if image_id is None else str(image_id)
 
 
-def parse_captioned(record: dict) -> tuple[str, list[str]]:
-    """Image path and captions."""
-    return get_text(record, "image"), get_texts(record, "caption")
+def parse_captioned(record: dict) -> tuple[str, list[str], int | str | None]:
+    """Image path, captions, and `image_id`, None where there is none."""
+    return get_path(record), get_texts(record, "caption"), get_id(record)
 
 
 def recall(
@@ -170,9 +179,10 @@ def recall(
             f"scores must be ({images}, {texts}) and ({texts}, {images}) for {images} images and {texts} texts, "
             f"got {tuple(scores_i2t.shape)} and {tuple(scores_t2i.shape)}"
         )
+    owner = torch.repeat_interleave(torch.tensor([len(own) for own in img2txt]))  # of each match
     ranks = {
-        "txt": torch.stack([_rank(row, torch.as_tensor(own)) for row, own in zip(scores_i2t, img2txt, strict=True)]),
-        "img": torch.stack([_rank(row, torch.as_tensor([i])) for row, i in zip(scores_t2i, txt2img, strict=True)]),
+        "txt": _ranks(scores_i2t, owner, torch.tensor([t for own in img2txt for t in own])),
+        "img": _ranks(scores_t2i, torch.arange(texts), torch.as_tensor(txt2img)),
     }
     metrics = {f"{name}_r{k}": 100 * (rank < k).float().mean().item() for name, rank in ranks.items() for k in ks}
     for name in ranks:
@@ -181,10 +191,21 @@ def recall(
     return metrics
 
 
-def _rank(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """Rank (from 0) of the best match among the candidates that do not match; infinite where its score is NaN."""
-    nan = scores.isnan()
-    scores = scores.masked_fill(nan, -torch.inf)
-    best = scores[matches].max()
-    ahead = (scores >= best).sum() - (scores[matches] >= best).sum()
-    return torch.where(nan[matches].all(), torch.inf, ahead.float())
+def _ranks(scores: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Rank (Q,), from 0, of the best match of each query among the candidates that do not match; infinite where the
+    scores of its matches are NaN.
+
+    scores: (Q, C). queries, candidates: (M,), which of them match.
+    """
+    matched = scores[queries, candidates]
+    nan = matched.isnan()
+    matched = matched.masked_fill(nan, -torch.inf)
+    none = matched.new_full((len(scores),), -torch.inf)
+    best = none.scatter_reduce(0, queries, matched, "amax")
+    ahead = (scores >= best[:, None]).sum(1)
+    lowest = best == -torch.inf
+    if lowest.any():  # NaN is no better
+        ahead[lowest] = scores.shape[1]
+    level = torch.zeros_like(ahead).index_add(0, queries, (matched >= best[queries]).long())
+    found = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, queries[~nan], True)
+    return torch.where(found, (ahead - level).float(), torch.inf)

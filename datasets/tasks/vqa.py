@@ -13,13 +13,27 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from configs.decoding import Decoding
 from configs.finetuning import VQAConfig
 from configs.task import DEBUG_IMAGES
-from datasets.annotations import HOW_TO_GET, ImageRoot, Records, get_text, get_texts, read_json, read_records
+from datasets.annotations import (
+    HOW_TO_GET,
+    ImageRoot,
+    Records,
+    check_text,
+    get_id,
+    get_path,
+    get_text,
+    get_texts,
+    read_json,
+    read_records,
+    shown,
+)
 from datasets.bundled.glyphs import image_tensor, load_glyphs
 from datasets.bundled.scenes import BundledRetrieval
 from datasets.bundled.vqa import BundledQuestions, answer_list, questions_about
 from datasets.collate import Skipped, collate
+from datasets.images import DEFAULT
 from datasets.sampler import sample_generator
 from datasets.tasks.vqa_accuracy import Asked
 from datasets.text import Tokenizer, clean_question, mentions_side
@@ -118,12 +132,14 @@ def parse_question(record: dict, answered: bool, identified: bool) -> Record:
     `identified`.
     """
     source = record.get("dataset", "vqa")
-    if source not in SOURCES:
-        raise UserError(f"'dataset' must be {' or '.join(map(repr, SOURCES))}, got {source!r:.60}")
-    image, number = get_text(record, "image"), record.get("question_id")
-    if identified and not isinstance(number, int | str):
-        raise UserError(f"'question_id' must be a number or a text, got {number!r:.60}")
-    answers = get_texts(record, "answer") if answered or "answer" in record else []
+    if not isinstance(source, str) or source not in SOURCES:
+        raise UserError(f"'dataset' must be {' or '.join(map(repr, SOURCES))}, got {shown(source)}")
+    image, number = get_path(record), get_id(record, "question_id") if identified else None
+    if identified and number is None:
+        raise UserError("no key 'question_id'")
+    # An annotator may have said nothing; who gives one answer alone has given one.
+    several = isinstance(record.get("answer"), list)
+    answers = get_texts(record, "answer", blank=several) if answered or "answer" in record else []
     image = Path(image).name if source == "vg" else image  # images of Visual Genome lie in one folder
     return Record(source, image, get_text(record, "question"), answers, number)
 
@@ -131,11 +147,11 @@ def parse_question(record: dict, answered: bool, identified: bool) -> Record:
 class Images:
     """The image folders of the sources.
 
-    roots: source -> folder, or None where it is not set.
+    roots: source -> folder, or None where it is not set. decoding: how image files become pictures.
     """
 
-    def __init__(self, roots: Mapping[str, str | None]):
-        self.roots = {source: ImageRoot(folder) for source, folder in roots.items() if folder}
+    def __init__(self, roots: Mapping[str, str | None], decoding: Decoding = DEFAULT):
+        self.roots = {source: ImageRoot(folder, decoding) for source, folder in roots.items() if folder}
 
     def check(self, file: str | Path, records: Sequence[Record]) -> None:
         """UserError or FileNotFoundError where images of a file cannot be there."""
@@ -319,11 +335,19 @@ def candidates(config: VQAConfig) -> list[str]:
     """The answers that there are to choose from; UserError where their file is not as expected."""
     if config.answer_list is None:
         return answer_list(load_glyphs())
-    answers = read_json(Path(config.answer_list), EXPECTED_ANSWERS)
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise UserError(f"{config.answer_list}: expected a JSON list of {EXPECTED_ANSWERS}; {HOW_TO_GET}")
+    expected = f"a JSON list of {EXPECTED_ANSWERS}"
+    answers = read_json(config.answer_list, expected)
+    if not isinstance(answers, list) or not answers:
+        raise UserError(f"{config.answer_list}: expected {expected}, got {shown(answers)}; {HOW_TO_GET}")
+    for i, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise UserError(f"{config.answer_list}: answer {i} is {shown(answer)}; expected {expected}; {HOW_TO_GET}")
+        try:
+            check_text(answer, "answer")
+        except UserError as error:
+            raise UserError(f"{config.answer_list}: answer {i}: {error}; {HOW_TO_GET}") from None
     return answers
 
 
 def _images(config: VQAConfig) -> Images:
-    return Images({source: getattr(config, setting) for source, setting in SOURCES.items()})
+    return Images({source: getattr(config, setting) for source, setting in SOURCES.items()}, config.decoding)

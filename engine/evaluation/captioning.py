@@ -26,8 +26,8 @@ class Captions:
     model: has `generate(image, **generation)`, which gives ids (B, T), see models/parts/captioning.py. decode: ids to
     text, without the prompt. score: captions and references by image id -> metrics. path: where the captions are
     written, in COCO's format of results. batch_size: images at a time. generation: options of the search, of which
-    `max_length` must be one. Images that cannot be read are listed in `folder` and have no caption; more than
-    `max_skipped` of them is an error.
+    `max_length` must be one. Images that cannot be read are listed in `folder`, and their caption is "", which counts
+    as any wrong one; more than `max_skipped` of them is an error.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Captions:
     def describe(self) -> dict[int, str]:
         """Caption of each image id, the same on all ranks; written where there is a path."""
         ids = self.generate().tolist()
-        captions = {image: self.decode(row) for image, row in zip(self.images.ids, ids, strict=True) if any(row)}
+        rows = zip(self.images.ids, ids, strict=True)
+        captions = {image: self.decode(row) if any(row) else "" for image, row in rows}
         if self.path:
             content = [{"image_id": image, "caption": caption} for image, caption in captions.items()]
             on_leader(self.fabric, partial(write_atomic, self.path, json.dumps(content).encode()))

@@ -1,6 +1,7 @@
 """Command lines: a parser whose every complaint is one line, types of arguments, and the options that scripts share."""
 
 import argparse
+import dataclasses
 import difflib
 import importlib.util
 import math
@@ -9,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
 from sparsity.allocation.budget import SCHEDULES
 from sparsity.errors import UserError
 
-EXTERNAL = ("include", "exclude", "groups", "calibration", "loss")  # options of models that are not the project's own
+# Options of models that are not the project's own.
+EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 CALIBRATION_MODES = ("dense", "sequential")
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
@@ -72,7 +75,7 @@ def seeds(text: str) -> list[int]:
 def byte_count(text: str) -> int:
     """argparse type: bytes, as "4GB" or "500 MB"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
+    if match is None or len(match[1]) > 20:
         raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
@@ -126,7 +129,10 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
     add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
+    keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
+    add("--weights_key", help=keys)
     add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
+    add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
     add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
 
@@ -188,6 +194,23 @@ def add_finetuning_options(
     add("--tensorboard", action="store_true", help="log to TensorBoard, in --output_dir (default: no)")
     add_device_options(parser, "-p")
     parser.set_defaults(precision="bf16-mixed", **({} if measures else {"evaluate": False}))
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """`--workers`, `--max-skipped`, and what `configs.decoding.Decoding` has, where no configuration says it."""
+    add, default = parser.add_argument_group("image files").add_argument, Decoding()
+    add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
+    add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add("--exif-rotation", action="store_true", help="turn images as their EXIF data says (default: no)")
+    ground = "what is under transparent pixels: what is stored there, or white (default: %(default)s)"
+    add("--transparency", choices=GROUNDS, default=default.transparency, help=ground)
+    most = "larger images are not decoded (default: %(default)s)"
+    add("--max-pixels", type=positive_int, default=default.max_pixels, help=most)
+
+
+def decoding(args: argparse.Namespace) -> Decoding:
+    """What the options of `add_reading_options` say; UserError for what cannot be."""
+    return Decoding(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)})
 
 
 def add_device_options(parser: argparse.ArgumentParser, *short: str) -> None:

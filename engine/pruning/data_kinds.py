@@ -28,6 +28,7 @@ from engine.evaluation.frechet import FrechetDistance
 from engine.evaluation.retrieval import RECALLS, ZeroShot
 from engine.generation.sampling import draw
 from engine.pruning.external import External
+from engine.ranks import place_of
 from sparsity.view import PrunableView
 
 DRAWN_IN = 50  # steps, of the samples that a model is calibrated on where there are no others
@@ -71,12 +72,11 @@ class Pairs:
         return self.module.prunable_view(self.model)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> Calibration:
-        place = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
-        what = {"num_batches": num_batches, "seed": seed, "regions": self.module.REGIONS}
-        return Calibration(self.config, self.encode, self.sizes.vision, folder, **what, **place)
+        what = {"place": place_of(self.fabric), "regions": self.module.REGIONS}
+        return Calibration(self.config, self.encode, self.sizes.vision, folder, num_batches, seed, **what)
 
     def evaluation(self, folder: Path) -> ZeroShot:
-        reading = {"workers": self.config.workers, "max_skipped": self.config.max_skipped}
+        reading = {name: getattr(self.config, name) for name in ("workers", "max_skipped", "decoding")}
         evaluation = self.config.evaluation
         return ZeroShot(self.model, evaluation, self.encode, self.fabric, self.sizes.vision, folder, **reading)
 
@@ -99,8 +99,7 @@ class Labels:
         return self.module.prunable_view(self.model)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> LabelsCalibration:
-        place = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
-        return LabelsCalibration(self.config, self.sizes, folder, num_batches, seed, **place)
+        return LabelsCalibration(self.config, self.sizes, folder, num_batches, seed, place_of(self.fabric))
 
     def evaluation(self, folder: Path) -> Accuracy:
         reading = {"workers": self.config.workers, "max_skipped": self.config.max_skipped}
@@ -111,7 +110,8 @@ class Labels:
     def _tested(self) -> ClassificationDataset | BundledClassification:
         evaluation, side = self.config.evaluation, self.sizes.image_size
         if evaluation.images:
-            return labelled(evaluation.images, EvalTransform(side, IMAGENET), seed=0)
+            reading = {"seed": 0, "decoding": self.config.decoding}
+            return labelled(evaluation.images, EvalTransform(side, IMAGENET), **reading)
         return BundledClassification(load_glyphs(), evaluation.bundled_split, evaluation.bundled_images, side=side)
 
 
@@ -140,9 +140,8 @@ class Noise:
         return self.module.prunable_view(self.model)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> NoiseCalibration:
-        place = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
         data = self._samples(num_batches * self.config.batch_size, seed)
-        return NoiseCalibration(self.config, data, self.sizes, folder, num_batches, seed, **place)
+        return NoiseCalibration(self.config, data, self.sizes, folder, num_batches, seed, place_of(self.fabric))
 
     def _samples(self, number: int, seed: int) -> Dataset:
         if self.config.bundled:

@@ -1,6 +1,6 @@
 """One-shot N:M pruning around its pruner: what a run asks for, reports and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.export import save_weights
+from engine.export import as_published, save_weights
 from engine.options.oneshot import Target
 from engine.pruning.run import calibrate, check_finite
 from engine.reports.report import Metrics, markdown_table
@@ -60,14 +60,20 @@ def report(lines: Sequence[tuple[str, Metrics]], view: PrunableView, written: Se
     return "\n".join(["", markdown_table(rows), "", share, *(f"written: {path}" for path in written)])
 
 
-def save(model: nn.Module, path: Path, masks: Masks | None) -> list[Path]:
-    """The state dict, as safetensors where the name says so, else as torch writes it, and the masks beside it."""
+def save(
+    model: nn.Module, path: Path, masks: Masks | None, halves: Mapping[str, torch.dtype] | None = None
+) -> list[Path]:
+    """The state dict, as safetensors where the name says so, else as torch writes it, and the masks beside it.
+
+    halves: of `sparsity.view.PrunableView`.
+    """
     if path.suffix == ".safetensors":
-        save_weights(model, path)
+        save_weights(model, path, halves=halves, allowed=("vanished",))
     else:
-        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        with replacing(path) as temporary, temporary.open("wb") as file:  # opened here, so that a full disk says so
-            torch.save(state, file)
+        with as_published(model, halves or {}), replacing(path) as temporary:
+            state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+            with temporary.open("wb") as file:  # opened here, so that a full disk says so
+                torch.save(state, file)
     if masks is None:
         return [path]
     beside = path.with_name(f"{path.name.removesuffix('.tar').rpartition('.')[0]}_pruning_masks.safetensors")

@@ -179,16 +179,17 @@ class Results:
         )
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
-        """The updated weights alone, under every name that they have in the model."""
+        """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""
         named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        shapes = {key: tuple(weight.shape) for key, weight in named}
         if self.writes:
-            stream_tensors(path, {key: tuple(weight.shape) for key, weight in named}, named)
+            stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
         self.written.append(path)
 
     def _save_model(self, path: Path) -> None:
         """The model as it is, as its own library loads it."""
         if self.writes:
-            self.written.append(save_model(self.view.model, path))
+            self.written.append(save_model(self.view.model, path, self.view.halves))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""

@@ -84,7 +84,7 @@ def _external(config: ExternalPruneConfig) -> list[Finding]:
         config.check_calibration("")
         if not Path(config.calibration).is_dir():
             return [*weights, Finding("calibration", config.calibration, True, "a function, which was not called")]
-        data = ImageFolder(config.calibration, seed=0)
+        data = ImageFolder(config.calibration, seed=0, decoding=config.decoding)
     except (OSError, ValueError) as error:
         return [*weights, Finding("calibration", config.calibration or "none", False, str(error))]
     found = _images("calibration", config.calibration, data.root, data.paths, config.max_skipped)
@@ -108,7 +108,7 @@ def _labels(config: LabelsPruneConfig) -> list[Finding]:
     bundled = {"calibration": config.bundled, "evaluation": config.evaluation.bundled_images}
     findings = [_bundled(source, "images") for source, used in bundled.items() if used]
     sources = {"calibration": config.images, "evaluation": config.evaluation.images}
-    return findings + [_labelled(source, images, config.max_skipped) for source, images in sources.items() if images]
+    return findings + [_labelled(source, images, config) for source, images in sources.items() if images]
 
 
 def _pairs(config: PruneConfig, regions: bool) -> list[Finding]:
@@ -121,7 +121,7 @@ def _pairs(config: PruneConfig, regions: bool) -> list[Finding]:
     ):
         for each in files:
             if each.annotations:
-                findings += _annotated(source, each, parse, expected, config.max_skipped)
+                findings += _annotated(source, each, parse, expected, config)
             else:
                 findings.append(_shards(source, each.images))
     return findings
@@ -151,12 +151,12 @@ def _weights(config: PrunedModel) -> Finding:
     return Finding("weights", str(path), True, detail)
 
 
-def _labelled(source: str, images: LabelledImages, max_missing: float) -> Finding:
+def _labelled(source: str, images: LabelledImages, config: PrunedModel) -> Finding:
     try:
-        data = labelled(images, EvalTransform(1), seed=0)
+        data = labelled(images, EvalTransform(1), seed=0, decoding=config.decoding)
     except (OSError, ValueError) as error:
         return Finding(source, str(images.images), False, _without(str(images.images), error))
-    found = _images(source, str(images.images), data.root, [path for path, _ in data.records], max_missing)
+    found = _images(source, str(images.images), data.root, [path for path, _ in data.records], config.max_skipped)
     return replace(found, detail=f"{len(data):,} images of {len(data.class_names):,} classes; {found.detail}")
 
 
@@ -168,7 +168,7 @@ def _bundled(source: str, what: str) -> Finding:
 
 
 def _annotated(
-    source: str, files: Files, parse: Callable[[dict], Any], expected: str, max_missing: float
+    source: str, files: Files, parse: Callable[[dict], Any], expected: str, config: PrunedModel
 ) -> list[Finding]:
     paths: dict[str, list[str]] = {files.images: []}
     try:
@@ -177,17 +177,17 @@ def _annotated(
         annotations = Finding(source, files.annotations, True, f"{sum(map(len, paths.values())):,} records")
     except (OSError, ValueError) as error:
         annotations = Finding(source, files.annotations, False, _without(files.annotations, error))
-    return [annotations, *(_folder(source, folder, inside, max_missing) for folder, inside in paths.items())]
+    return [annotations, *(_folder(source, folder, inside, config) for folder, inside in paths.items())]
 
 
-def _folder(source: str, folder: str, paths: list[str], max_missing: float) -> Finding:
+def _folder(source: str, folder: str, paths: list[str], config: PrunedModel) -> Finding:
     try:
-        root = ImageRoot(folder)
+        root = ImageRoot(folder, config.decoding)
     except FileNotFoundError as error:
         return Finding(source, folder, False, _without(folder, error))
     if not paths:
         return Finding(source, folder, True, "a folder; its images were not looked up")
-    return _images(source, folder, root, paths, max_missing)
+    return _images(source, folder, root, paths, config.max_skipped)
 
 
 def _images(source: str, folder: str, root: ImageRoot, paths: list[str], max_missing: float) -> Finding:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import reading, replacing
+from sparsity.files import check_archive, reading, replacing
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -26,6 +26,7 @@ def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any
     with reading(path), Path(path).open("rb"):  # whether it may be read at all
         pass
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise

@@ -16,16 +16,16 @@ from torch.utils.data import Dataset
 
 from configs.loading import read_yaml, save_config
 from configs.task import TaskConfig
-from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.data_kinds import clear_skipped, skipped_path
 from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
 from engine.contents import classes, contents
 from engine.export import save_weights
-from engine.ranks import on_leader
+from engine.ranks import on_leader, place_of
 from engine.reports.model_card import model_card
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
-from engine.training.optimizer import finetuning_optimizer
+from engine.training.optimizer import after_each_step, finetuning_optimizer
 from engine.training.schedule import warmup_cosine, warmup_linear
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
@@ -72,6 +72,7 @@ class Finetuning:
         if config.gradient_checkpointing:
             checkpoint_blocks(model.blocks())
         optimizer = finetuning_optimizer(model, config.optimizer, task.NEW, args.precision)
+        after_each_step(optimizer, model.on_step)
         wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
         self.epoch_steps = config.steps_per_epoch(len(train), args.debug)
         steps = self.epoch_steps * config.scheduler.epochs
@@ -110,6 +111,8 @@ class Finetuning:
         best; the last ones are where None. With `--evaluate` nothing is trained.
         """
         run, epochs = self.run, self.config.scheduler.epochs
+        if not run.checkpoint_path.is_file():
+            clear_skipped(self.args.output_dir, place_of(self.fabric))
         if validate is not None and not self.args.skip_eval:
             run.validate, run.select = partial(self.evaluate, validate), select
         start = run.resume()
@@ -223,9 +226,8 @@ class Finetuning:
         Raises UserError where too many images cannot be read, or none of a batch.
         """
         config, fabric, parts = self.config, self.fabric, self.run.accumulate
-        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
         order = {"seed": self.args.seed, "start": start * parts, "stop": stop * parts, "workers": config.workers}
-        batches = self.read(self.train, config.batch_size_train, self.gather, **order, **ranks)
+        batches = self.read(self.train, config.batch_size_train, self.gather, place=place_of(fabric), **order)
         epoch = self.epoch_steps * parts
         path = skipped_path(self.args.output_dir, fabric.global_rank)
         skipped = SkippedImages(path, epoch * config.batch_size_train, config.max_skipped)
@@ -251,7 +253,7 @@ def read_masks(
     heirs: Callable[[str], Sequence[str]] = lambda name: (),
 ) -> Masks:
     """The masks of a file, of the pretrained model or of the task's, under the names that the task model has; its
-    `heirs` take the masks of the weights that they are copies of.
+    `heirs` take the masks of the weights that they are copies of, unless the file has masks of their own.
 
     Raises UserError, naming the file and the first names, where they are another model's.
     """
@@ -260,7 +262,8 @@ def read_masks(
         (key, mask) for name, mask in loaded.items() for key in dict.fromkeys((name, *loaded.aliases.get(name, ())))
     ]
     named = [(new, mask) for key, mask in keys for new in task_names(key)]
-    renamed = Masks({key: mask for new, mask in named for key in (new, *heirs(new))}, loaded.provenance)
+    inherited = {heir: mask for new, mask in named for heir in heirs(new)}
+    renamed = Masks(inherited | dict(named), loaded.provenance)
     try:
         resolved = renamed.resolve(view)
     except ValueError as error:

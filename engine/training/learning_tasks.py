@@ -19,7 +19,7 @@ from datasets.loaders import loader
 from engine.contents import classes, contents
 from engine.evaluation.classification import Accuracy, Classifier
 from engine.pruning.data_kinds import Subject
-from engine.ranks import on_leader
+from engine.ranks import on_leader, place_of
 from engine.training.timm_training import Labelled
 from sparsity.errors import UserError
 from sparsity.statistics.gradients import batch_generator
@@ -88,13 +88,13 @@ class ImageTask:
         return Accuracy(Classifier(self.model), part, self.fabric, self.args.folder, **reading)
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        ranks = {"rank": self.fabric.global_rank, "world_size": self.fabric.world_size}
+        place = place_of(self.fabric)
         order = {"seed": self.args.seed, "start": start, "stop": stop, "workers": self.args.workers}
-        read = loader(self.train, self.args.batch_size, collate, **order, **ranks)
+        read = loader(self.train, self.args.batch_size, collate, place=place, **order)
         path = skipped_path(self.args.folder, self.fabric.global_rank)
         skipped = SkippedImages(path, (stop - start) * self.args.batch_size, self.args.max_skipped)
         for step, batch in enumerate(skipped.watch(read), start):
-            yield self.labelled.prepared(batch, step * self.fabric.world_size + self.fabric.global_rank)
+            yield self.labelled.prepared(batch, place.batch(step))
 
     def loss(self, batch: Any, step: int) -> Tensor:
         return self.labelled.loss(self.compiled(batch["image"]), batch)
@@ -133,7 +133,7 @@ class SubjectTask:
             step += count
 
     def loss(self, batch: Any, step: int) -> Tensor:
-        number = step * self.fabric.world_size + self.fabric.global_rank
+        number = place_of(self.fabric).batch(step)
         return self.view.loss(batch, batch_generator(self.seed, number))
 
     def evaluate(self) -> Metrics:

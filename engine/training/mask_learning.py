@@ -15,8 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from configs.loading import save_config
+from datasets.calibration.data_kinds import clear_skipped
 from engine.export import save_weights
-from engine.ranks import on_leader
+from engine.ranks import on_leader, place_of
 from engine.training.checkpoint import load_checkpoint, plain, save_checkpoint
 from engine.training.fit import Run, fit
 from engine.training.learning_tasks import Metrics, Task
@@ -215,6 +216,8 @@ class MaskLearning:
 
     def fit(self) -> None:
         """Train on from the last checkpoint, to the end."""
+        if not self.run.checkpoint_path.is_file():
+            clear_skipped(self.args.folder, place_of(self.fabric))
         start = self.run.resume()
         if start < self.steps or self.run.unvalidated:
             self.run.loggers = on_leader(self.fabric, self._begin) or ()

@@ -1,11 +1,14 @@
 """Optimizers as the recipes set them up."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 def build_optimizer(model: nn.Module, config: Any, precision: str) -> torch.optim.Optimizer:
@@ -31,10 +34,13 @@ def adamw(
 def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], precision: str) -> torch.optim.Optimizer:
     """The optimizer that a task's configuration names: `opt` ("adamW" or "sgd"), `lr`, `weight_decay` and `betas`.
 
-    new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars.
+    new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars. Warns where there are
+    none and `lr_mult` asks for another rate.
     """
     groups = []
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.lr_mult != 1 and not any(fnmatchcase(name, glob) for name, _ in named for glob in new):
+        log.warning("lr_mult %g changes nothing: this model has no newly initialised parameters", config.lr_mult)
     for rate, fresh in ((config.lr, False), (config.lr * config.lr_mult, True)):
         chosen = [p for name, p in named if any(fnmatchcase(name, glob) for glob in new) == fresh]
         groups += [group | {"lr": rate} for group in _by_decay(chosen, config.weight_decay)]
@@ -72,6 +78,12 @@ def _by_decay(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def after_each_step(optimizer: torch.optim.Optimizer, call: Callable[[], None]) -> None:
+    """Have `call` follow each step of the optimizer: not each batch, nor a step that the loss scale of fp16 skips."""
+    stepped = optimizer.optimizers[-1] if isinstance(optimizer, ChainedOptimizer) else optimizer
+    stepped.register_step_post_hook(lambda *_: call())
 
 
 class ChainedOptimizer(torch.optim.Optimizer):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from models.blip.vision import VisionConfig, vision_transformer
 from models.checkpoint import load_weights
-from models.parts.bert import Bert, BertForMaskedLM, TextConfig
+from models.parts.bert import Bert, BertForMaskedLM, Image, Projected, TextConfig
 from models.parts.losses import draw_negatives, gather_features
+from models.parts.similarity import head, normalised, similarity, without_autocast
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
 from sparsity.errors import UserError
@@ -151,6 +152,10 @@ class ImageText(nn.Module):
             queue.copy_(F.normalize(torch.randn(queue.shape, generator=generator), dim=0))
         self.get_buffer(self.pointer).zero_()
 
+    def on_step(self) -> None:
+        """Called after each step of the optimizer: the momentum copies follow, however many batches it took."""
+        self.update_momentum()
+
     @torch.no_grad()
     def update_momentum(self) -> None:
         """copy = momentum * copy + (1 - momentum) * weight."""
@@ -188,16 +193,23 @@ class ImageText(nn.Module):
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> tokens (B, L, V), l2-normalised feature (B, E)."""
         tokens = self.visual_encoder.forward_features(image)
-        return tokens, F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
+        return tokens, normalised(self.vision_proj(tokens[:, 0]))
 
     def encode_text(self, ids: Tensor, atts: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and padding mask (B, T) -> ids for `match` (B, T), l2-normalised feature (B, E)."""
         states = self.text_encoder(ids, atts, None)
-        return started(ids, self.encoder_start), F.normalize(self.text_proj(states[:, 0]), dim=-1)
+        return started(ids, self.encoder_start), normalised(self.text_proj(states[:, 0]))
 
-    def match(self, ids: Tensor, atts: Tensor, image: Tensor) -> Tensor:
-        """ITM logits (B, 2) of text-image pairs, texts begin with [ENC]; column 1 says that they match."""
-        return self.itm_head(self.text_encoder(ids, atts, image)[:, 0])
+    def project_image(self, tokens: Tensor) -> Projected:
+        """What `match` reads of image tokens (B, L, V); computed once for all texts that meet an image."""
+        return self.text_encoder.project(tokens)
+
+    def match(self, ids: Tensor, atts: Tensor, image: Image) -> Tensor:
+        """ITM logits (B, 2) of text-image pairs, float32 under autocast; column 1 says that they match.
+
+        ids: begin with [ENC]. image: tokens (B, L, V), or what is projected of them.
+        """
+        return head(self.itm_head, self.text_encoder(ids, atts, image)[:, 0])
 
     def pair_scores(self, logits: Tensor, similarity: Tensor) -> Tensor:
         """Score of pairs in retrieval, from the ITM logits (B, 2) and the contrastive similarity (B,)."""
@@ -207,8 +219,7 @@ class ImageText(nn.Module):
     def momentum_features(self, image: Tensor, ids: Tensor, atts: Tensor) -> tuple[Tensor, Tensor]:
         """l2-normalised features (B, E) of images and texts by the momentum copies."""
         tokens, states = self.visual_encoder_m.forward_features(image), self.text_encoder_m(ids, atts, None)
-        features = self.vision_proj_m(tokens[:, 0]), self.text_proj_m(states[:, 0])
-        return F.normalize(features[0], dim=-1), F.normalize(features[1], dim=-1)
+        return normalised(self.vision_proj_m(tokens[:, 0])), normalised(self.text_proj_m(states[:, 0]))
 
     def temperature(self) -> Tensor:
         """Of the softmax over similarities, kept in its range."""
@@ -222,9 +233,8 @@ class ImageText(nn.Module):
         features, keys: of images and of texts, (B, E) each.
         """
         (image, text), (image_keys, text_keys) = features, keys
-        texts = torch.cat([text_keys.t(), self.text_queue.to(text_keys.dtype)], 1)
-        images = torch.cat([image_keys.t(), self.image_queue.to(image_keys.dtype)], 1)
-        return image @ texts / temp, text @ images / temp
+        texts, images = torch.cat([text_keys, self.text_queue.t()]), torch.cat([image_keys, self.image_queue.t()])
+        return similarity(image, texts, temp), similarity(text, images, temp)
 
     def contrastive_loss(self, similarities: Pair, keys: Pair, temp: Tensor, targets: Tensor, alpha: float) -> Tensor:
         """ITC against batch and queues (ALBEF, arXiv 2107.07651, eq. 6): the targets, and by `alpha` the softmax of the
@@ -232,13 +242,16 @@ class ImageText(nn.Module):
 
         similarities: of the features, as `similarities` gives them. keys: of the copies. targets: (B, B + Q).
         """
-        soft = (targets, targets)
-        if alpha:
-            with torch.no_grad():
-                teachers = self.similarities(keys, keys, temp)
-            soft = tuple(alpha * teacher.float().softmax(1) + (1 - alpha) * targets for teacher in teachers)
-        one_way = [F.cross_entropy(s.float(), target) for s, target in zip(similarities, soft, strict=True)]
-        return sum(one_way) / 2
+        soft = self.soft_targets(keys, temp, targets, alpha) if alpha else (targets, targets)
+        with without_autocast(targets.device):
+            return sum(F.cross_entropy(s, target) for s, target in zip(similarities, soft, strict=True)) / 2
+
+    @torch.no_grad()
+    def soft_targets(self, keys: Pair, temp: Tensor, targets: Tensor, alpha: float) -> Pair:
+        """Targets of both ways (B, B + Q): `alpha` of the softmax of the copies' similarities, the rest `targets`."""
+        with without_autocast(targets.device):
+            teachers = self.similarities(keys, keys, temp)
+            return tuple(alpha * teacher.softmax(1) + (1 - alpha) * targets for teacher in teachers)
 
     def matching_loss(
         self, ids: Tensor, atts: Tensor, image: Tensor, negatives: tuple[Tensor, Tensor], own: Tensor | None = None
@@ -283,15 +296,13 @@ class BLIP(ImageText):
 
         gather: features of all ranks enter the queues. fused_pairs: only the first so many pairs go through the
         image-grounded encoder and the decoder (ITM, LM), all where None. generator draws the ITM negatives. alpha:
-        share of the momentum copies' similarities in the targets of ITC. frozen: momentum copies and queues stay as
-        they are. Without any possible negative there is no "itm" in the result.
+        share of the momentum copies' similarities in the targets of ITC. frozen: the queues stay as they are. Without
+        any possible negative there is no "itm" in the result. The copies move in `on_step`, not here.
         """
         temp = self.temperature()
         ids, atts = batch["text_ids"], batch["text_atts"]
         image, image_feat = self.encode_image(batch["image"])
         grounded, text_feat = self.encode_text(ids, atts)
-        if not frozen:
-            self.update_momentum()
         keys = self.momentum_features(batch["image"], ids, atts)
         i2t, t2i = self.similarities((image_feat, text_feat), keys, temp)
 
@@ -356,8 +367,8 @@ def group_of(name: str) -> str:
 def prunable_view(model: BLIP) -> PrunableView:
     """The prunable weights of BLIP in two groups, tied ones once; projections, heads and momentum copies are not.
 
-    On one device the loss moves momentum copies and queues, as the published code has it; on several they are frozen,
-    since ranks that move them apart would not be one model.
+    The loss moves no momentum copy. On one device the queues take its features in, as the published code has it; on
+    several they are frozen, since ranks that move them apart would not be one model.
     """
 
     layers = zip(model.text_encoder.encoder.layer, model.text_decoder.bert.encoder.layer, strict=True)
@@ -379,5 +390,4 @@ def prunable_view(model: BLIP) -> PrunableView:
         loss=loss,
         valid_tokens=valid_tokens,
         blocks=[*model.visual_encoder.blocks, *both],
-        moved_by_loss=MOMENTUM,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.blip import model as blip
 from models.parts.losses import draw_negatives, gather_features, own_rows
+from models.parts.similarity import similarity
 from models.parts.task_model import TaskModel
 from sparsity.view import PrunableView
 
@@ -46,7 +47,6 @@ class BLIPRetrieval(blip.ImageText, TaskModel):
         ids = batch.get("sample_ids")
         image, image_feat = self.encode_image(batch["image"])
         grounded, text_feat = self.encode_text(text, atts)
-        self.update_momentum()
         keys = self.momentum_features(batch["image"], text, atts)
         similarities = self.similarities((image_feat, text_feat), keys, temp)
         targets, alpha = self.targets(similarities[0], ids), self.alpha * min(1.0, epoch)
@@ -64,7 +64,7 @@ class BLIPRetrieval(blip.ImageText, TaskModel):
             all_ids = None if ids is None else gather_features(ids)
         all_ids = torch.arange(len(grounded), device=text.device) if all_ids is None else all_ids
         with torch.no_grad():
-            t2i, i2t = text_feat[own] @ image_feat.t() / temp, image_feat[own] @ text_feat.t() / temp
+            t2i, i2t = similarity(text_feat[own], image_feat, temp), similarity(image_feat[own], text_feat, temp)
         negatives = draw_negatives(t2i, i2t, all_ids[own], all_ids, floor=0.0, generator=generator)
         if negatives is None:  # nothing to tell apart; the parameters still take part in the step, as DDP wants
             losses["itm"] = 0.0 * self.match(grounded[own], atts[own], image[own]).sum()

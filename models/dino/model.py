@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checkpoint import find_weights, load_weights
+from models.parts.similarity import head
 from models.parts.sizes import check_sizes
 from sparsity.errors import UserError
 from sparsity.view import PrunableView
@@ -149,8 +150,8 @@ class ViTForImageClassification(nn.Module):
         return self.vit(image)[:, 0]
 
     def classify(self, image: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, classes)."""
-        return self.classifier(self.features(image))
+        """Images (B, 3, H, W) -> logits (B, classes), float32 under autocast."""
+        return head(self.classifier, self.features(image))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy of `batch` = {"image": (B, 3, H, W), "label": (B,)}."""

@@ -61,6 +61,15 @@ DEEP_HEADS = (
     *("text_model.head", "vision_model.head.attention", "*vision_tower.head", "*vision_tower.vision_model.head"),
     *("text_encoder.cls", "text_decoder.cls"),
 )
+# Heads of detectors and segmenters, at any depth: decoder layers refine what these predict.
+PREDICTORS = frozenset(
+    {
+        *("class_embed", "bbox_embed", "class_labels_classifier", "bbox_predictor", "class_predictor", "mask_embedder"),
+        *("enc_score_head", "enc_bbox_head", "pre_bbox_head", "score_head", "bbox_head", "box_head", "class_head"),
+        *("objectness_head", "decode_head", "auxiliary_head", "mask_head", "iou_prediction_head"),
+        "output_hypernetworks_mlps",
+    }
+)
 
 POOLED = re.compile(r"(?:^|\.)pooler\.")  # layers that read one vector a sample: no token of it is padding
 CROSS_FED = re.compile(  # keys and values of cross-attention read what the other tower or the encoder made
@@ -71,7 +80,7 @@ DECODER = re.compile(r"(?:^|\.)(?:text_)?decoder\.")
 
 def is_head(name: str) -> bool:
     """Whether the module of this name is an output head, as far as the name tells."""
-    deep = any(fnmatchcase(name, glob) for glob in DEEP_HEADS)
+    deep = name.rpartition(".")[2] in PREDICTORS or any(fnmatchcase(name, glob) for glob in DEEP_HEADS)
     return deep or ("." not in name and any(fnmatchcase(name, glob) for glob in HEADS))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.external.heads import heads_by_kind
 from models.external.layer_names import TEXT, is_head, text_field, tower
 from sparsity.errors import UserError
 
@@ -92,7 +93,11 @@ class Transformers(Library):
         self.group = "vision" if model.main_input_name == "pixel_values" else TEXT
 
     def heads(self) -> set[str]:
-        return super().heads() | _names_of(self.model, self.model.get_output_embeddings())
+        words = _names_of(self.model, self.model.get_output_embeddings())
+        told = any(task in type(self.model).__name__ for task in ("Detection", "Segmentation"))  # what to look for
+        predicts = told or self.model.main_input_name == "pixel_values"
+        # A text head is known by its embeddings.
+        return super().heads() | words | (heads_by_kind(self.model) if predicts and not words else set())
 
     def text_field(self, key: str) -> str | None:
         return text_field(key, self.encoder_decoder)

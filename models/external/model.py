@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import load_weights
+from models.checkpoint import HALF, TIMM, WRAPPERS, half_dtypes, load_weights, read_weights
+from models.external.dtypes import published_dtypes, widened
 from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.preprocessing import preprocessing as preprocessing
 from models.hub import first_line, hub_answers, local_only
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.view import PrunableView
+from sparsity.view import PrunableView, bare, module_name
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,38 @@ OTHER_WEIGHTS = "give --weights FILE or --weights random"
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def build(name: str, weights: str | Path = PUBLISHED) -> nn.Module:
-    """The model of a name, in evaluation mode and float32.
+def build(name: str, weights: str | Path = PUBLISHED, weights_key: str = "") -> nn.Module:
+    """The model of a name, in evaluation mode and float32 (float64 where it is that). See `load`."""
+    return load(name, weights, weights_key)[0]
+
+
+def load(name: str, weights: str | Path = PUBLISHED, weights_key: str = "") -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """`build`, and the dtypes of those tensors that its source has in half precision: what is written goes back to
+    them.
 
     weights: "published" (those that the library downloads, or that lie in the folder; a function gives its own),
-    "random", or a file with a state dict. Raises UserError, one line, for a name that is none and weights that are not
-    to be had.
+    "random", or a file with a state dict. weights_key: where that stands in the file; by default as the model's library
+    reads it, which is averaged weights before raw ones for timm. Raises UserError, one line, for a name that is none
+    and weights that are not to be had.
     """
     file = None if str(weights) in (PUBLISHED, RANDOM) else Path(weights)
     if file and not file.is_file():
         raise MissingFileError(f"--weights {file}: there is no such file")
     source, _, rest = name.partition(":")
+    if weights_key and not file:
+        raise UserError(f"--weights_key {weights_key}: is a key of a file: give --weights FILE with it")
     make = {"timm": timm_model, "hf": _transformers}.get(source)
     model = make(rest, published=str(weights) == PUBLISHED) if make else _made_by(name)
+    halves = widened(model)
+    if source == "hf" and str(weights) == PUBLISHED:
+        halves = {key: kind for key, kind in published_dtypes(rest, model).items() if kind in HALF}
     if file:
-        load_weights(model, file)
-    return model.float().eval()
+        content = read_weights(file, TIMM if source == "timm" else WRAPPERS, weights_key)
+        if any(tensor.dtype == torch.float64 for tensor in content.values()):
+            model.double()
+        load_weights(model, file, weights=content)
+        halves = half_dtypes(content)
+    return model.eval(), halves
 
 
 def timm_model(
@@ -93,7 +110,7 @@ def _transformers(name: str, published: bool) -> nn.Module:
 
     local = {"local_files_only": local_only(name)}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **local)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **local)
     except Exception as error:  # of the network, of the hub, of files: each its own kind
         where = "cannot be read" if Path(name).is_dir() else "no folder, and not to be had from the hub or its cache"
         way_out = "give a folder that save_pretrained wrote, or the name of a model on the hub"
@@ -105,6 +122,8 @@ def _transformers(name: str, published: bool) -> nn.Module:
         model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **local)
     except Exception as error:
         raise UserError(f"-m hf:{name}: no weights: {first_line(error)}; {OTHER_WEIGHTS}") from error
+    if torch.float64 in published_dtypes(name, model).values():
+        model = kind.from_pretrained(name, dtype=torch.float64, **local)
     if found["missing_keys"]:
         log.warning("hf:%s has no weights for %s: they are random", name, listed(sorted(found["missing_keys"])))
     return model
@@ -147,6 +166,11 @@ def resolve(name: str, option: str) -> Callable:
     return chosen
 
 
+def own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch that the model has itself; UserError where it has none."""
+    return library_of(bare(model)).loss(batch)
+
+
 def prunable_view(
     model: nn.Module,
     *,
@@ -154,6 +178,7 @@ def prunable_view(
     exclude: Sequence[str] = (),
     groups: Mapping[str, Sequence[str]] | None = None,
     loss: Loss | None = None,
+    halves: Mapping[str, torch.dtype] | None = None,
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
@@ -161,15 +186,16 @@ def prunable_view(
     matches `exclude`, with all that is in them. groups: name -> globs, the first that matches takes a layer and "other"
     takes the rest; by default as `models.external.layer_names.tower` has it. loss: (model, batch) -> scalar; by default
     the model's own (see models/external/libraries.py). Batches are keyword arguments (a dict), positional ones (a tuple
-    or list), or the one argument.
+    or list), or the one argument. halves: of `load`.
 
     Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
     Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
+    model = bare(model)
     library = library_of(model)
-    names = [name for name, _ in model.named_modules()]
+    names = [module_name(name) for name, _ in model.named_modules()]
     grouped = [glob for globs in (groups or {}).values() for glob in globs]
     for option, globs in {"--include": include, "--exclude": exclude, "--groups": grouped}.items():
         _check_globs(option, globs, names)
@@ -194,8 +220,10 @@ def prunable_view(
             return library.forward(batch)
 
     run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
-    view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), **run)
-    log.info("kept dense: %s", listed(view.dense) or "none, since no layer is known as the output head (--exclude)")
+    view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)
+    if not heads & set(names):
+        log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
+    log.info("kept dense: %s", listed(view.dense) or "none")
     return view
 
 

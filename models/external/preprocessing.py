@@ -2,9 +2,11 @@
 processor of transformers).
 
 `preprocessing(model)` is a callable: a list of B RGB images, B captions or None, B labels or None -> batch. Its
-`labels(names)` are the labels of classes with these names.
+`labels(names)` are the labels of class folders with these names, its `check(captioned)` refuses images without captions
+where a model needs them.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +14,41 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from models.external.labels import Classes, classes_of_timm, classes_of_transformers, read_map
 from models.external.libraries import Timm, Transformers, library_of, takes
 from models.hub import first_line, local_only
 from sparsity.errors import UserError
 
+log = logging.getLogger(__name__)
+
 PROMPT = "Describe the image."  # what a generative model is asked
-CAPTION = "a photo"  # the text of images without captions, for models that need one
 IGNORED = -100  # label of tokens that are not predicted
 OWN_LOADER = "give --calibration package.module:loader, a function of yours that returns the batches"
+CAPTIONS = "put captions.json in it, {image: caption}, or 1.txt beside 1.jpg"  # how to give captions
 
 
-class TimmImages:
+class _Classified:
+    """What is calibrated on images, and on their classes where it has a loss. class_map: see `read_map`."""
+
+    def __init__(self, classes: Classes, class_map: str):
+        self.classes, self.given = classes, read_map(class_map, classes) if class_map else None
+
+    def check(self, captioned: bool) -> None:
+        pass
+
+    def labels(self, names: Sequence[str]) -> list[int]:
+        """UserError, which lists them, where some are none of the model's."""
+        return self.classes.labels(names, self.given)
+
+
+class TimmImages(_Classified):
     """Batches (images,) or (images, labels)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, class_map: str = ""):
+        super().__init__(classes_of_timm(model), class_map)
         from timm.data import create_transform, resolve_data_config
 
         self.transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
-
-    def labels(self, names: Sequence[str]) -> list[int]:
-        return list(range(len(names)))  # as ImageNet's folders are counted
 
     def __call__(
         self, images: Sequence[Image.Image], captions: Any, labels: Sequence[int] | None
@@ -40,17 +57,12 @@ class TimmImages:
         return (pixels,) if labels is None else (pixels, torch.tensor(labels))
 
 
-class Images:
+class Images(_Classified):
     """transformers models of images alone: what the image processor makes, and labels."""
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: nn.Module, processor: Any, class_map: str = ""):
+        super().__init__(classes_of_transformers(model.config), class_map)
         self.processor = processor
-        self.known = {name: int(label) for label, name in model.config.id2label.items()}
-
-    def labels(self, names: Sequence[str]) -> list[int]:
-        """The model's own labels where it has names for all of these classes, else their places."""
-        own = [self.known.get(name) for name in names]
-        return list(range(len(names))) if None in own else own
 
     def __call__(self, images: Sequence[Image.Image], captions: Any, labels: Sequence[int] | None) -> dict[str, Tensor]:
         batch = dict(self.processor(images=list(images), return_tensors="pt"))
@@ -66,16 +78,22 @@ class Pairs:
         self.length = min(tokenizer.model_max_length, positions)
         # Tokenizers that make no attention mask belong to models trained on texts padded to the full length.
         self.padding = "longest" if "attention_mask" in tokenizer.model_input_names else "max_length"
-        self.contrastive = takes(model, "return_loss")
+        self.contrastive, self.kind = takes(model, "return_loss"), type(model).__name__
+
+    def check(self, captioned: bool) -> None:
+        """UserError without captions: one text for all images would say nothing of what the text layers read."""
+        if not captioned:
+            raise UserError(f"--calibration: {self.kind} reads texts, and the folder has no captions: {CAPTIONS}")
 
     def labels(self, names: Sequence[str]) -> None:
         return None
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
-        texts = [CAPTION] * len(images) if captions is None else list(captions)
+        self.check(captions is not None)
+        texts = list(captions)
         options = {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         batch = dict(self.processor(images=list(images), text=texts, **options))
-        return batch | ({"return_loss": True} if self.contrastive and captions is not None else {})
+        return batch | ({"return_loss": True} if self.contrastive else {})
 
 
 class Generative:
@@ -91,6 +109,11 @@ class Generative:
         self.encoder_decoder = bool(decoder.is_encoder_decoder)
         self.start = decoder.decoder_start_token_id if self.encoder_decoder else None
         self.image = "" if processor.chat_template else self._image_token(getattr(model.config, "image_token_id", None))
+
+    def check(self, captioned: bool) -> None:
+        """A warning without captions: the images are described by no text then, and there is no loss."""
+        if not captioned:
+            log.warning("--calibration: the folder has no captions: every image has the text %r; %s", PROMPT, CAPTIONS)
 
     def labels(self, names: Sequence[str]) -> None:
         return None
@@ -142,18 +165,23 @@ class Generative:
         return {"labels": texts["input_ids"].masked_fill(real == 0, IGNORED), "decoder_attention_mask": shifted}
 
 
-def preprocessing(model: nn.Module) -> TimmImages | Images | Pairs | Generative:
-    """UserError where a model has no preprocessing of its own, or none for images."""
+def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images | Pairs | Generative:
+    """UserError where a model has no preprocessing of its own, or none for images.
+
+    class_map: a JSON file, {folder: class}, for models with classes; by default their names say which they are.
+    """
     library = library_of(model)
     if isinstance(library, Timm):
-        return TimmImages(model)
+        return TimmImages(model, class_map)
     if not isinstance(library, Transformers):
         raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
     processor = load_processor(model.name_or_path)
     if not takes(model, "pixel_values"):
         raise UserError(f"--calibration: {type(model).__name__} takes no images; {OWN_LOADER}")
     if getattr(processor, "tokenizer", None) is None:
-        return Images(model, processor)
+        return Images(model, processor, class_map)
+    if class_map:
+        raise UserError(f"--class_map: {type(model).__name__} has no classes: leave it out")
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
@@ -162,6 +190,7 @@ def load_processor(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoProcessor.from_pretrained(name, local_files_only=local_only(name))
+        options = {"trust_remote_code": False, "local_files_only": local_only(name)}
+        return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
         raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error

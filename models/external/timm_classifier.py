@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from models.checkpoint import load_weights, read_weights
+from models.checkpoint import AVERAGED, TIMM, WRAPPERS, half_dtypes, load_weights, read_weights
 from models.external.model import timm_model
 from sparsity.errors import UserError
 
-AVERAGED = ("state_dict_ema", "model_ema")  # keys of averaged weights in a checkpoint
 POSITIONS = ("pos_embed",)  # interpolated where a checkpoint has another image size
 
 
@@ -47,19 +47,24 @@ def transform(config: dict[str, Any]) -> Any:
     return create_transform(**config, is_training=False)
 
 
-def read(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """What stands in a checkpoint of timm or of this project; ema: averaged weights. UserError where it has none."""
-    if ema:
-        return read_weights(path, AVERAGED)
-    return read_weights(path)
+def read(path: Path, *, ema: bool | None = None, key: str = "") -> dict[str, Tensor]:
+    """What stands in a checkpoint of timm or of this project.
 
-
-def load(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """The weights of a checkpoint into a model. weights: those of the file, where they are not as they stand there.
-
-    Raises UserError where it is one of another model, or of other classes.
+    ema: the averaged weights, or the raw ones; by default as `timm.create_model` reads it: averaged where there are
+    any. key: under which they stand, whatever it is. UserError where it has none.
     """
-    weights = read_weights(path) if weights is None else weights
+    return read_weights(path, TIMM if ema is None else AVERAGED if ema else WRAPPERS, key)
+
+
+def load(
+    model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None, *, key: str = ""
+) -> dict[str, torch.dtype]:
+    """The weights of a checkpoint into a model; returns the dtypes of those in half precision.
+
+    weights: those of the file, where they are not as `read` finds them. key: of `read`. Raises UserError where it is
+    one of another model, or of other classes.
+    """
+    weights = read(path, key=key) if weights is None else weights
     heads = [name for name, module in model.named_modules() if module is model.get_classifier()]
     for head in heads:
         own, found = dict(model.named_parameters()).get(f"{head}.weight"), weights.get(f"{head}.weight")
@@ -68,3 +73,4 @@ def load(model: nn.Module, path: Path, weights: dict[str, Tensor] | None = None)
                 f"{path}: has {len(found)} classes, and the model {len(own)}: give --num-classes {len(found)}"
             )
     load_weights(model, path, positions=POSITIONS, weights=weights)
+    return half_dtypes(weights)

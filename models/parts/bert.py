@@ -13,6 +13,10 @@ from torch.nn import functional as F
 from models.parts.sizes import check_sizes
 from sparsity.errors import UserError
 
+Keyed = tuple[Tensor, Tensor]  # keys and values of what is attended to, each (B, H, L, D / H)
+Projected = list[Keyed]  # of an image, for each layer that looks at it
+Image = Tensor | Projected  # tokens (B, L, V), or what is projected of them
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -73,10 +77,11 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(context_width, config.width)
         self.value = nn.Linear(context_width, config.width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None) -> Tensor:
-        return self.attend(self.queries(x), *self.keys_values(x if context is None else context), mask)
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | Keyed | None) -> Tensor:
+        keyed = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
+        return self.attend(self.queries(x), *keyed, mask)
 
-    # In parts, so that generation can keep the keys and values: each (B, H, T or L, D / H).
+    # In parts, so that generation and re-ranking can keep the keys and values: each (B, H, T or L, D / H).
 
     def queries(self, x: Tensor) -> Tensor:
         return self._heads(self.query(x))
@@ -111,7 +116,7 @@ class Attention(nn.Module):
         self.self = SelfAttention(config, context_width)
         self.output = Residual(config, config.width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | Keyed | None = None) -> Tensor:
         return self.output(self.self(x, mask, context), x)
 
 
@@ -135,12 +140,15 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Residual(config, config.mlp_width)
 
-    def forward(self, x: Tensor, mask: Tensor, image: Tensor | None, image_mask: Tensor | None) -> Tensor:
-        """x: (B, T, D). image: (B, L, V), or (B / n, L, V), where n texts one after the other share a row."""
+    def forward(self, x: Tensor, mask: Tensor, image: Tensor | Keyed | None, image_mask: Tensor | None) -> Tensor:
+        """x: (B, T, D). image: (B, L, V), or (B / n, L, V), where n texts one after the other share a row; or its keys
+        and values.
+        """
         x = self.attention(x, mask)
         if image is not None:
             # Texts that share a row are queries of one sequence; without any text there are no rows either.
-            queries = x.reshape(len(image), len(x) // max(1, len(image)) * x.shape[1], x.shape[2])
+            rows = len(image[0] if isinstance(image, tuple) else image)
+            queries = x.reshape(rows, len(x) // max(1, rows) * x.shape[1], x.shape[2])
             x = self.crossattention(queries, image_mask, image).reshape(x.shape)
         return self.output(self.intermediate(x), x)
 
@@ -182,17 +190,23 @@ class Bert(nn.Module):
             x = layer(x, mask, None, None)
         return x
 
-    def fuse(self, text: Tensor, atts: Tensor, image: Tensor | None, image_atts: Tensor | None = None) -> Tensor:
+    def project(self, image: Tensor) -> Projected:
+        """Image tokens (B, L, V) -> their keys and values in each fusion layer, which `fuse` takes in their place."""
+        return [layer.crossattention.self.keys_values(image) for layer in self.encoder.layer[self.fusion_layer :]]
+
+    def fuse(self, text: Tensor, atts: Tensor, image: Image | None, image_atts: Tensor | None = None) -> Tensor:
         """Text states (B, T, D) and image tokens (B, L, V) through the fusion layers -> (B, T, D).
 
         Without an image the cross-attention is left out.
         """
         mask, image_mask = key_mask(atts, self.causal), key_mask(image_atts)
-        for layer in self.encoder.layer[self.fusion_layer :]:
-            text = layer(text, mask, image, image_mask)
+        layers = self.encoder.layer[self.fusion_layer :]
+        images = image if isinstance(image, list) else [image] * len(layers)
+        for layer, seen in zip(layers, images, strict=True):
+            text = layer(text, mask, seen, image_mask)
         return text
 
-    def forward(self, ids: Tensor, atts: Tensor, image: Tensor | None, image_atts: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, atts: Tensor, image: Image | None, image_atts: Tensor | None = None) -> Tensor:
         """All layers: `encode_text`, then `fuse`."""
         return self.fuse(self.encode_text(ids, atts), atts, image, image_atts)
 

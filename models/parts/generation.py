@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from models.parts.bert import Attention, Bert, BertForMaskedLM, key_mask
+from models.parts.similarity import head
 
 
 class ImageDecoder(PreTrainedModel, GenerationMixin):
@@ -30,7 +31,7 @@ class ImageDecoder(PreTrainedModel, GenerationMixin):
         super().__init__(PretrainedConfig(num_hidden_layers=len(layers), vocab_size=words))
         self.decoder = decoder
         self.images = len(image)
-        self.image = [None] * fused + [layer.crossattention.self.keys_values(image) for layer in layers[fused:]]
+        self.image = [None] * fused + decoder.bert.project(image)
 
     def forward(
         self,
@@ -44,7 +45,7 @@ class ImageDecoder(PreTrainedModel, GenerationMixin):
         The cache is filled in place; `generate` keeps it.
         """
         last = self._states(self.decoder.bert, input_ids, DynamicCache() if cache is None else cache)[:, -1:]
-        return CausalLMOutputWithPast(logits=self.decoder.cls(last))
+        return CausalLMOutputWithPast(logits=head(self.decoder.cls, last))
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, cache: Cache | None = None, past_key_values: Cache | None = None, **_: object

@@ -5,6 +5,8 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou
 
+from models.parts.similarity import similarity, without_autocast
+
 
 def gather_features(features: Tensor) -> Tensor:
     """Rows of all ranks, in rank order, with gradients to each: (B, ...) -> (sum of B, ...).
@@ -48,13 +50,14 @@ def contrastive_loss(image_feat: Tensor, text_feat: Tensor, temp: Tensor, ids: T
 
     image_feat, text_feat: l2-normalised (B, E). temp: scalar. ids: (B,) sample ids; targets are spread over equal ids.
     """
-    logits = image_feat @ text_feat.t() / temp
+    logits = similarity(image_feat, text_feat, temp)
     if ids is None:
         targets = torch.arange(len(logits), device=logits.device)
     else:
         same = (ids[:, None] == ids[None, :]).to(logits.dtype)
         targets = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    with without_autocast(logits.device):
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
 
 
 @torch.no_grad()
@@ -71,8 +74,8 @@ def hard_negatives(
 
     image_feat, text_feat: l2-normalised (B, E). temp: scalar. The rest as in `draw_negatives`.
     """
-    similarity = image_feat @ text_feat.t() / temp
-    return draw_negatives(similarity.t(), similarity, ids, floor=floor, generator=generator)
+    logits = similarity(image_feat, text_feat, temp)
+    return draw_negatives(logits.t(), logits, ids, floor=floor, generator=generator)
 
 
 @torch.no_grad()

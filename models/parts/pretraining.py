@@ -15,11 +15,14 @@ class Around(nn.Module):
         """The model whose weights are kept."""
         return self.model
 
+    def on_step(self) -> None:
+        """Called after each step of the optimizer: what follows the weights moves here, once, not with each batch."""
+
 
 class Sources(Around):
     """Sum of the losses over sources ("general", "region"): one forward for all of them, as DDP wants it.
 
-    model: any whose forward returns a dict of losses.
+    model: any whose forward returns a dict of losses, with `on_step`.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,6 +35,9 @@ class Sources(Around):
         for source, batch in sources.items():
             losses |= {f"{source}/{name}": value for name, value in self.model(batch, **options).items()}
         return {"loss": sum(losses[f"{source}/loss"] for source in sources), **losses}
+
+    def on_step(self) -> None:
+        self.model.on_step()
 
 
 class FineLabels(Around):
@@ -73,13 +79,12 @@ class Denoising(Around):
         return self.average
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """The losses; in training the weights, as the step before has left them, go into the average."""
-        if self.training:
-            self._follow()
+        """The losses of the model."""
         return self.model.losses(batch)
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def on_step(self) -> None:
+        """The weights go into the average."""
         share = 1 - min(self.decay, (1 + int(self.steps)) / (10 + int(self.steps)))
         self.steps += 1
         for mean, parameter in zip(self.average.parameters(), self.model.parameters(), strict=True):

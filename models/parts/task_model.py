@@ -31,5 +31,8 @@ class TaskModel(nn.Module):
         """The weights that begin as copies of the weight `name` of this model and take its mask."""
         return ()
 
+    def on_step(self) -> None:
+        """Called after each step of the optimizer: what follows the weights moves here, once, not with each batch."""
+
     def on_pruned(self) -> None:
         """Called once, when the masks have been applied: copies of the weights begin here."""

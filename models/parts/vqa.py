@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM
+from models.parts.similarity import head
 from models.parts.task_model import TaskModel
 from sparsity.errors import UserError, listed
 
@@ -87,7 +88,7 @@ class Answering(TaskModel):
         """
         hidden = self.text_decoder.bert(self.begun(ids), atts, states, state_atts)[:, :-1]
         real = atts[:, 1:].bool()  # the vocabulary is large: padding is not predicted
-        logits, labels = self.text_decoder.cls(hidden[real]).float(), ids[:, 1:][real]
+        logits, labels = self.logits(hidden[real]), ids[:, 1:][real]
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
         return losses.new_zeros(real.shape).masked_scatter(real, losses).sum(1)
 
@@ -95,7 +96,11 @@ class Answering(TaskModel):
         """log p (Q, N) of the first token, after the one that all begin with, of N answers (N, A)."""
         start = self.begun(ids[:1, :1]).expand(len(states), 1)
         hidden = self.text_decoder.bert(start, torch.ones_like(start), states, state_atts)
-        return self.text_decoder.cls(hidden[:, 0]).float().log_softmax(1)[:, ids[:, 1]]
+        return self.logits(hidden[:, 0]).log_softmax(1)[:, ids[:, 1]]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (N, vocab) in float32. In evaluation, where answers are ranked, autocast rounds none."""
+        return self.text_decoder.cls(hidden).float() if self.training else head(self.text_decoder.cls, hidden).float()
 
     @torch.no_grad()
     def rank(self, states: Tensor, state_atts: Tensor, ids: Tensor, atts: Tensor, k_test: int) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checkpoint import load_weights
-from models.parts.bert import Bert, BertForMaskedLM, TextConfig
+from models.parts.bert import Bert, BertForMaskedLM, Image, Projected, TextConfig
 from models.parts.clip_vision import CLIPVisionTransformer, VisionConfig
 from models.parts.losses import box_losses, contrastive_loss, gather_features, hard_negatives
+from models.parts.similarity import head, normalised
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
 from sparsity.errors import UserError
@@ -92,6 +93,9 @@ class ImageText(nn.Module):
         self.temp.fill_(self.config.temp)
         return self
 
+    def on_step(self) -> None:
+        """Called after each step of the optimizer; there is nothing that follows the weights."""
+
     # The parts, as calibration, losses and retrieval use them.
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,18 +106,22 @@ class ImageText(nn.Module):
     def encode_text(self, ids: Tensor, atts: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and padding mask (B, T) -> states of the text encoder (B, T, D), l2-normalised feature (B, E)."""
         states = self.bert.encode_text(ids, atts)
-        return states, F.normalize(self.text_proj(states[:, 0]), dim=-1)
+        return states, normalised(self.text_proj(states[:, 0]))
 
     def image_feature(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
+        return normalised(self.vision_proj(tokens[:, 0]))
 
-    def fuse(self, states: Tensor, atts: Tensor, image: Tensor, image_atts: Tensor | None = None) -> Tensor:
-        """Text states (B, T, D), image tokens (B, L, V) -> fusion states (B, T, D)."""
+    def project_image(self, tokens: Tensor) -> Projected:
+        """What `fuse` and `match` read of image tokens (B, L, V); computed once for all texts that meet an image."""
+        return self.bert.project(tokens)
+
+    def fuse(self, states: Tensor, atts: Tensor, image: Image, image_atts: Tensor | None = None) -> Tensor:
+        """Text states (B, T, D), image tokens (B, L, V) or what is projected of them -> fusion states (B, T, D)."""
         return self.bert.fuse(states, atts, image, image_atts)
 
-    def match(self, states: Tensor, atts: Tensor, image: Tensor, image_atts: Tensor | None = None) -> Tensor:
-        """ITM logits (B, 2) of text-image pairs; column 1 says that they match."""
-        return self.itm_head(self.fuse(states, atts, image, image_atts)[:, 0])
+    def match(self, states: Tensor, atts: Tensor, image: Image, image_atts: Tensor | None = None) -> Tensor:
+        """ITM logits (B, 2) of text-image pairs, float32 under autocast; column 1 says that they match."""
+        return head(self.itm_head, self.fuse(states, atts, image, image_atts)[:, 0])
 
     def pair_scores(self, logits: Tensor, similarity: Tensor) -> Tensor:
         """Score of pairs in retrieval, from the ITM logits (B, 2); the contrastive similarity (B,) does not count."""

@@ -4,6 +4,7 @@ Shapes as in models/xvlm/model.py.
 """
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from models.checkpoint import load_weights
 from models.parts.bert import Bert
 from models.parts.losses import contrastive_loss, draw_negatives, gather_features, own_rows
+from models.parts.similarity import similarity
 from models.parts.task_model import TaskModel
 from models.xvlm import model as xvlm
 from sparsity.view import PrunableView
@@ -70,10 +72,8 @@ class XVLMRetrieval(xvlm.ImageText, TaskModel):
         ids = torch.arange(len(image), device=image.device) if ids is None else ids
         image_feat, text_feat = (feature.detach() for feature in features)
         with torch.no_grad():
-            text_to_image, image_to_text = (
-                text_feat[own] @ image_feat.t() / temp,
-                image_feat[own] @ text_feat.t() / temp,
-            )
+            text_to_image = similarity(text_feat[own], image_feat, temp)
+            image_to_text = similarity(image_feat[own], text_feat, temp)
         options = {"floor": NEGATIVES_FLOOR, "generator": generator}
         negatives = draw_negatives(text_to_image, image_to_text, ids[own], ids, **options)
         if negatives is None:  # nothing to tell apart; the parameters still take part in the step, as DDP wants
@@ -85,6 +85,8 @@ class XVLMRetrieval(xvlm.ImageText, TaskModel):
 
 
 def task_names(name: str) -> tuple[str, ...]:
+    if any(fnmatchcase(name, glob) for glob in DROPPED):
+        return ()
     return (name.replace(_TRUNK, "text_encoder.", 1) if name.startswith(_TRUNK) else name,)
 
 
@@ -93,8 +95,8 @@ def build(config: xvlm.Config, weights: str | Path | None = None, **options: boo
     model = XVLMRetrieval(config, **options)
     if weights is None:
         return model.initialise()
-    ignored = (*xvlm.HARMLESS, *DROPPED)
-    load_weights(model, weights, positions=xvlm.POSITIONS, ignored=ignored, rename=lambda name: task_names(name)[0])
+    names = {"ignored": (*xvlm.HARMLESS, *DROPPED), "rename": lambda name: next(iter(task_names(name)), name)}
+    load_weights(model, weights, positions=xvlm.POSITIONS, **names)
     return model
 
 

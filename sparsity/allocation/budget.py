@@ -16,6 +16,9 @@ POOLS = ("global", "layer", "group", "row", "block", "magnitude")
 WITHIN = ("layer", "row", "block")  # pools that lie within a layer, so that it is pruned whatever the others are
 
 SCHEDULES = ("linear", "exp", "const")
+# Digits of a sparsity, before and after the point: on the command line, and at most (a float written out has 1074). To
+# compute with 1e-999999999 would take forever.
+_TYPED, _DIGITS = 25, 1100
 
 Sparsity = str | int | float | Decimal | Fraction
 
@@ -30,12 +33,18 @@ def fraction(sparsity: Sparsity) -> Fraction:
         elif isinstance(sparsity, float):
             exact = Fraction(float.__repr__(sparsity))  # of numpy's floats too, whose own repr is no number
         else:
-            exact = Fraction(str(sparsity))
-    except (ValueError, ZeroDivisionError):
+            text = str(sparsity)
+            exact = Fraction(text) if "/" in text or _short(Decimal(text)) else None
+    except (ValueError, ArithmeticError):
         exact = None
     if exact is None or not 0 <= exact < 1:
-        raise UserError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r}")
+        raise UserError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r:.60}")
     return exact
+
+
+def _short(value: Decimal, digits: int = _DIGITS) -> bool:
+    exponent = value.as_tuple().exponent  # a letter for what is not finite
+    return isinstance(exponent, int) and -digits <= exponent <= digits
 
 
 def budget(sparsity: Sparsity, numel: int) -> int:
@@ -76,9 +85,13 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
     try:
         value = Decimal(item)
     except InvalidOperation:
-        raise UserError(f"sparsities are comma-separated numbers like 63,75,90, got {item!r} in {text!r}") from None
-    if not value.is_finite() or not 0 < value <= Decimal("99.99"):
-        raise UserError(f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r} in {text!r}")
+        raise UserError(
+            f"sparsities are comma-separated numbers like 63,75,90, got {item!r:.60} in {text!r:.60}"
+        ) from None
+    if not _short(value, _TYPED) or not 0 < value <= Decimal("99.99"):
+        raise UserError(
+            f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r:.60} in {text!r:.60}"
+        )
     return value if value < 1 else value / 100
 
 

@@ -17,9 +17,9 @@ from sparsity.allocation.budget import Sparsity, budget
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import Named, check_finite, select, thresholds
-from sparsity.statistics.gradients import batch_generator, only_prunable
+from sparsity.statistics.gradients import batch_generator, nothing, only_prunable, summed_gradients, wide
 from sparsity.statistics.inputs import untouched
-from sparsity.view import PrunableView, PrunableWeight
+from sparsity.view import PrunableView
 
 # scores(names) -> (name, score (out, in)); it may be called several times. Gives the masks, (name, bool (out, in)).
 Choice = Callable[[Callable[[Sequence[str]], Named]], Named]
@@ -64,12 +64,8 @@ def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | N
         )
     tau = threshold.value if pruned else 0.0
     masks = choice(view, sparsity, pattern=pattern, pool="layer")(magnitudes)
-    return {name: kept.to(_dtype(view.weights[name])).mul_(2 * tau) for name, kept in masks}
-
-
-def _dtype(weight: PrunableWeight) -> torch.dtype:
-    """Of a weight's score: half precision would lose the steps of the optimizer."""
-    return torch.promote_types(weight.parameter.dtype, torch.float32)
+    # Half precision would lose the steps of the optimizer.
+    return {name: kept.to(wide(view.weights[name].parameter.dtype)).mul_(2 * tau) for name, kept in masks}
 
 
 def learn(
@@ -97,9 +93,10 @@ def learn(
     """
     generators = generators or (lambda number: batch_generator(42, number))
     numbered, trained = enumerate(batches), False
-    with untouched(view.model, view.moved_by_loss), only_prunable(view):
+    moved = view.moved_by_loss
+    with untouched(view.model, moved), only_prunable(view), summed_gradients(view) as sums:
         view.model.train()
-        training = _Training(view, scores, choose, lr, weight_decay)
+        training = _Training(view, scores, choose, lr, weight_decay, sums)
         for step, own in enumerate(rounds):
             training.mask()
             for number, batch in islice(numbered, own):
@@ -117,13 +114,20 @@ class _Training:
     """The model's weights under the masks of their scores.
 
     The parameters of the model stand on other storage, which holds the masked weights, until `untouched` gives them
-    their own back: so every use of a tied weight sees the mask, and the model's own weights are never written to.
+    their own back: so every use of a tied weight sees the mask, and the model's own weights are never written to. sums:
+    of the gradients since the last step, see `summed_gradients`.
     """
 
     def __init__(
-        self, view: PrunableView, scores: Mapping[str, Tensor], choose: Choice, lr: float, weight_decay: float
+        self,
+        view: PrunableView,
+        scores: Mapping[str, Tensor],
+        choose: Choice,
+        lr: float,
+        weight_decay: float,
+        sums: dict[str, Tensor],
     ):
-        self.view, self.scores, self.choose, self.lr = view, scores, choose, lr
+        self.view, self.scores, self.choose, self.lr, self.sums = view, scores, choose, lr, sums
         first = next(iter(view.weights.values())).parameter
         self.device, self.forked = first.device, [first.device] if first.is_cuda else []
         self.idle, self.count = set(view.weights), 0  # layers without gradient so far, batches since the last step
@@ -158,9 +162,9 @@ class _Training:
         if not total:
             return False
         for name, weight in self.view.weights.items():
-            gradient, weight.parameter.grad = weight.parameter.grad, None
+            gradient = self.sums.pop(name, None)
             if gradient is None:
-                gradient = torch.zeros_like(weight.parameter)
+                gradient = nothing(weight)
             else:
                 self.idle.discard(name)
             gradient = reduce(gradient) if reduce else gradient

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from sparsity.files import write_atomic
 from sparsity.masks import state_digest
+from sparsity.run.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
@@ -154,25 +152,19 @@ class Progress:
         return {name: found[name] for names in order[:count] for name in names}
 
     def _read(self, number: int, names: Sequence[str]) -> dict[str, Done] | None:
-        try:
-            with safe_open(self._path(number), framework="pt", device=str(self._device)) as file:
-                if file.metadata()["identity"] != self._identity:
-                    return None
-                stored = set(file.keys())
-                if not {f"mask {name}" for name in names} <= stored:
-                    return None
-                tensor = {key: file.get_tensor(key) for key in stored}
-        except (OSError, SafetensorError):  # there is none, or a damaged one
+        kept = load_kept(self._path(number), self._identity, self._device)
+        if kept is None or not {f"mask {name}" for name in names} <= kept[0].keys():
             return None
+        tensor, _ = kept
         return {name: Done(tensor[f"mask {name}"], tensor.get(f"weight {name}")) for name in names}
 
     def save(self, number: int, block: Mapping[str, Done]) -> None:
         """The file of a block, whole or not at all."""
         if self._origin is None:
             return
-        tensors = {f"mask {name}": done.kept.contiguous() for name, done in block.items()}
-        tensors |= {f"weight {n}": done.updated.contiguous() for n, done in block.items() if done.updated is not None}
-        write_atomic(self._path(number), serialize(tensors, {"identity": self._identity}))
+        tensors = {f"mask {name}": done.kept for name, done in block.items()}
+        tensors |= {f"weight {name}": done.updated for name, done in block.items() if done.updated is not None}
+        save_kept(self._path(number), tensors, {"identity": self._identity})
 
     def forget(self) -> None:
         """Removes the files."""

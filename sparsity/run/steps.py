@@ -5,11 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-
-from sparsity.files import write_atomic
 from sparsity.masks import Masks
+from sparsity.run.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
@@ -31,26 +28,21 @@ class Trail:
 
     def load(self, view: PrunableView) -> tuple[int, Masks | None]:
         """The number of the last step and what it has left; 0 and None where there is none of this identity."""
-        if self._path is None:
+        kept = load_kept(self._path, self._identity) if self._path else None
+        if kept is None:
             return 0, None
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                metadata, names = file.metadata(), list(view.weights)
-                if metadata["identity"] != self._identity:
-                    return 0, None
-                masks, weights = ({n: file.get_tensor(f"{kind} {n}") for n in names} for kind in ("mask", "weight"))
-        except (OSError, SafetensorError):  # there is none, or a damaged one
-            return 0, None
-        logger.info("%s: going on after step %s", self._path, metadata["step"])
+        (tensors, facts), names = kept, list(view.weights)
+        logger.info("%s: going on after step %s", self._path, facts["step"])
+        masks, weights = ({name: tensors[f"{kind} {name}"] for name in names} for kind in ("mask", "weight"))
         aliases = {name: weight.aliases for name, weight in view.weights.items()}
-        return int(metadata["step"]), Masks(masks, self._provenance, aliases, weights)
+        return int(facts["step"]), Masks(masks, self._provenance, aliases, weights)
 
     def save(self, step: int, masks: Masks) -> None:
         """Takes the place of the step before."""
         if self._path:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
-            tensors |= {f"weight {name}": weight.contiguous() for name, weight in masks.weights.items()}
-            write_atomic(self._path, serialize(tensors, {"identity": self._identity, "step": str(step)}))
+            tensors |= {f"weight {name}": weight for name, weight in masks.weights.items()}
+            save_kept(self._path, tensors, {"identity": self._identity, "step": str(step)})
 
     def forget(self) -> None:
         """Removes the file."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsity.errors import UserError
 from sparsity.files import write_atomic, writing
 from sparsity.masks import state_digest
-from sparsity.statistics.gradients import batch_generator, only_prunable
+from sparsity.statistics.gradients import batch_generator, only_prunable, summed_gradients
 from sparsity.statistics.inputs import untouched
 from sparsity.view import PrunableView
 
@@ -224,17 +224,18 @@ def _collect(
 ) -> None:
     """The rows that the store does not have yet. shares: for each row, how many batches come here, and on all ranks."""
     idle = set(view.weights)
-    with only_prunable(view):
+    with only_prunable(view), summed_gradients(view) as sums:
         for place, (here, together) in enumerate(shares):
             batches = islice(numbered, here)
             if place < len(store.images):
                 deque(batches, maxlen=0)  # read, since what follows depends on the order, but not used
                 continue
+            sums.clear()
             images = _backward(view, batches, generators)
             if not images:
                 break
-            idle -= {name for name, weight in view.weights.items() if weight.parameter.grad is not None}
-            store.append(_pieces(view, together), images)
+            idle -= set(sums)
+            store.append(_pieces(view, sums, together), images)
     if idle and not idle_is_fine and store.images:
         raise UserError(f"layer {next(name for name in view.weights if name in idle)!r} got no gradient from the loss")
 
@@ -242,10 +243,8 @@ def _collect(
 def _backward(
     view: PrunableView, batches: Iterable[tuple[int, Any]], generators: Callable[[int], torch.Generator]
 ) -> int:
-    """Leaves the sum of the batches' gradients in the parameters; the number of images."""
+    """Run the batches backward, whose gradients `summed_gradients` takes; the number of images."""
     images = 0
-    for weight in view.weights.values():
-        weight.parameter.grad = None
     for number, batch in batches:
         # What a loss moves (momentum copies, queues) starts anew for each batch: rows depend on their own alone.
         with untouched(view.model, view.moved_by_loss), torch.enable_grad():
@@ -254,10 +253,10 @@ def _backward(
     return images
 
 
-def _pieces(view: PrunableView, count: float) -> Iterator[Tensor]:
-    """The row, weight after weight: the gradients that are in the parameters, divided by `count`."""
+def _pieces(view: PrunableView, sums: Mapping[str, Tensor], count: float) -> Iterator[Tensor]:
+    """The row, weight after weight: the sums of the gradients divided by `count`."""
     for name, weight in view.weights.items():
-        gradient = weight.parameter.grad
+        gradient = sums.get(name)
         if gradient is None:
             yield torch.zeros(weight.numel)
             continue
@@ -272,6 +271,12 @@ def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, dat
     arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
     facts = [data, state_digest(view.model), list(view.weights), list(rounds), str(dtype), arithmetic]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _checksum(account: Mapping[str, Any]) -> str:
+    """SHA-256 over all of an account but its checksum."""
+    facts = {name: value for name, value in account.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class _Memory:
@@ -308,11 +313,13 @@ class _File:
     def __init__(self, origin: Scratch, width: int, dtype: torch.dtype):
         self.path, self.account = origin.path.with_suffix(self.SUFFIX), origin.path.with_suffix(".json")
         self._identity, self._width, self._dtype = origin.identity, width, dtype
+        self._digests: list[str] = []  # of the rows
         self.images: list[int] = self._found()
         if self.images:
             logger.info("%s: going on after %d gradient rows", self.path, len(self.images))
         else:
             # Another file, not the old one emptied: rows that are still mapped must not change.
+            self._digests = []
             self.remove()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -320,11 +327,26 @@ class _File:
     def _found(self) -> list[int]:
         try:
             account, size = json.loads(self.account.read_text()), self.path.stat().st_size
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
-        if account["identity"] != self._identity or size < len(account["images"]) * self._bytes:
+        if not isinstance(account, dict) or account.get("identity") != self._identity:
             return []
-        return account["images"]
+        self._digests = account.get("digests", [])
+        images, text = account.get("images", []), _checksum(account)
+        if account.get("checksum") != text or size < len(images) * self._bytes:
+            return []
+        return images if all(map(self._intact, range(len(images)))) else []
+
+    def _intact(self, row: int) -> bool:
+        """Whether a row is as it was written."""
+        sha = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(row * self._bytes)
+            left = self._bytes
+            while left and (piece := file.read(min(left, _PIECE["cpu"]))):
+                sha.update(piece)
+                left -= len(piece)
+        return sha.hexdigest() == self._digests[row]
 
     @property
     def _bytes(self) -> int:
@@ -332,15 +354,19 @@ class _File:
 
     def append(self, pieces: Iterable[Tensor], images: int) -> None:
         """Adds a row, and accounts for it."""
+        sha = hashlib.sha256()
         with writing(self.path), self.path.open("r+b") as file:
             file.seek(len(self.images) * self._bytes)
             for piece in pieces:
-                file.write(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+                written = piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data
+                file.write(written)
+                sha.update(written)
             file.flush()
             os.fsync(file.fileno())
         self.images.append(images)
-        account = {"identity": self._identity, "images": self.images}
-        write_atomic(self.account, json.dumps(account).encode())
+        self._digests.append(sha.hexdigest())
+        account = {"identity": self._identity, "images": self.images, "digests": self._digests}
+        write_atomic(self.account, json.dumps(account | {"checksum": _checksum(account)}).encode())
 
     def rows(self) -> Tensor:
         count = len(self.images)

@@ -29,7 +29,7 @@ def input_norms(rows: Tensor) -> Tensor:
     """(tokens, in) -> (in,): for each input feature the sum of squares over tokens, in float64."""
     total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
     for piece in rows.split(max(1, _PIECE // rows.shape[1])):
-        total += piece.double().square_().sum(dim=0)
+        total += piece.to(torch.float64, copy=True).square_().sum(dim=0)
     return total
 
 

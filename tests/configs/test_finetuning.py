@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.finetuning import RetrievalConfig
+from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
 
@@ -74,7 +74,12 @@ def test_the_configurations_of_the_repository(path):
 def test_the_published_recipe_of_xvlm():
     found = load_config("configs/xvlm/retrieval.yaml", RetrievalConfig)
     optimizer, scheduler = found.optimizer, found.scheduler
-    assert (optimizer.opt, optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == ("adamW", 3e-5, 0.01, 2)
+    assert (optimizer.opt, optimizer.lr, optimizer.weight_decay, optimizer.lr_mult) == ("adamW", 3e-5, 0.01, 1)
     assert optimizer.betas == (0.9, 0.98)
     assert (scheduler.sched, scheduler.epochs, scheduler.num_warmup_steps) == ("linear", 10, 0.1)
     assert (found.image_res, found.max_tokens, found.k_test) == (384, 40, 256)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*/captioning_pretrain*.yaml")), ids=str)
+def test_captioning_pretraining_has_no_label_smoothing(path):
+    assert load_config(path, CaptioningPretrainConfig).label_smoothing == 0.0

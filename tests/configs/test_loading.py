@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from configs.loading import build, find_variant, load_config, read_yaml, save_config
+from sparsity.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,30 @@ def test_the_full_size_is_chosen_where_its_weights_are(tmp_path):
     assert chosen("auto", "given.pth") == chosen("base", None) == "base"
     weights.touch()
     assert chosen("auto", None) == "base" and chosen("mini", None) == "mini"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: a\nweights: b", "the key 'weights' stands twice"),
+        ("inner: {size: 1, size: 2}", "the key 'size' stands twice"),
+        ("a: 2001-13-01", "month must be in 1..12"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: 0x_", "not valid YAML"),
+        ("a: " + "[" * 20_000, "too many brackets in brackets"),
+    ],
+)
+def test_yaml_that_its_own_library_stumbles_over(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_yaml(tmp_path / "c.yaml")
+    assert "\n" not in str(error.value) and "c.yaml" in str(error.value)
+
+
+def test_aliases_of_aliases_are_not_written_out(tmp_path):
+    lists = [f"&l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (tmp_path / "c.yaml").write_text("\n".join(["weights:", "- &l0 [x]", *(f"- {text}" for text in lists)]))
+    with pytest.raises(UserError, match="weights: expected a text, got ") as error:
+        load_config(tmp_path / "c.yaml", Schema)
+    assert len(str(error.value)) < 1000

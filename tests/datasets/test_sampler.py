@@ -2,6 +2,7 @@ from itertools import islice
 
 import pytest
 
+from datasets.place import Place
 from datasets.sampler import ResumableSampler, sample_generator
 
 
@@ -26,7 +27,7 @@ def test_epochs_and_seeds_have_their_own_order():
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_resumes_at_any_batch(start, world_size):
     for rank in range(world_size):
-        arguments = {"seed": 5, "batch_size": 4, "stop": 9, "rank": rank, "world_size": world_size}
+        arguments = {"seed": 5, "batch_size": 4, "stop": 9, "place": Place(rank, world_size)}
         whole = ResumableSampler(11, **arguments)
         resumed = ResumableSampler(11, **arguments, start=start)
         assert list(resumed) == list(whole)[start * 4 :]
@@ -37,7 +38,7 @@ def test_ranks_take_turns_in_whole_batches():
     stream = list(ResumableSampler(11, seed=2, batch_size=4, stop=12))
     batches = [stream[i : i + 4] for i in range(0, len(stream), 4)]
     for rank in range(3):
-        own = list(ResumableSampler(11, seed=2, batch_size=4, rank=rank, world_size=3, stop=4))
+        own = list(ResumableSampler(11, seed=2, batch_size=4, place=Place(rank, 3), stop=4))
         assert [own[i : i + 4] for i in range(0, 16, 4)] == batches[rank::3]
 
 
@@ -50,7 +51,7 @@ def test_endless_without_stop():
 
 @pytest.mark.parametrize(
     ("bad", "named"),
-    [({"size": 0}, "size"), ({"rank": 2, "world_size": 2}, "rank"), ({"start": -1}, "start"), ({"stop": -1}, "stop")],
+    [({"size": 0}, "size"), ({"start": -1}, "start"), ({"stop": -1}, "stop")],
 )
 def test_bad_arguments_are_named(bad, named):
     with pytest.raises(ValueError, match=named):
@@ -67,3 +68,8 @@ def test_a_sample_draws_by_seed_epoch_and_index():
     assert drawn(13, 0) == drawn(13, 0) and drawn(13, 0)[0] == 3
     with pytest.raises(IndexError):
         sample_generator(-1, 10, 0)
+
+
+def test_a_rank_is_one_of_those_that_there_are():
+    with pytest.raises(ValueError, match="rank must be between 0 and world_size - 1 = 1, got 2"):
+        Place(2, 2)

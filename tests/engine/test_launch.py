@@ -252,3 +252,18 @@ def test_signals_to_stop(ended, kind):
             os.kill(os.getpid(), kind)
 
     assert ended(at_the_end)[0] == 3
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_buffers_are_sent_to_the_ranks_only_where_they_may_differ(monkeypatch, broadcast):
+    class RecordedError(Exception):
+        pass
+
+    def record(strategy, **_):
+        raise RecordedError(strategy._ddp_kwargs["broadcast_buffers"])
+
+    monkeypatch.setattr("lightning.fabric.Fabric", record)
+    parser = Parser("x")
+    add_device_options(parser)
+    with pytest.raises(UserError, match=str(broadcast)):
+        launch(parser.parse_args(["--devices", "2"]), broadcast_buffers=broadcast)

@@ -136,7 +136,7 @@ def test_two_steps_are_one_after_the_other(view, epochs):
     pruner = pruners.build("chita")
     with first.applied(view):
         rows = pruner.measure(view, epochs[1], CalibrationPass(rounds=[2, 2]))
-        second = pruner._step(view, rows, first, view.numel - budget("0.6", view.numel), {})
+        second = pruner._step(view, rows, {}, count=view.numel - budget("0.6", view.numel), before=first)
     assert same(second, both)
     assert all(torch.equal(weight, before[name]) for name, weight in parameters(view).items())
 

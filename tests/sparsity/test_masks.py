@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from tests.toys import Attention, Conv1D, layers, view_of
 
@@ -86,6 +87,48 @@ def test_a_flipped_bit_is_noticed(masks, tmp_path):
         Masks.load(path)
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"again", b"agaim"), (b"omp", b"amp"), (b"aliases", b"aliasas")])
+def test_a_description_that_is_not_as_it_was_written_is_noticed(masks, tmp_path, old, new):
+    path = tmp_path / "masks.safetensors"
+    masks.save(path)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(UserError, match="description is damaged"):
+        Masks.load(path)
+
+
+def test_files_of_older_versions_are_read(masks, tmp_path):
+    path = tmp_path / "masks.safetensors"
+    masks.save(path)
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["sparsity"])
+        tensors = {name: file.get_tensor(name) for name in masks}
+    assert description.pop("checksum")
+    save_file(tensors, path, {"sparsity": json.dumps(description)})
+    assert equal(Masks.load(path), masks)
+
+
+def test_a_flipped_bit_of_a_public_file_is_noticed(masks, tmp_path):
+    """torch.load does not look at the checksums of its archive."""
+    public = {f"{name}_pruning_mask": mask for name, mask in masks.items()}
+    torch.save(public, tmp_path / "public.pth")
+    content = bytearray((tmp_path / "public.pth").read_bytes())
+    place = content.find(bytes(masks["q.weight"].flatten().byte().tolist()))
+    content[place] ^= 1
+    (tmp_path / "public.pth").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "public.pth")["q.weight_pruning_mask"], masks["q.weight"])
+    with pytest.raises(UserError, match="public.pth' is not a usable mask file"):
+        Masks.load(tmp_path / "public.pth")
+
+
+def test_archives_without_checksums_are_read(masks, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({f"{name}_pruning_mask": mask for name, mask in masks.items()}, tmp_path / "public.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert equal(Masks.load(tmp_path / "public.pth"), masks)
+
+
 def junk_text(path):
     path.write_text("this is no mask")
 
@@ -114,6 +157,14 @@ def an_array(path):
     torch.save({"a.weight_pruning_mask": [1, 0]}, path)
 
 
+def a_sparse_tensor(path):
+    torch.save({"a.weight_pruning_mask": torch.eye(2).to_sparse()}, path)
+
+
+def two_masks_of_a_layer(path):
+    torch.save({"a.weight_pruning_mask": torch.ones(2, 2), "module.a.weight_pruning_mask": torch.eye(2)}, path)
+
+
 def a_list(path):
     torch.save([torch.ones(2)], path)
 
@@ -124,7 +175,10 @@ def other_safetensors(path):
 
 @pytest.mark.parametrize(
     "write",
-    [junk_text, junk_pickle, a_checkpoint, half_kept, not_a_number, a_pruned_bias, an_array, a_list, other_safetensors],
+    [
+        *(junk_text, junk_pickle, a_checkpoint, half_kept, not_a_number, a_pruned_bias, an_array, a_list),
+        *(other_safetensors, a_sparse_tensor, two_masks_of_a_layer),
+    ],
 )
 def test_other_files_are_one_clear_line(write, tmp_path):
     write(tmp_path / "file.pt")

@@ -27,6 +27,14 @@ def test_overlap_is_intersection_over_union(tmp_path):
     assert description(paths[0])["provenance"] == {"pruner": "p"}
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    Masks({"x.weight": torch.ones(3, 5, dtype=torch.bool)}).save(tmp_path / "x")
+    content = (tmp_path / "x").read_bytes()
+    (tmp_path / "y").write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    with pytest.raises(ValueError, match="y' is not a usable mask file: its masks do not match the digest"):
+        overlap([tmp_path / "x", tmp_path / "y"])
+
+
 def test_masks_of_different_models_do_not_overlap(tmp_path):
     for name, shape in (("a", (2, 3)), ("b", (3, 2))):
         Masks({"x.weight": torch.ones(shape, dtype=torch.bool)}).save(tmp_path / name)

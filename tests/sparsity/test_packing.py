@@ -92,6 +92,25 @@ def test_damage_is_named(kind):
         unpack(tensors, {"packed": "[3"})
 
 
+def test_other_values_are_noticed():
+    tensors, metadata = pack({"w": sparse(NM(2, 4)), "bias": torch.ones(3)})
+    for name in ("w.values", "bias"):
+        with pytest.raises(ValueError, match="digest"):
+            unpack({**tensors, name: tensors[name] * 2}, metadata)
+    older = {key: text for key, text in metadata.items() if key != "packed_digest"}
+    assert torch.equal(unpack(tensors, older)["w"], sparse(NM(2, 4)))
+    for damaged in (older | {"packed_digesu": ""}, {"format": "pt", "packed_digest": metadata["packed_digest"]}):
+        with pytest.raises(ValueError, match="description"):
+            unpack(tensors, damaged)
+
+
+def test_two_values_in_one_place_are_noticed():
+    tensors, metadata = pack({"w": sparse(NM(2, 4))})
+    tensors["w.indices"] = torch.zeros_like(tensors["w.indices"])
+    with pytest.raises(ValueError, match="the packed weight 'w' is damaged"):
+        unpack(tensors, {"packed": metadata["packed"]})
+
+
 def test_patterns_of_zeros():
     assert patterns_of([sparse(NM(2, 4))]) == [NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32)]
     assert patterns_of([sparse(NM(2, 4)), sparse(NM(1, 4))])[0] == NM(2, 4)

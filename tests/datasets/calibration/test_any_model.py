@@ -10,6 +10,7 @@ from PIL import Image
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
 from datasets.labelled.image_folder import ImageFolder
+from datasets.place import ALONE, Place
 
 
 def write(path, shade=0):
@@ -28,6 +29,9 @@ def photos(tmp_path):
 class Shades:
     """A preprocessing: (how red each image is, captions, labels)."""
 
+    def check(self, captioned):
+        pass
+
     def labels(self, names):
         return [10 * i for i in range(len(names))]
 
@@ -35,10 +39,9 @@ class Shades:
         return [int(np.asarray(image)[0, 0, 0]) for image in images], captions, labels
 
 
-def batches(folder, tmp_path, num_batches=99, seed=0, **options):
-    place = {name: options.pop(name) for name in ("rank", "world_size") if name in options}
+def batches(folder, tmp_path, num_batches=99, seed=0, place=ALONE, **options):
     config = ExternalPruneConfig(calibration=str(folder), **{"batch_size": 3, **options})
-    return FolderBatches(config, Shades(), tmp_path / "out", num_batches, seed, **place)
+    return FolderBatches(config, Shades(), tmp_path / "out", num_batches, seed, place)
 
 
 def shades(read):
@@ -67,7 +70,7 @@ def test_epochs_go_on_where_the_last_one_ended(photos, tmp_path):
 def test_ranks_share_the_batches_of_one(photos, tmp_path, epoch, workers):
     alone = batches(photos, tmp_path).at(epoch)
     found = dict(zip(alone.numbers, shades(alone), strict=True))
-    ranks = [batches(photos, tmp_path, rank=rank, world_size=2, workers=workers).at(epoch) for rank in range(2)]
+    ranks = [batches(photos, tmp_path, place=Place(rank, 2), workers=workers).at(epoch) for rank in range(2)]
     shared = {}
     for rank in ranks:
         assert len(rank) == len(rank.numbers) == sum(rank.rounds)
@@ -77,7 +80,7 @@ def test_ranks_share_the_batches_of_one(photos, tmp_path, epoch, workers):
 
 
 def test_more_ranks_than_batches(photos, tmp_path):
-    read = batches(photos, tmp_path, num_batches=1, rank=1, world_size=2)
+    read = batches(photos, tmp_path, num_batches=1, place=Place(1, 2))
     assert list(read) == [] and read.rounds == [0] and len(read) == 0
 
 
@@ -150,8 +153,8 @@ def numbers(seed, epoch):
     return [torch.tensor([seed, epoch, i]) for i in range(5)]
 
 
-def made(make, num_batches=99, rank=0, world_size=1):
-    return LoaderBatches(make, "my:loader", num_batches, 7, rank=rank, world_size=world_size)
+def made(make, num_batches=99, place=ALONE):
+    return LoaderBatches(make, "my:loader", num_batches, 7, place)
 
 
 def test_a_function_is_called_for_each_epoch():
@@ -165,7 +168,7 @@ def test_a_function_is_called_for_each_epoch():
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_ranks_share_the_batches_of_a_function(epoch):
-    ranks = [made(numbers, rank=rank, world_size=2).at(epoch) for rank in range(2)]
+    ranks = [made(numbers, place=Place(rank, 2)).at(epoch) for rank in range(2)]
     found = {n: batch.tolist() for rank in ranks for n, batch in zip(rank.numbers, rank, strict=True)}
     assert found == {5 * epoch + i: [7, epoch, i] for i in range(5)}
 

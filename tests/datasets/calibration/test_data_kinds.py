@@ -14,6 +14,7 @@ from datasets.bundled.curriculum import Curriculum
 from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, clear_skipped, skipped_path
+from datasets.place import Place
 
 VISION = SimpleNamespace(image_size=32, patch_size=16)
 BUNDLED = PruneConfig("m.yaml", "random", bundled=True, batch_size=3, workers=0)
@@ -82,7 +83,7 @@ def test_workers_change_nothing(read, config, workers):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_read_each_batch_once(read, world_size):
     whole = list(read(BUNDLED, num_batches=5))
-    parts = [list(read(BUNDLED, num_batches=5, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    parts = [list(read(BUNDLED, num_batches=5, place=Place(rank, world_size))) for rank in range(world_size)]
     for rank, part in enumerate(parts):
         expected = [batch for i, batch in enumerate(whole) if i // 2 % world_size == rank]
         assert len(part) == len(expected) and all(map(same, part, expected))
@@ -97,7 +98,7 @@ def test_epochs_are_fresh_batches_and_ranks_share_them(read, public):
     seen = {int(batch["image"].sum() * 1e4) for batch in whole}
     assert len(seen) == 18, "no batch comes twice"
     for rank in range(2):
-        part = read(config, num_batches=3, rank=rank, world_size=2)
+        part = read(config, num_batches=3, place=Place(rank, 2))
         for epoch in range(3):
             for number, batch in zip(part.at(epoch).numbers, part.at(epoch), strict=True):
                 assert same(batch, whole[number]) and number // 2 % 2 == rank
@@ -107,7 +108,7 @@ def test_epochs_are_fresh_batches_and_ranks_share_them(read, public):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_round_is_a_batch_of_each_kind(read, world_size):
     whole = read(BUNDLED, num_batches=5)
-    ranks = [read(BUNDLED, num_batches=5, rank=rank, world_size=world_size).at(2) for rank in range(world_size)]
+    ranks = [read(BUNDLED, num_batches=5, place=Place(rank, world_size)).at(2) for rank in range(world_size)]
     assert [sum(own) for own in zip(*(rank.rounds for rank in ranks), strict=True)] == [2] * 5
     assert all(sum(rank.rounds) == len(rank) for rank in ranks)
     kinds = ["idx_to_group_img" in batch for batch in whole]
@@ -124,7 +125,7 @@ def test_rounds_hold_with_several_sources_of_a_kind(read, shares):
 
 
 def test_a_rank_without_a_batch_reads_none(read):
-    data = read(BUNDLED, num_batches=1, rank=1, world_size=2)
+    data = read(BUNDLED, num_batches=1, place=Place(1, 2))
     assert len(data) == 0 and list(data) == []
 
 
@@ -153,7 +154,7 @@ def test_unreadable_images_are_listed_and_too_many_are_an_error(read, text, tmp_
     assert str(broken) in (tmp_path / "skipped.txt").read_text()
     lenient = dataclasses.replace(config, max_skipped=0.5)
     for rank in range(2):
-        assert len(list(read(lenient, num_batches=2, rank=rank, world_size=2))) == 1
+        assert len(list(read(lenient, num_batches=2, place=Place(rank, 2)))) == 1
     with pytest.raises(ValueError, match="1 of 6 samples were skipped"):
         list(read(dataclasses.replace(config, max_skipped=0.1), num_batches=2))
     assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 1, "several passes list an image once"
@@ -165,13 +166,24 @@ def test_each_run_begins_its_lists_anew_and_leaves_those_of_other_ranks(tmp_path
     for path in lists:
         path.write_text("old.jpg\tbroken\n")
     (tmp_path / "skipped_by_hand.txt").touch()
-    clear_skipped(tmp_path, 1, 2)
+    clear_skipped(tmp_path, Place(1, 2))
     assert [path.exists() for path in lists] == [True, False, True, True]
     lists[1].write_text("new.jpg\tbroken\n")
-    clear_skipped(tmp_path, 0, 2)
+    clear_skipped(tmp_path, Place(0, 2))
     assert [path.exists() for path in lists] == [False, True, False, False]
     assert (tmp_path / "skipped_by_hand.txt").exists()
-    clear_skipped(tmp_path / "nowhere", 0, 1)
+    clear_skipped(tmp_path / "nowhere", Place())
+
+
+def test_a_calibration_that_goes_on_keeps_its_list(tmp_path):
+    listed = skipped_path(tmp_path, 0)
+    listed.write_text("of/the/first/half.jpg\tbroken\n")
+    (tmp_path / "chita_epoch0_rank0.rows").touch()
+    clear_skipped(tmp_path, Place())
+    assert listed.exists()
+    (tmp_path / "chita_epoch0_rank0.rows").unlink()
+    clear_skipped(tmp_path, Place())
+    assert not listed.exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +269,7 @@ def test_stages_follow_each_other_from_any_step_on(glyphs, text):
 
 def test_ranks_read_different_batches(glyphs, text):
     data = curriculum(glyphs, text)
-    for a, b in zip(data.steps(0, 0, 2), data.steps(0, 1, 2), strict=True):
+    for a, b in zip(data.steps(0, Place(0, 2)), data.steps(0, Place(1, 2)), strict=True):
         assert not torch.equal(a["sources"]["general"]["image"], b["sources"]["general"]["image"])
 
 

@@ -13,6 +13,7 @@ from datasets.bundled.curriculum import LabelledCurriculum
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import LabelsCalibration
 from datasets.labelled.public import labelled
+from datasets.place import Place
 from datasets.transforms import IMAGENET, EvalTransform
 from engine.reports.data_check import check_data
 
@@ -80,7 +81,7 @@ def test_ranks_share_the_batches_of_fresh_epochs(read, config):
     whole = [batch for epoch in range(3) for batch in data.at(epoch)]
     assert len({int(batch["image"].double().sum() * 1e4) for batch in whole}) == 9
     for rank in range(2):
-        part = read(config, num_batches=3, rank=rank, world_size=2)
+        part = read(config, num_batches=3, place=Place(rank, 2))
         for epoch in range(3):
             later = part.at(epoch)
             for number, batch in zip(later.numbers, later, strict=True):

@@ -138,6 +138,16 @@ def test_a_broken_image_makes_the_batch_smaller_and_is_listed(folder, text, tmp_
         skipped.add([broken])
 
 
+def test_a_line_of_the_list_is_an_image_whatever_its_name(tmp_path):
+    names = ["a\nb.png", "a\tb.png", "a\udcffb.png", "\u00e9.png", "plain.png"]
+    for _ in range(2):  # accounts of one run: an image is listed once
+        account = SkippedImages(tmp_path / "skipped.txt", expected=99, max_skipped=1)
+        account.add([Skipped(name, "it is\nbroken") for name in names])
+    lines = (tmp_path / "skipped.txt").read_text("utf-8").split("\n")
+    told = [r"a\nb.png", r"a\tb.png", r"a\udcffb.png", "\u00e9.png", "plain.png"]
+    assert lines == [*(f"{name}\tit is\\nbroken" for name in told), ""]
+
+
 def test_no_list_is_written_without_a_skipped_image(tmp_path):
     skipped = SkippedImages(tmp_path / "skipped.txt", expected=1, max_skipped=0)
     assert list(skipped.watch([{"image": torch.zeros(1)}])) and not skipped.list_path.exists()

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,10 +20,13 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.data_kinds import Calibration, proportional
 from datasets.collate import Skipped, SkippedImages, collate
+from datasets.images import FORMATS
 from datasets.pairs.pretraining import ImageTextDataset
 from datasets.pairs.shards import ShardBatches, ShardDataset, shard_loader
 from datasets.pairs.tars import count_samples, read_shard
+from datasets.place import Place
 from datasets.transforms import TrainTransform
+from sparsity.errors import UserError
 from tests.processes import PATIENCE
 
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
@@ -82,7 +86,7 @@ def numbers(batches):
 def one_pass(data, batch_size=2, rank=0, world_size=1, workers=0, start=0, epochs=1):
     batches = epochs * ShardBatches(data, batch_size, collate).batches
     stop = len(range(rank, batches, world_size))
-    split = {"rank": rank, "world_size": world_size, "workers": workers, "start": start}
+    split = {"place": Place(rank, world_size), "workers": workers, "start": start}
     loader = shard_loader(data, batch_size, collate, stop=stop, **split)
     read = numbers(loader)
     assert len(read) == len(loader) == max(0, stop - start)
@@ -165,7 +169,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path, text):
     assert sorted(sum(numbers(account.watch(loader)), [])) == [0, 1, 4, 5]
     name = f"{tmp_path}/00000.tar/000000002.png"
     assert sorted((tmp_path / "skipped.txt").read_text().splitlines()) == [
-        f"{name}\tUnidentifiedImageError: cannot identify image file {name}",
+        f"{name}\tit is damaged, or no image in one of the formats {', '.join(FORMATS)}",
         f"{tmp_path}/00000.tar/000000003\tthe shard has no image for this sample",
     ]
     with pytest.raises(ValueError, match="more than max_skipped = 0.01"):
@@ -194,6 +198,11 @@ def test_counts_are_found_without_statistics(shards):
         ("00009.tar", "00009.tar: shard not found; img2dataset"),
         ("{00000..00004.tar", "unbalanced braces"),
         ("{00000,00000}.tar", "00000.tar: named twice"),
+        ("{0..99999999999}.tar", "stand for more than 100,000 names"),
+        (
+            "{{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b},c}.tar",
+            "stand for",
+        ),
         ("*_stats.json", "00001_stats.json: expected .tar files"),
         ("cc*.tar", "no shard .* found"),
         ("", "no sample in these shards"),
@@ -272,7 +281,7 @@ def test_options_out_of_range(shards, text, options):
         dataset(shards, text, **options)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"start": -1}, {"stop": -1}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"start": -1}, {"stop": -1}])
 def test_batches_out_of_range(shards, text, options):
     with pytest.raises(ValueError, match="must"):
         ShardBatches(dataset(shards, text), **{"batch_size": 2, "collate": collate} | options)
@@ -325,7 +334,7 @@ def test_ranks_share_the_calibration_batches(config, text, tmp_path):
         return sorted(float(batch["image"].double().sum()) for batch in batches)
 
     whole = list(calibration(config, text, tmp_path))
-    parts = [list(calibration(config, text, tmp_path, rank=rank, world_size=2)) for rank in range(2)]
+    parts = [list(calibration(config, text, tmp_path, place=Place(rank, 2))) for rank in range(2)]
     assert sums(whole) == sums(parts[0] + parts[1])
     assert abs(len(parts[0]) - len(parts[1])) <= 3  # one for each of the sources
 
@@ -377,3 +386,55 @@ assert before == (dict(os.environ), sys.path, random.getstate(), signal.getsigna
 assert datasets.__file__.startswith(os.getcwd()) and "datasets.pairs.shards" in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"txt": b"caf\xe9"}, r"its caption \(.txt\) is not UTF-8"),
+        ({"txt": b" \n"}, "'caption' must not be empty"),
+        ({"json": b'{"caption": ""}'}, "'caption' must not be empty"),
+        ({"json": b'{"caption": "\\ud800"}'}, "'caption' has half a character"),
+        ({"json": b'{"caption": [1]}'}, "'caption' must be a text"),
+        ({"json": b"[" * 200_000}, "its .json is not JSON"),
+        ({"json": b"[3]"}, "no caption"),
+        ({}, "no caption"),
+    ],
+)
+def test_captions_that_are_none_are_named(tmp_path, text, files, told):
+    """The first sample's stops a run at its start, a later one is skipped."""
+    good, bad = sample(0), ("bad", {"png": png(1), **files})
+    write_shard(tmp_path / "first.tar", [bad, good])
+    with pytest.raises(UserError, match=rf"first.tar/bad.png: .*{told}"):
+        dataset(str(tmp_path / "first.tar"), text)
+    (tmp_path / "first.tar").unlink()
+    write_shard(tmp_path / "later.tar", [good, bad])
+    items = dict(dataset(str(tmp_path / "later.tar"), text).read(0, 0))
+    (item,) = [dataset(str(tmp_path / "later.tar"), text).item(0, 1, items[1])]
+    assert isinstance(item, Skipped) and item.path.endswith("later.tar/bad.png") and re.search(told, item.reason)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"successes": "3"}', '{"successes": -1}', '{"successes": 2.5}', '{"successes": true}']
+)
+def test_counts_that_are_none(tmp_path, content):
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    (tmp_path / "0_stats.json").write_text(content)
+    with pytest.raises(UserError, match="0_stats.json: expected img2dataset's JSON with 'successes'"):
+        count_samples(tmp_path / "0.tar")
+
+
+@pytest.mark.parametrize(
+    ("streams", "workers", "world_size", "told"),
+    [
+        (3, 0, 1, None),
+        (4, 2, 2, None),
+        (3, 2, 1, "streams: 3 stretches of the shards for 2 processes (1 devices x 2 workers)"),
+        (6, 2, 2, "make streams a multiple of 4"),
+    ],
+)
+def test_a_stretch_that_is_read_twice_is_told(shards, text, caplog, streams, workers, world_size, told):
+    for rank in range(world_size):
+        split = {"workers": workers, "place": Place(rank, world_size)}
+        shard_loader(dataset(shards, text, streams=streams), 1, collate, stop=1, **split)
+    assert [told in message for message in caplog.messages] == [True] * (told is not None)

@@ -15,6 +15,7 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.collate import Skipped, collate
 from datasets.pairs.pretraining import ImageTextDataset
+from datasets.place import Place
 from datasets.tasks.captioning import BundledCaptions, CaptioningEvalDataset, evaluation_sets, prompted, training_set
 from datasets.tasks.captioning_pretraining import Pairs, read
 from datasets.tasks.captioning_pretraining import training_set as pretraining_set
@@ -89,7 +90,7 @@ def test_image_ids_as_texts(coco, write_json):
         ([], "no list 'annotations'"),
         ({"images": []}, "no list 'annotations'"),
         ({"annotations": [{"image_id": 42}]}, "annotation 0 is {'image_id': 42}"),
-        ({"annotations": [{"image_id": "x", "caption": "a"}]}, "annotation 0 is"),
+        ({"annotations": [{"image_id": None, "caption": "a"}]}, "annotation 0 is .* 'image_id' must be a number"),
         ({"annotations": ["a"]}, "annotation 0 is 'a'"),
         ({"annotations": [{"image_id": 42, "caption": "a"}]}, "no caption of image 7, which .*val.json has"),
     ],
@@ -107,21 +108,6 @@ def test_files_that_are_not_there(coco):
         CaptioningEvalDataset(file, root, EvalTransform(32), gt_file=root / "absent.json")
     with pytest.raises(FileNotFoundError, match="absent.json: annotation file not found"):
         CaptioningEvalDataset(root / "absent.json", root, EvalTransform(32))
-
-
-@pytest.mark.parametrize(
-    ("names", "told"),
-    [
-        (["cat.png"], "no number at the end of cat.png"),
-        (["a7.png", "b/x_007.png"], "two images have the number 7 at the end of their names"),
-    ],
-)
-def test_images_without_a_number_of_their_own(tmp_path, write_image, write_json, names, told):
-    for name in names:
-        write_image(tmp_path / name)
-    file = write_json(tmp_path / "val.json", [{"image": name, "caption": "a"} for name in names])
-    with pytest.raises(ValueError, match=rf"val.json: {told}"):
-        CaptioningEvalDataset(file, tmp_path, EvalTransform(32))
 
 
 def test_an_image_that_cannot_be_read(coco):
@@ -260,7 +246,7 @@ def test_a_mixture_is_resumed_where_it_was_left(mixed):
 
 def test_ranks_share_a_mixture(mixed):
     options = {"seed": 1, "start": 0}
-    parts = [list(read(mixed, 2, collate, stop=6, rank=rank, world_size=2, **options)) for rank in range(2)]
+    parts = [list(read(mixed, 2, collate, stop=6, place=Place(rank, 2), **options)) for rank in range(2)]
     ours = sorted(float(image.sum()) for part in parts for batch in part for image in batch["image"])
     whole = sorted(
         float(image.sum()) for batch in read(mixed, 2, collate, stop=12, **options) for image in batch["image"]

@@ -158,3 +158,31 @@ def test_bad_pairs_are_refused(folder, write_json):
 def test_a_part_of_the_evaluation_set(folder):
     data = RetrievalEvalDataset(folder / "coco_test.json", folder / "coco", EvalTransform(16), limit=2)
     assert len(data) == 2 and data.img2txt == IMG2TXT[:2] and data.txt2img == TXT2IMG[:3]
+
+
+def one_row(scores, matches):
+    """Rank of the best match of a query, plainly."""
+    known = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best = known[matches].max()
+    ahead = (known >= best).sum() - (known[matches] >= best).sum()
+    return torch.inf if scores[matches].isnan().all() else float(ahead)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_a_loop_over_queries(seed):
+    """With ties, NaN and infinite scores, and images with different numbers of texts."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 5, 8)
+    txt2img = np.repeat(np.arange(8), counts).tolist()
+    order = rng.permutation(len(txt2img))  # texts of an image need not stand together
+    txt2img = [txt2img[i] for i in order]
+    img2txt = [[t for t, i in enumerate(txt2img) if i == image] for image in range(8)]
+    values = np.array([-np.inf, -100.0, 0.0, 1.0, 2.0, np.inf, np.nan])
+    i2t = torch.from_numpy(rng.choice(values, (8, len(txt2img))))
+    t2i = torch.from_numpy(rng.choice(values, (len(txt2img), 8)))
+    txt = torch.tensor([one_row(row, own) for row, own in zip(i2t, img2txt, strict=True)])
+    img = torch.tensor([one_row(row, [i]) for row, i in zip(t2i, txt2img, strict=True)])
+    found = recall(i2t, t2i, txt2img, img2txt)
+    for k in (1, 5, 10):
+        assert found[f"txt_r{k}"] == pytest.approx(100 * (txt < k).float().mean().item())
+        assert found[f"img_r{k}"] == pytest.approx(100 * (img < k).float().mean().item())

@@ -1,11 +1,13 @@
 """Rates, names of masks, checkpointed blocks and the model card."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import models
 from configs.task import OptimizerConfig, SchedulerConfig
 from engine.reports.model_card import model_card
 from engine.training.finetuning import checkpoint_blocks, rate, read_masks
@@ -49,6 +51,36 @@ def test_new_parameters_learn_faster_and_norms_and_biases_do_not_decay():
     optimizer, found = groups(model, [], opt="sgd")
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
     assert [lr for _, lr, _ in found] == [0.1, 0.1]
+
+
+def test_a_factor_of_the_rate_that_changes_nothing_is_told(caplog):
+    model = nn.ModuleDict({"old": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    groups(model, ["head.*"])
+    assert not caplog.messages
+    groups(model, [])
+    assert caplog.messages == ["lr_mult 2 changes nothing: this model has no newly initialised parameters"]
+
+
+FULL_SIZE = [path for path in Path("configs").glob("*/*.yaml") if "lr_mult" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=str)
+def test_configurations_say_lr_mult_only_where_something_is_new(path):
+    assert models.find_task(path.parent.name, path.stem.removesuffix("_mini").removeprefix("image_")).NEW
+
+
+def test_masks_of_the_file_win_over_inherited_ones(tmp_path):
+    """Whichever of them the file has first."""
+    view = view_of(nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"}))
+    masks = {f"{name}.weight": torch.rand(8, 8) > 0.5 for name in "abc"}
+    heirs = {"a.weight": ("b.weight",), "c.weight": ("b.weight",)}
+    for order in ("abc", "cba", "bac"):
+        Masks({f"{name}.weight": masks[f"{name}.weight"] for name in order}).save(tmp_path / "m.safetensors")
+        held = read_masks(tmp_path / "m.safetensors", view, lambda name: [name], lambda name: heirs.get(name, ()))
+        assert all(torch.equal(held[name], mask) for name, mask in masks.items())
+    Masks({name: mask for name, mask in masks.items() if name != "b.weight"}).save(tmp_path / "m.safetensors")
+    held = read_masks(tmp_path / "m.safetensors", view, lambda name: [name], lambda name: heirs.get(name, ()))
+    assert torch.equal(held["b.weight"], masks["c.weight"])
 
 
 def moved(name):

@@ -136,11 +136,20 @@ def one_rank(rank, address, results, batch):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     blip_retrieval.draw_negatives = next_pair
     model = blip_retrieval.build(BLIP_CONFIG, FILE).eval()
-    replica = DistributedDataParallel(model)  # it must outlive the backward pass
-    losses = replica({name: tensor.chunk(2)[rank] for name, tensor in batch.items()})
+    # As retrieval.py has it: each rank fills its own queues with the features of all.
+    replica = DistributedDataParallel(model, broadcast_buffers=False)  # it must outlive the backward pass
+    own = {name: tensor.chunk(2)[rank] for name, tensor in batch.items()}
+    losses = replica(own)
     losses["loss"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    found = {"itm": losses["itm"].detach(), "queue": model.image_queue, "ids": model.idx_queue}
+    found = {"itm": losses["itm"].detach(), "queue": model.image_queue.clone(), "ids": model.idx_queue.clone()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+        model.on_step()
+        optimizer.zero_grad()
+        replica(own)["loss"].backward()
+    found["state"] = model.state_dict()
     torch.save(found | {"matching": gradients["itm_head.weight"]}, f"{results}/{rank}")
     distributed.destroy_process_group()
 
@@ -159,3 +168,5 @@ def test_two_processes_match_all_pairs_and_queue_all_features(tmp_path, batch, m
     for found in ranks:
         torch.testing.assert_close(found["queue"], model.image_queue)
         assert torch.equal(found["ids"], model.idx_queue)
+    for name, tensor in ranks[0]["state"].items():  # four steps later the ranks are still one model
+        assert torch.equal(tensor, ranks[1]["state"][name]), name

@@ -233,8 +233,10 @@ def test_the_result_of_training_is_a_moving_average():
         around.model.final_layer.linear.bias.add_(1)
     loss = around(**batch)["loss"]
     loss.backward()
+    assert torch.equal(around.result.final_layer.linear.bias, before)
+    around.on_step()
     torch.testing.assert_close(around.result.final_layer.linear.bias, before + 0.9)  # (1 + 0) / (10 + 0) of the old
-    around.eval()(**batch)
+    around(**batch)
     torch.testing.assert_close(around.result.final_layer.linear.bias, before + 0.9)
     assert all(p.grad is None for p in around.result.parameters())
 

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from models.external import model as external
-from models.external.preprocessing import CAPTION, PROMPT, preprocessing
+from models.external.preprocessing import PROMPT, preprocessing
 from tests import tiny_models
 from tests.tiny_models import IMAGE_TOKEN, TRANSFORMERS, VISION, image_processor, tokenizer
 
@@ -68,24 +68,25 @@ def test_classifiers_of_transformers_know_their_classes(tmp_path, images):
     model = external.build(f"hf:{tiny_models.save(model, tmp_path, image_processor())}")
     preprocess = preprocessing(model)
     assert preprocess.labels(["lily", "rose", "tulip"]) == [2, 1, 0]
-    assert preprocess.labels(["1", "2", "3"]) == [0, 1, 2], "names that it does not have: their places"
     batch = preprocess(images, None, [2, 0])
     assert torch.equal(batch["pixel_values"], image_processor()(images, return_tensors="pt")["pixel_values"])
     assert external.prunable_view(model).loss(batch).isfinite()
     assert set(preprocess(images, None, None)) == {"pixel_values"}
 
 
-def test_pairs_with_captions_have_a_loss_and_without_them_a_text(tmp_path, images):
+def test_pairs_with_captions_have_a_loss_and_without_them_are_refused(tmp_path, images):
     model, preprocess = published("clip", tmp_path)
     batch = preprocess(images, CAPTIONS, None)
     assert [
         row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ] == ANSWERS
     assert batch["return_loss"] and external.prunable_view(model).loss(batch).isfinite()
-    batch = preprocess(images, None, preprocess.labels(["a", "b"]))
-    assert "return_loss" not in batch and batch["input_ids"].tolist() == 2 * [tokenizer()(CAPTION)["input_ids"]]
-    with pytest.raises(ValueError, match="returns no loss"):
-        external.prunable_view(model).loss(batch)
+    assert preprocess.labels(["a", "b"]) is None
+    for refused in (lambda: preprocess.check(False), lambda: preprocess(images, None, None)):
+        with pytest.raises(
+            ValueError, match="CLIPModel reads texts, and the folder has no captions: put captions.json"
+        ):
+            refused()
 
 
 def test_texts_longer_than_the_positions_are_cut(tmp_path, images):
@@ -96,11 +97,15 @@ def test_texts_longer_than_the_positions_are_cut(tmp_path, images):
 
 
 @pytest.mark.parametrize(("kind", "chat"), [("blip2", False), ("llava", False), ("llava", True), ("qwen", True)])
-def test_generative_models_are_asked_and_answer_the_caption(tmp_path, images, kind, chat):
+def test_generative_models_are_asked_and_answer_the_caption(tmp_path, images, caplog, kind, chat):
     model, preprocess = published(kind, tmp_path, chat=chat)
+    caplog.clear()
     view = external.prunable_view(model)
     asked = preprocess(images, None, None)
-    assert "labels" not in asked
+    preprocess.check(True)
+    assert "labels" not in asked and not caplog.records
+    preprocess.check(False)
+    assert "the folder has no captions: every image has the text 'Describe the image.'" in caplog.text
     places = 6 if kind == "qwen" else 4  # of 56 x 84 pixels
     assert (asked["input_ids"] == IMAGE_TOKEN).sum(1).tolist() == [places] * 2
     words = tokenizer()(PROMPT)["input_ids"]

@@ -449,3 +449,9 @@ def test_the_tasks_are_found_by_their_names():
     assert models.of_task("captioning_pretrain") == ("xvlm",)
     with pytest.raises(ValueError, match="no captioning_pretrain with the model 'blip'; there is with: xvlm"):
         models.find_task("blip", "captioning_pretrain")
+
+
+def test_without_label_smoothing_the_loss_is_the_plain_cross_entropy():
+    model = xvlm_captioning_pretrain.build(CONFIG, prompt=(3,), end=4, label_smoothing=0.0)
+    logits, targets = torch.randn(5, 210), torch.randint(210, (5,))
+    torch.testing.assert_close(model.language_loss(logits, targets), F.cross_entropy(logits, targets))

@@ -111,6 +111,33 @@ def test_a_mask_of_another_model_is_refused_with_the_first_names(model, tmp_path
         read_masks(tmp_path / "m.safetensors", xvlm_retrieval.prunable_view(model), xvlm_retrieval.task_names)
 
 
+MASK_KEYS = json.loads(Path("tests/data/checkpoints/mask_file_keys_xvlm.json").read_text())
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "captioning_pretrain", "vqa"])
+def test_a_public_mask_file_is_for_every_task(tmp_path, task):
+    """With all keys of the published files, also those of heads and layers that the task does not have."""
+    vision = dataclasses.replace(CONFIG.vision, layers=12, width=16, heads=2, mlp_width=16)
+    text = dataclasses.replace(CONFIG.text, layers=12, width=16, heads=2, mlp_width=16)
+    sizes = dataclasses.replace(CONFIG, vision=vision, text=text)
+    trunk = xvlm.build(sizes)
+    shapes = {name: tensor.shape for name, tensor in trunk.state_dict().items()}
+    shapes["text_encoder.cls.predictions.decoder.bias"] = (text.vocab_size,)
+    pruned, public = set(xvlm.prunable_view(trunk).weights), {}
+    for key in MASK_KEYS:
+        name = key.removesuffix("_pruning_mask")
+        public[key] = (torch.rand(shapes[name]) > 0.6 * (name in pruned)).float()
+    torch.save(public, tmp_path / "public.pth")
+    module = models.find_task("xvlm", task)
+    marks = {} if task in ("retrieval", "vqa") else {"prompt": (3,), "end": 4}
+    view = module.prunable_view(module.build(sizes, **marks))
+    held = read_masks(tmp_path / "public.pth", view, module.task_names)
+    assert len(held) == len(pruned)
+    for name in pruned:
+        (own,) = module.task_names(name)
+        assert torch.equal(held[own], public[name + "_pruning_mask"].bool()), name
+
+
 def test_without_a_negative_all_parameters_still_take_part(model, batch):
     losses = model(batch | {"sample_ids": torch.zeros(4, dtype=torch.long)})
     assert losses["itm"] == 0

@@ -61,3 +61,10 @@ def test_arguments_are_parsed_without_torch():
         "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("text", ["1e-999999999", "1e999999999", "9" * 6000, "0." + "1" * 100])
+def test_numbers_that_take_forever_are_refused_at_once(text):
+    for read in (parse_sparsities, lambda text: budget(text, 10)) if len(text) != 102 else (parse_sparsities,):
+        with pytest.raises(ValueError, match="got '"):
+            read(text)
