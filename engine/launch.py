@@ -33,10 +33,10 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.WARNING if rank else logging.INFO)
-    stopping.listen()
     code: int = DONE
     try:
-        main()
+        with stopping.listening():
+            main()
     except Exception as error:
         code = _failed(error, rank)
         if code == BUG:

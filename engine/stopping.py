@@ -23,12 +23,18 @@ class _State:
     process = 0  # that listens: children that are forked inherit the handler
 
 
-def listen() -> None:
-    """Raise Stopped wherever the program is when a signal comes, unless it is `deferred`."""
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside the block a signal raises Stopped wherever the program is, unless it is `deferred`."""
     _State.asked, _State.waits, _State.process = "", False, os.getpid()
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, _come)
+    own = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, _come) for number in SIGNALS} if own else {}
+    try:
+        yield
+    finally:
+        _State.asked = ""
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _come(number: int, _: Any) -> None:

@@ -341,7 +341,9 @@ def test_pretraining_to_the_end(longer, capsys):
     content = (folder / "xvlm.safetensors").read_bytes()
     pretrain.main(pretrain_options(folder, config))  # there is nothing left to do
     assert (folder / "xvlm.safetensors").read_bytes() == content
-    assert capsys.readouterr().out == f"weights: {folder}/xvlm.safetensors\nlog: {folder}/log.csv\n"
+    again = f"this run is finished; delete {folder}/last.pt to train again\n"
+    told = f"{again}weights: {folder}/xvlm.safetensors\nlog: {folder}/log.csv\n"
+    assert capsys.readouterr().out == told
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "last.pt", "log.csv", "xvlm.safetensors"}
     rows = log_rows(folder)
     assert rows[-1][0] == "90" and len(rows) == len(set(rows))

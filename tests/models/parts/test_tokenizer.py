@@ -97,7 +97,7 @@ def test_mini_vocabulary_writes_every_concept(bert):
 @pytest.mark.script
 def test_mini_vocabulary_is_what_the_script_builds(tmp_path):
     (tmp_path / "data").mkdir()
-    for name in ("datasets", "models", "scripts"):
+    for name in ("configs", "datasets", "models", "scripts", "sparsity"):
         (tmp_path / name).symlink_to(Path(name).resolve())
     (tmp_path / "data" / "bundled").symlink_to(Path("data/bundled").resolve())
     (tmp_path / "data" / "vocab").mkdir()
