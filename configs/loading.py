@@ -44,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with reading(path):
             text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, _Loader)
+        content = _Loader.read(text)
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: too many brackets in brackets") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
@@ -59,6 +59,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, where no key may stand twice in a mapping, and merged mappings (<<) stay small."""
+
+    @classmethod
+    def read(cls, text: str) -> Any:
+        """Return the content of the one document, as yaml.safe_load does."""
+        loader = cls(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()

@@ -186,14 +186,14 @@ def test_a_stopped_training_goes_on(trained, tmp_path, monkeypatch):
 
     def stop(self):
         measured.append(1)
-        if len(measured) == 2:  # after step 10, of which nothing is saved
+        if len(measured) == 2:  # after step 10, which is saved, and not yet validated
             raise KeyboardInterrupt
         return measure(self)
 
     monkeypatch.setattr(Accuracy, "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(pretrain_options(tmp_path))
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 9
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 10
     pretrain.main(pretrain_options(tmp_path))
     assert (tmp_path / "dino.safetensors").read_bytes() == (trained / "dino.safetensors").read_bytes()
 

@@ -24,6 +24,7 @@ from engine.launch import run
 from engine.options import diffusion as generator
 from models.dit import model as dit
 from models.dit import sizes as dit_sizes
+from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests.processes import error_line
 
@@ -328,7 +329,7 @@ def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
         path = generator.official("DiT-XL/2", 512)
         assert Path(path).read_bytes() == bytes(range(256)) * 9
         (site / "DiT-XL-2-512x512.pt").unlink(missing_ok=True)
-    with pytest.raises(OSError, match=r"--ckpt: .*DiT-XL-2-256x256.pt cannot be downloaded .* give the weights of"):
+    with pytest.raises(UserError, match=r"--ckpt: .*DiT-XL-2-256x256.pt cannot be downloaded .* give the weights of"):
         generator.official("DiT-XL/2", 256)
     assert [entry.name for entry in Path("pretrained_models").iterdir()] == ["DiT-XL-2-512x512.pt"]
 

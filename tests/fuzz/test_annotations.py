@@ -91,9 +91,11 @@ def references(path: Path, root: Path) -> dict:
 
 
 def told_references(content: dict) -> dict:
-    found: dict[int, list] = {}
+    found: dict[int | str, list] = {}
     for annotation in content["annotations"]:
-        found.setdefault(int(annotation["image_id"]), []).append(annotation["caption"])
+        number = annotation["image_id"]
+        number = int(number) if str(number).isdecimal() else number
+        found.setdefault(number, []).append(annotation["caption"])
     return found
 
 
