@@ -276,7 +276,8 @@ class MaskLearning:
             remove_leftovers(folder / BEST)
             save_checkpoint(folder / BEST, {**facts, "state_dict": state})
             with folded(model):
-                save_weights(model, folder / WEIGHTS, without=("*.gate",))
+                halves = self.task.view.halves
+                save_weights(model, folder / WEIGHTS, halves=halves, without=("*.gate",), allowed=("vanished",))
             if self.masks is not None:
                 recorded = {"method": "maskllm", "step": step, "metrics": metrics, **self.identity}
                 self.masks.masks(recorded).save(folder / MASK)
