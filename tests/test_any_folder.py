@@ -8,6 +8,8 @@ import pytest
 
 from configs.locations import ROOT, located
 
+pytestmark = pytest.mark.script
+
 COMMANDS = {
     "prune": (["-m", "xvlm", "-p", "omp", "-s", "63"], "pruned_weights/omp/report.md"),
     "oneshot_pruning_timm": (

@@ -37,7 +37,7 @@ from tests import tiny_models
 from tests.conftest import BLIP_CONFIG, CONFIG
 from tests.tiny_models import VISION
 
-pytestmark = pytest.mark.usefixtures("no_network")
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 
 
 class Code:

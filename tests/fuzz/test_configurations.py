@@ -21,6 +21,8 @@ from sparsity.pattern import parse_pattern
 from tests.fuzz.damage import check, damaged_bytes, damaged_json, fuzzed
 from tests.test_bad_input import BAD_TEXTS, SCHEMAS
 
+pytestmark = pytest.mark.script
+
 FRAGMENTS = (
     *(
         "!!int x",

@@ -21,6 +21,8 @@ from sparsity.statistics.gradient_rows import Scratch
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused, script  # noqa: F401
 from tests.toys import Conv1D, layers, view_of
 
+pytestmark = pytest.mark.script
+
 ROUNDS = [2, 2, 2]
 FILES = ["xvlm_chita_50_seed42_pruning_masks.safetensors", "xvlm_chita_50_seed42_weights.safetensors"]
 

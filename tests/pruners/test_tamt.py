@@ -18,6 +18,8 @@ from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradients import batch_generator
 from tests.test_scripts import CONFIGS, SMALL, mask_files, no_pictures, prune_options, pruned, same_but_for_sums, script  # noqa: F401
 
+pytestmark = pytest.mark.script
+
 ROUNDS = [2, 2, 2, 2]
 
 

@@ -21,6 +21,8 @@ from datasets.text import TextEncoder, clean_caption
 from datasets.transforms import CLIP_MEAN, CLIP_STD, EvalTransform
 from models.parts.tokenizer import WordPiece
 
+pytestmark = pytest.mark.script
+
 ROOT = Path("data/bundled")
 
 

@@ -29,6 +29,8 @@ from datasets.transforms import TrainTransform
 from sparsity.errors import UserError
 from tests.processes import PATIENCE
 
+pytestmark = pytest.mark.script
+
 COUNTS = (5, 9, 2, 0, 11)  # samples of the shards
 TOTAL = sum(COUNTS)
 

@@ -14,6 +14,8 @@ from engine.training.optimizer import adamw, muon
 from sparsity.masks import Masks
 from tests.toys import view_of
 
+pytestmark = pytest.mark.script
+
 STEPS = 13
 OPTIMIZERS = {
     "adamw": lambda model: adamw(model, lr=0.1, weight_decay=0.01, betas=(0.9, 0.98)),

@@ -12,6 +12,8 @@ from models.external.heads import heads_by_kind
 from models.external.layer_names import is_head
 from tests.tiny_models import VISION
 
+pytestmark = pytest.mark.script
+
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 DETR = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2}
 DETR |= {"decoder_attention_heads": 2, "num_queries": 5, "num_labels": 4, "decoder_layers": 2, "encoder_layers": 1}

@@ -18,6 +18,8 @@ from sparsity.statistics.inputs import Statistics
 from tests import tiny_models
 from tests.tiny_models import TEXT, TIMM, TRANSFORMERS, VISION, batch_for, make_timm, side, words
 
+pytestmark = pytest.mark.script
+
 PATTERN = parse_pattern("2:4")
 
 

@@ -11,6 +11,8 @@ from models.external import model as external
 from sparsity.view import PrunableView, bare
 from tests.tiny_models import TRANSFORMERS, batch_for, make_timm
 
+pytestmark = pytest.mark.script
+
 
 @pytest.fixture
 def group(tmp_path):

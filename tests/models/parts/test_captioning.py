@@ -20,6 +20,8 @@ from models.xvlm import model as xvlm
 from sparsity.masks import Masks
 from tests.conftest import BLIP_CONFIG, CONFIG, SMALL, SMALL_BLIP
 
+pytestmark = pytest.mark.script
+
 TASKS = {"xvlm": xvlm_captioning, "blip": blip_captioning}
 TRUNKS = {"xvlm": xvlm, "blip": blip}
 CHECKPOINTS = {"xvlm": SMALL / "state_dict.safetensors", "blip": SMALL_BLIP / "state_dict.safetensors"}

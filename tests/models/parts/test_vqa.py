@@ -20,6 +20,8 @@ from models.xvlm import model as xvlm
 from models.xvlm import vqa as xvlm_vqa
 from sparsity.masks import Masks
 
+pytestmark = pytest.mark.script
+
 TEXT = TextConfig(vocab_size=60, width=32, layers=5, fusion_layer=3, heads=2, mlp_width=48, max_positions=16)
 PLAIN = dataclasses.replace(TEXT, fusion_layer=0, token_types=False, layers=2)
 SIZES = {
