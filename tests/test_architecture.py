@@ -133,8 +133,7 @@ def test_python_entry_points_live_at_the_root():
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
 def test_the_import_system_is_left_alone(path):
-    code = path.read_text().replace("sys.modules.get(", "looked_up(")  # a look changes nothing
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sys":
             assert node.attr not in ("path", "modules"), f"line {node.lineno} touches sys.{node.attr}"
 
