@@ -1,0 +1,64 @@
+"""How much each layer loses: one file per allocation, whose name is its name on the command line."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparsity.allocation.budget import Sparsity
+from sparsity.view import PrunableView
+
+
+@dataclass(frozen=True)
+class Part:
+    """The weights among which a budget is shared out: all of a model, or those of one group.
+
+    names: in prunable order. scores(names) -> (name, score (out, in)) of those weights, in that order; it may be called
+    several times, and raises UserError where the plan has no scores of single weights. statistics: name of a statistic
+    -> name of a weight -> tensor, of those that the allocation declares.
+    """
+
+    view: PrunableView
+    names: Sequence[str]
+    scores: Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Return name -> group."""
+        return {name: self.view.weights[name].group for name in self.names}
+
+    @property
+    def numel(self) -> int:
+        """Return how many weights there are."""
+        return sum(self.view.weights[name].numel for name in self.names)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Weights that compete with each other.
+
+    counts: for each sparsity, how many of them are pruned. even: each layer, or row, or block, loses the same share,
+    rounded down where that is decided (in the scope), so that `counts` is not spread.
+    """
+
+    names: Sequence[str]
+    counts: Sequence[int]
+    even: bool = False
+
+
+class Allocation:
+    """Base of the allocations."""
+
+    name: ClassVar[str]  # on the command line
+    statistics: ClassVar[tuple[str, ...]] = ()  # that it reads besides the score's
+    local: ClassVar[bool] = False  # a layer's share depends on no score and no other layer's pruning
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
+        """Return who competes with whom: every weight of the part in one contest, in prunable order."""
+        raise NotImplementedError

@@ -1,0 +1,58 @@
+"""What happens to the weights that are kept: one file per method, whose name is its name on the command line."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparsity.allocation.budget import Sparsity
+from sparsity.errors import UserError
+from sparsity.pattern import NM
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer whose kept weights are to be updated.
+
+    weight: (out, in), never written to. statistics: by name, those that the reconstruction declares, of this layer.
+    kept: (out, in), bool, the mask; None where the reconstruction finds it: then sparsity (a fraction; None with a
+    pattern), scope and pattern say what is legal.
+    """
+
+    name: str
+    weight: Tensor
+    statistics: dict[str, Tensor]
+    kept: Tensor | None = None
+    sparsity: Sparsity | None = None
+    scope: str = "layer"
+    pattern: NM | None = None
+
+
+class Reconstruction:
+    """Base of the methods that update the kept weights of a layer from statistics of its inputs."""
+
+    name: ClassVar[str]  # on the command line
+    statistics: ClassVar[tuple[str, ...]] = ("hessian",)  # of sparsity.statistics.passes.PASSES
+    scopes: ClassVar[tuple[str, ...]] = ()  # within which it finds a mask by itself; none: it needs one
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Return what is kept, (out, in) bool, and the updated weights, (out, in) in the weight's dtype, exactly 0
+        wherever a weight is pruned.
+        """
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that it was made with, for the provenance of masks."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+
+def check_mask(problem: Problem) -> Tensor:
+    """Return the mask of a problem that must have one. UserError where it has none."""
+    if problem.kept is None:
+        raise UserError(f"layer {problem.name!r}: this reconstruction needs a mask")
+    return problem.kept
