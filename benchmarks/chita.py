@@ -21,7 +21,7 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification
 import pruners
 from benchmarks.calibration import anonymous_megabytes, peak, seconds
 from sparsity.allocation.budget import budget
-from sparsity.reconstruction.chita import cut, objective, solve
+from sparsity.reconstruction.blockwise import cut, objective, solve
 from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Rows, Scratch, gradient_rows
 from sparsity.view import PrunableView

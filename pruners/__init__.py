@@ -1,71 +1,93 @@
-"""Which weights go: one file per method, whose name is its name on the command line.
+"""What a weight is worth: one file per method, whose name is its name on the command line.
 
-`available()` lists them and imports none; `build(name)` imports that one alone.
+`available()` lists them and imports none; `build(name)` imports that one alone. `prune` is all of it in one call.
 """
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
+from sparsity.pattern import NM, parse_pattern
+from sparsity.run.axes import RECONSTRUCTIONS
+from sparsity.run.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pruners.base import Pruner
+    from sparsity.allocation.budget import Sparsity
+    from sparsity.masks import Masks
+    from sparsity.run.engine import Engine
+    from sparsity.view import PrunableView
 
-
-_NO_PRUNERS = ("__init__", "base", "layer_wise")  # files of this folder
+_PRUNERS = Registry("pruner", "pruners", "pruners.base:Pruner")
+UPDATES = {"sparsegpt": "sparsegpt"}  # pruner -> the reconstruction that --enable_update means
 
 
 def available() -> list[str]:
-    """The names of the pruners: the files of this folder but for their bases."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in _NO_PRUNERS)
-
-
-def build(pruner: "str | type[Pruner]", **options: Any) -> "Pruner":
-    """A pruner from its name, or from its class, with its options. UserError for an unknown name (with the nearest
-    one) or option.
-    """
-    kind = _find(pruner) if isinstance(pruner, str) else pruner
-    known = inspect.signature(kind).parameters
-    for option in options:
-        if option not in known:
-            raise UserError(f"pruner {kind.name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
-    return kind(**options)
-
-
-def options(name: str) -> list[str]:
-    """The options that a pruner of this name takes; the command line has options of the same names."""
-    return list(inspect.signature(_find(name)).parameters)
-
-
-def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all options that are given, those that a pruner of this name takes."""
-    return {option: given[option] for option in options(name)}
-
-
-def one_shot(name: str) -> bool:
-    """Whether one pass over the data, or none, serves all sparsities."""
-    return "epochs" not in options(name) and not _find(name).trains
+    """Return the names of the pruners: the files of this folder but for their base."""
+    return _PRUNERS.names()
 
 
 def check(name: str) -> None:
-    """UserError, with the nearest name, unless there is a pruner of this name."""
-    names = available()
-    if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        raise UserError(f"there is no pruner {name!r}, did you mean {nearest[0]!r}? There are: {', '.join(names)}")
+    """Raise UserError, with the nearest name, unless there is a pruner of this name."""
+    _PRUNERS.check(name)
 
 
-def _find(name: str) -> "type[Pruner]":
-    check(name)
-    module = importlib.import_module(f"pruners.{name}")
-    base = importlib.import_module("pruners.base").Pruner
-    kinds: list[Any] = [kind for kind in vars(module).values() if inspect.isclass(kind) and issubclass(kind, base)]
-    kinds = [kind for kind in kinds if kind.__module__ == module.__name__]
-    if len(kinds) != 1:
-        found = f"it has {', '.join(kind.__name__ for kind in kinds)}" if kinds else "it has none"
-        raise UserError(f"pruners/{name}.py: expected one subclass of pruners.base.Pruner, {found}")
-    return kinds[0]
+def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **options: Any) -> "Engine":
+    """Return what runs a pruner: its plan, with the options that are given in place of its preset.
+
+    pruner: a name, or a class. options: of the score, of the reconstruction, and those of every plan (see
+    `sparsity.run.plan.make_plan`); None: not given. enable_update: as reconstruct, for a pruner that has an update of
+    its own. Raises UserError for an unknown name (with the nearest one), for an option that the plan does not read, and
+    for what cannot be combined.
+    """
+    plans, engine = importlib.import_module("sparsity.run.plan"), importlib.import_module("sparsity.run.engine")
+    kind = _PRUNERS.find(pruner) if isinstance(pruner, str) else pruner
+    given = {option: value for option, value in options.items() if value is not None}
+    if enable_update:
+        if kind.name not in UPDATES:
+            raise UserError(f"--enable_update is for {', '.join(UPDATES)}: leave it out, or give --reconstruct")
+        given = {"reconstruct": UPDATES[kind.name]} | given
+    own = inspect.signature(kind).parameters
+    score = kind(**{option: value for option, value in given.items() if option in own})
+    return engine.Engine(plans.make_plan(score, **{o: v for o, v in given.items() if o not in own}))
+
+
+def options_of_method(name: str) -> list[str]:
+    """Return the names of all options that are this score's, or this reconstruction's, alone."""
+    kind = _PRUNERS.find(name) if name in available() else RECONSTRUCTIONS.find(name)
+    return list(inspect.signature(kind).parameters)
+
+
+def prune(
+    model: "nn.Module | PrunableView",
+    pruner: str = "wanda",
+    *,
+    sparsity: "Sparsity | Sequence[Sparsity] | None" = None,
+    pattern: "str | NM | None" = None,
+    group_sparsity: "Mapping[str, Sparsity] | None" = None,
+    data: "Iterable[Any] | None" = None,
+    seed: int = 42,
+    **options: Any,
+) -> "Masks | list[Masks]":
+    """Prune a model by a plan, and return the masks, with updated weights where the plan reconstructs.
+
+        masks = pruners.prune(model, "wanda", pattern="2:4", reconstruct="sparsegpt", data=batches)
+        masks.save("masks.safetensors")
+        masks.apply(sparsity.PrunableView(model, ...))
+
+    model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
+    tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead.
+    options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
+    """
+    views = importlib.import_module("sparsity.run.generic")
+    built = build(pruner, **options)
+    view = views.generic_view(model)
+    several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+    wanted = list(sparsity) if isinstance(sparsity, Sequence) and several else [] if sparsity is None else [sparsity]
+    chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
+    found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
+    return found if several else found[0]

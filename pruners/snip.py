@@ -1,11 +1,9 @@
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from pruners.base import Measured, Pruner, by_name
-from sparsity.run.request import PLAIN_PASS, CalibrationPass
+from pruners.base import Pruner
 from sparsity.view import PrunableView
 
 
@@ -14,13 +12,11 @@ class SNIP(Pruner):
 
     statistic = "mean_gradient"
 
-    def measure(
-        self, view: PrunableView, batches: Iterable[Any] | None, reading: CalibrationPass = PLAIN_PASS
-    ) -> Measured:
-        gradients = by_name(super().measure(view, batches, reading))
-        scores = self.scores(view, gradients)
-        total = sum(float(score.sum(dtype=torch.float64)) for _, score in scores)
-        return {name: gradient.div_(total) for name, gradient in gradients.items()} if total else gradients
+    def prepare(self, view: PrunableView, statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Divide the gradients, in place, by the sum of abs(gradient * w)."""
+        products = ((view.weights[name].matrix() * gradient).abs_() for name, gradient in statistics.items())
+        total = sum(float(product.sum(dtype=torch.float64)) for product in products)
+        return {name: gradient.div_(total) for name, gradient in statistics.items()} if total else statistics
 
     def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
         return (weight * statistic).abs_()

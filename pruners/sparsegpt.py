@@ -1,58 +1,34 @@
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from pruners.layer_wise import LayerWise
-from sparsity.allocation.budget import Sparsity
-from sparsity.pattern import NM
-from sparsity.reconstruction.sparsegpt import reconstruct, saliency
-from sparsity.statistics.hessian import Factor, factor
+from pruners.base import Pruner
+from sparsity.statistics.hessian import factor
 from sparsity.view import PrunableView
 
 
-class SparseGPT(LayerWise):
+class SparseGPT(Pruner):
     """SparseGPT, arXiv 2301.00774: saliency w^2 / U_jj^2 with U the upper Cholesky factor of the inverse of the damped
-    H = (2/n) X X^T, compared within each group of M, or each 128 columns over all rows (see
-    sparsity.reconstruction.sparsegpt).
+    H = (2/n) X X^T, compared within each group of M, or each 128 columns over all rows, block by block.
 
-    enable_update: the error of the weights that go is compensated in the columns to the right, and the masks carry the
-    updated weights (`Masks.weights`); by default the others stay as they are. calibration_mode: "sequential" (default)
-    or "dense", and offload: see `LayerWise`.
+    With `--reconstruct sparsegpt` (`--enable_update`), the error of what is pruned is compensated in the columns to the
+    right, and the mask is chosen on the way (see sparsity.reconstruction.sparsegpt).
     """
 
     statistic = "hessian"
-    pool = "block"
-    mode = "sequential"
-    trains = True
-    cheap = False
+    allocation, scope = "layer", "block"
+    calibration = "sequential"
+    solver = "sparsegpt"
 
-    def __init__(self, enable_update: bool = False, calibration_mode: str | None = None, offload: bool = False):
-        super().__init__(calibration_mode, offload)
-        self.updates = enable_update
-        self.scored = self.scored and not enable_update
+    def prepare(self, view: PrunableView, statistics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return 1 / U_jj of each layer, (in,), and 0 where the input was always zero."""
+        return {name: _of_columns(name, view.weights[name].matrix(), hessian) for name, hessian in statistics.items()}
 
-    def scores(
-        self,
-        view: PrunableView,
-        statistics: Mapping[str, Tensor],
-        *,
-        seed: int = 42,
-        names: Sequence[str] | None = None,
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name in view.weights if names is None else names:
-            weight = view.weights[name].matrix()
-            yield name, saliency(weight, _factor(name, weight, statistics[name]))
-
-    def reconstruct(
-        self, name: str, weight: Tensor, statistic: Tensor, sparsity: Sparsity | None, pattern: NM | None
-    ) -> tuple[Tensor, Tensor]:
-        return reconstruct(weight, _factor(name, weight, statistic), sparsity, pattern)
-
-    def _provenance(self, view: PrunableView, seed: int) -> dict[str, Any]:
-        return super()._provenance(view, seed) | {"enable_update": self.updates}
+    def score(self, weight: Tensor, statistic: Tensor, generator: torch.Generator) -> Tensor:
+        return (weight * statistic).square_()
 
 
-def _factor(name: str, weight: Tensor, hessian: Tensor) -> Factor:
-    return factor(hessian.to(weight.device), weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))
+def _of_columns(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+    found = factor(hessian.to(weight.device), weight.shape[1], name, torch.promote_types(weight.dtype, torch.float32))
+    return found.diagonal * found.live

@@ -12,20 +12,18 @@ serves any number of sparsities.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsity.allocation.budget import Sparsity, budget, pools
 from sparsity.errors import UserError
 from sparsity.pattern import NM
-from sparsity.view import PrunableView
 
 Name = TypeVar("Name")  # of a weight, or of a part of one
 Named = Iterable[tuple[str, Tensor]]
+Lost = Callable[[int], int]  # of so many weights that compete, how many are pruned
 # Held, or computed again for each pass.
 Scores = Mapping[Name, Tensor] | Callable[[], Iterable[tuple[Name, Tensor]]]
 
@@ -36,6 +34,7 @@ _DIGIT = 14  # bits; the last digit has what is left
 _BUCKETS = 1 << _DIGIT
 _HALF = _BUCKETS // 2  # the top digit is signed
 SELECTION = 128  # columns of a "block" pool
+SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is `SELECTION` columns over all rows
 _COMPARED = 32  # in larger N:M groups, not all pairs of weights are compared at once
 _FEW = 1 << 22  # so many keys are looked at themselves instead of counted
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -188,82 +187,66 @@ class GroupChoice:
 
 
 class BlockChoice:
-    """What goes of one block of columns after the other: the floor(sparsity * n) lowest of its n scores."""
+    """What is pruned of one block of columns after the other: as many of its n lowest scores as `lost` says of n."""
 
-    def __init__(self, name: str, sparsity: Sparsity):
-        self._name, self._sparsity = name, sparsity
+    def __init__(self, name: str, lost: Lost):
+        self._name, self._lost = name, lost
 
     def __call__(self, scores: Tensor, gone: Tensor) -> None:
         """Fills `gone`, 1 where a weight goes and 0 elsewhere, from scores (columns, out)."""
-        gone.copy_(~keep_block(self._name, scores.t(), self._sparsity).t())
+        gone.copy_(~_keep_lowest(self._name, scores.t(), self._lost(scores.numel())).t())
 
 
-def select(
-    view: PrunableView, scores: Callable[[Sequence[str]], Named], pool: str, sparsities: Sequence[Sparsity]
-) -> Iterator[Named]:
-    """For each sparsity the masks, (name, bool (out, in)), with exactly the budget of each pool False; pool after pool.
-
-    scores(names) -> (name, score (out, in)) of those weights, in that order; it is called several times. The masks of a
-    sparsity are made while they are read, one layer at a time.
+def keep_within(name: str, score: Tensor, scope: str, lost: Lost) -> Tensor:
+    """Return what is kept, bool (out, in), of a layer in which weights compete within a scope: of each unit (the layer,
+    a row, a block) of n weights the lost(n) lowest are pruned.
     """
-    if pool in ("row", "block"):
-        for sparsity in sparsities:
-            yield _keep_within(scores(list(view.weights)), pool, sparsity)
-        return
-    contests = pools({weight.name: weight.group for weight in view.weights.values()}, pool)
-    if pool == "magnitude":
-        counts = magnitude_counts(view, sparsities)
-        budgets = [[count[name] for count in counts] for (name,) in contests]
-    else:
-        sizes = [sum(view.weights[name].numel for name in names) for names in contests]
-        budgets = [[budget(sparsity, size) for sparsity in sparsities] for size in sizes]
-    found = [
-        thresholds(_source(scores, names), wanted) for names, wanted in zip(contests, budgets, strict=True)
-    ]  # one list per pool, one threshold per sparsity
-    for i in range(len(sparsities)):
-        yield _keep_pools(scores, contests, [limits[i] for limits in found])
+    if scope == "row":
+        return keep_rows(name, score, lost(score.shape[1]))
+    return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in _units(score, scope)], dim=1)
 
 
-def _keep_pools(
-    scores: Callable[[Sequence[str]], Named], contests: Sequence[Sequence[str]], limits: Sequence[Threshold]
-) -> Named:
-    for names, limit in zip(contests, limits, strict=True):
-        yield from keep(partial(scores, names), limit)
+def keep_exactly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
+    """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, shared out evenly over the
+    units of its scope; what is left over goes to the first of them.
+    """
+    if scope == "row":
+        each, more = divmod(count, score.shape[0])
+        counts = torch.full((score.shape[0],), each, device=score.device)
+        counts[:more] += 1
+        wide = score.to(torch.promote_types(score.dtype, torch.float32))
+        return keep_rows(name, wide, counts) if more else keep_rows(name, score, each)
+    units = list(_units(score, scope))
+    sizes = [unit.numel() for unit in units]
+    return torch.cat([_keep_lowest(name, *each) for each in zip(units, _shared(count, sizes), strict=True)], dim=1)
 
 
-def _keep_within(scores: Named, pool: str, sparsity: Sparsity) -> Named:
-    for name, score in scores:
-        yield name, keep_within(name, score, pool, sparsity)
+def _units(score: Tensor, scope: str) -> Sequence[Tensor]:
+    """The parts of a layer, all its rows each, within which weights compete."""
+    return score.split(SELECTION, dim=1) if scope == "block" else (score,)
 
 
-def keep_within(name: str, score: Tensor, pool: str, sparsity: Sparsity) -> Tensor:
-    """bool (out, in) of a layer by itself, for a pool that lies within it: allocation.WITHIN."""
-    if pool == "row":
-        return keep_rows(name, score, budget(sparsity, score.shape[1]))
-    columns = SELECTION if pool == "block" else score.shape[1]
-    return torch.cat([keep_block(name, block, sparsity) for block in score.split(columns, dim=1)], dim=1)
+def _shared(count: int, sizes: Sequence[int]) -> list[int]:
+    """A count in proportion to sizes, by largest remainder: of equal remainders the first."""
+    total = sum(sizes)
+    shares = [divmod(count * size, total) for size in sizes]
+    left = count - sum(whole for whole, _ in shares)
+    first = sorted(range(len(sizes)), key=lambda i: (-shares[i][1], i))[:left]
+    return [whole + (i in first) for i, (whole, _) in enumerate(shares)]
 
 
-def keep_block(name: str, score: Tensor, sparsity: Sparsity) -> Tensor:
-    """bool, of the shape of `score`: the floor(sparsity * n) lowest of all its n scores are False."""
-    (threshold,) = thresholds({name: score}, [budget(sparsity, score.numel())])
+def _keep_lowest(name: str, score: Tensor, count: int) -> Tensor:
+    """bool, of the shape of `score`: the `count` lowest of all its scores are False."""
+    (threshold,) = thresholds({name: score}, [count])
     ((_, kept),) = keep({name: score}, threshold)
     return kept
 
 
-def _source(scores: Callable[[Sequence[str]], Named], names: Sequence[str]) -> Scores[str]:
-    """The scores of a pool: computed once for a single layer, again at each pass for several."""
-    return dict(scores(names)) if len(names) == 1 else partial(scores, names)
-
-
-def magnitude_counts(view: PrunableView, sparsities: Sequence[Sparsity]) -> list[dict[str, int]]:
-    """For each sparsity, how many weights each layer loses when abs(W) is thresholded over its whole group (arXiv
-    2404.05621, eq. 7).
-    """
-    masks = select(
-        view, lambda names: ((name, view.weights[name].matrix().abs()) for name in names), "group", sparsities
-    )
-    return [{name: kept.numel() - int(kept.count_nonzero()) for name, kept in each} for each in masks]
+def counts_by_name(scores: Scores[str], counts: Sequence[int]) -> list[dict[str, int]]:
+    """Return, for each count k, how many of the k lowest of all scores each name has."""
+    limits = thresholds(scores, counts)
+    found = [{name: kept.numel() - int(kept.count_nonzero()) for name, kept in keep(scores, each)} for each in limits]
+    return found
 
 
 def ascending(values: Tensor) -> Tensor:

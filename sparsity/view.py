@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsity.allocation.budget import members
 from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
@@ -276,3 +275,11 @@ def _refusal(name: str, why: str) -> UserError:
     layer = name or "the model itself"
     way_out = f"keep it dense (keep_dense, on the command line --exclude {name!r}) to prune the others"
     return UserError(f"layer {layer!r} cannot be pruned: {why}; {way_out}")
+
+
+def members(groups: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return group -> its names, from name -> group, keeping the order."""
+    result: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        result.setdefault(group, []).append(name)
+    return result

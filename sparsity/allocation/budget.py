@@ -1,19 +1,13 @@
-"""How the budget is split: sparsities, the number of weights that a pool loses, and the pools. Needs no torch.
+"""Sparsities, and the number of weights that they say. Needs no torch.
 
 Sparsity is the fraction of prunable weights that are zero. Everything is computed in decimal arithmetic: 0.57 of 100 is
 57, though 0.57 * 100 < 57 in binary.
 """
 
-from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from sparsity.errors import UserError
-
-# "magnitude" is MULTIFLOW's allocation (arXiv 2404.05621, eq. 7): each layer loses as many weights as a magnitude
-# selection over its group takes from it. "block" is SparseGPT's: 128 consecutive columns of a layer, over all its rows.
-POOLS = ("global", "layer", "group", "row", "block", "magnitude")
-WITHIN = ("layer", "row", "block")  # pools that lie within a layer, so that it is pruned whatever the others are
 
 SCHEDULES = ("linear", "exp", "const")
 # Digits of a sparsity, before and after the point: on the command line, and at most (a float written out has 1074). To
@@ -93,24 +87,3 @@ def _parse_sparsity(item: str, text: str) -> Decimal:
             f"a sparsity is a percentage from 1 to 99.99 or a fraction below 1, got {item!r:.60} in {text!r:.60}"
         )
     return value if value < 1 else value / 100
-
-
-def pools(groups: Mapping[str, str], pool: str) -> list[list[str]]:
-    """The names of the weights that compete with each other, from name -> group in prunable order. Row and block pools
-    and MULTIFLOW's are decided within layers.
-    """
-    if pool not in POOLS:
-        raise UserError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
-    if pool == "global":
-        return [list(groups)]
-    if pool == "group":
-        return list(members(groups).values())
-    return [[name] for name in groups]
-
-
-def members(groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """Group -> its names, from name -> group, keeping the order."""
-    result: dict[str, list[str]] = {}
-    for name, group in groups.items():
-        result.setdefault(group, []).append(name)
-    return result

@@ -7,6 +7,8 @@ a pruned weight is judged too, and comes back when its score grows.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,33 +18,40 @@ from torch import Tensor
 from sparsity.allocation.budget import Sparsity, budget
 from sparsity.errors import UserError
 from sparsity.pattern import NM
-from sparsity.selection import Named, check_finite, select, thresholds
+from sparsity.selection import Named, keep_within, thresholds
 from sparsity.statistics.gradients import batch_generator, nothing, only_prunable, summed_gradients, wide
 from sparsity.statistics.inputs import untouched
+from sparsity.statistics.reading import CalibrationPass, Target
 from sparsity.view import PrunableView
 
 # scores(names) -> (name, score (out, in)); it may be called several times. Gives the masks, (name, bool (out, in)).
 Choice = Callable[[Callable[[Sequence[str]], Named]], Named]
 
 
-def choice(view: PrunableView, sparsity: Sparsity, *, pattern: NM | None = None, pool: str = "global") -> Choice:
-    """What keeps the highest scores: exactly the budget of each pool goes, or what the pattern says of each group of M.
+@dataclass(frozen=True)
+class LearnedScores:
+    """Scores that are learned for one target, from its layer-wise magnitude mask.
 
-    Layers into which the pattern does not fit stay dense.
+    lr: AdamW's rate at the first step, from which it goes linearly to 0. weight_decay: its weight decay.
     """
 
-    def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
-        if pattern is None:
-            (masks,) = select(view, scores, pool, [sparsity])
-            return masks
-        return ((name, _follow(pattern, name, score)) for name, score in scores(list(view.weights)))
+    lr: float
+    weight_decay: float
+    name: str = "learned_scores"
 
-    return choose
-
-
-def _follow(pattern: NM, name: str, score: Tensor) -> Tensor:
-    check_finite(name, score)
-    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)
+    def collect(self, view: PrunableView, reading: CalibrationPass, target: Target) -> dict[str, Tensor]:
+        """Return name -> score (out, in). A step is a round of batches."""
+        return learn(
+            view,
+            start_from_magnitude(view, target.sparsity, target.pattern),
+            target.choose,
+            reading.over(),
+            rounds=reading.rounds_of(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            generators=reading.generators,
+            reduce=reading.reduce,
+        )
 
 
 def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | None = None) -> dict[str, Tensor]:
@@ -63,9 +72,16 @@ def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | N
             "for a higher sparsity, or give weights that are not pruned"
         )
     tau = threshold.value if pruned else 0.0
-    masks = choice(view, sparsity, pattern=pattern, pool="layer")(magnitudes)
+    masks = ((name, _keep(name, score, sparsity, pattern)) for name, score in magnitudes())
     # Half precision would lose the steps of the optimizer.
     return {name: kept.to(wide(view.weights[name].parameter.dtype)).mul_(2 * tau) for name, kept in masks}
+
+
+def _keep(name: str, score: Tensor, sparsity: Sparsity, pattern: NM | None) -> Tensor:
+    """What a layer keeps of its own: all of it where the pattern does not fit."""
+    if pattern is None:
+        return keep_within(name, score, "layer", partial(budget, sparsity))
+    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)
 
 
 def learn(

@@ -1,7 +1,9 @@
 """What happens to the weights that are kept: one file per method, whose name is its name on the command line."""
 
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.pattern import NM
+from sparsity.statistics.reading import CalibrationPass
+from sparsity.view import PrunableView
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Reconstruction:
     name: ClassVar[str]  # on the command line
     statistics: ClassVar[tuple[str, ...]] = ("hessian",)  # of sparsity.statistics.passes.PASSES
     scopes: ClassVar[tuple[str, ...]] = ()  # within which it finds a mask by itself; none: it needs one
+    calibration: ClassVar[str] = "sequential"  # on which inputs, unless the plan says it
+    whole: ClassVar[bool] = False  # it solves all layers together: see `WholeModel`
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -49,6 +55,36 @@ class Reconstruction:
     def options(self) -> dict[str, Any]:
         """Return the options that it was made with, for the provenance of masks."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+
+class WholeModel(Reconstruction):
+    """Base of the methods that solve all layers together, from a statistic of their own, and choose what is pruned."""
+
+    whole = True
+
+    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> None:
+        """Raise UserError where the statistic does not fit. rounds, folder: of the calibration pass."""
+
+    def measure(self, view: PrunableView, reading: CalibrationPass, steps: int) -> Any:
+        """Return the statistic. steps: of the plan, in each of which it is measured anew."""
+        raise NotImplementedError
+
+    def facts(self, measured: Any) -> dict[str, Any]:
+        """Return what the provenance of masks says of the statistic."""
+        return {}
+
+    def solve_all(
+        self, view: PrunableView, measured: Any, pruned: int, pattern: NM | None, alive: Mapping[str, Tensor] | None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Return (name, what is kept, updated weights), (out, in) both, of every layer.
+
+        pruned: how many weights of all; with a pattern, that says it. alive: name -> bool (out, in), False where a
+        weight was pruned before and stays so.
+        """
+        raise NotImplementedError
+
+    def forget(self, measured: Any) -> None:
+        """Remove what was kept of the statistic for a run that is killed."""
 
 
 def check_mask(problem: Problem) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsity.masks import state_digest
 from sparsity.run.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
@@ -49,53 +50,53 @@ class Done:
     updated: Tensor | None
 
 
-@dataclass(frozen=True)
-class Deferred:
-    """What a sequential method measures before it begins: nothing. origin: see `Progress`. reduce: sums over ranks."""
-
-    origin: Scratch | None = None
-    reduce: Callable[[Tensor], Tensor] | None = None
-
-
 def device_of(view: PrunableView) -> torch.device:
-    """Of the first weight."""
+    """Return the device of the first weight."""
     return next(iter(view.weights.values())).parameter.device
 
 
-def defer(view: PrunableView, data: Scratch | None, reduce: Callable[[Tensor], Tensor] | None) -> Deferred:
-    """data: identity of the data, and a path; the model, and the arithmetic at the time of this call, are added."""
-    if data is None:
-        return Deferred(None, reduce)
+def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
+    """Return what decides all that is computed: data, model, and the arithmetic of a pass; and a path beside which it
+    is kept. None where the pass keeps nothing.
+    """
+    if reading.scratch is None:
+        return None
     device = device_of(view).type
-    arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
-    facts = json.dumps([data.identity, state_digest(view.model), stages(view), arithmetic])
-    return Deferred(Scratch(data.path, facts), reduce)
+    with reading.arithmetic():
+        arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
+    facts = json.dumps([reading.scratch.identity, state_digest(view.model), stages(view), arithmetic])
+    return Scratch(reading.scratch.path, facts)
 
 
 def by_blocks(
     view: PrunableView,
-    measure: Callable[..., Mapping[str, Tensor]],
-    prune: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    measure: Callable[[list[str]], dict[str, dict[str, Tensor]]],
+    prune: Callable[[str, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor | None]],
     progress: "Progress",
+    *,
+    sequential: bool = True,
 ) -> dict[str, Done]:
-    """Name -> what has become of the weight.
+    """Return name -> what has become of the weight.
 
-    measure: names=... -> their statistics in the model as it is then. prune: (name, weight (out, in), its statistic) ->
-    kept, and updated weight or None.
+    measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, weight (out, in),
+    its statistics by name) -> kept, and updated weight or None. sequential: whether pruned blocks take the place of the
+    dense ones for those that come after them.
     """
     order = stages(view)
     finished = progress.load(order)
-    with replaced(view, finished) as put:
+    with replaced(view, finished if sequential else {}) as put:
         for number, names in enumerate(order):
             if names[0] in finished:
                 continue
             logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
-            statistics = dict(measure(names=names))
+            statistics = measure(names)
             block = {}
             for name in names:
-                block[name] = Done(*prune(name, view.weights[name].matrix(), statistics.pop(name)))
+                own = {statistic: found.pop(name) for statistic, found in statistics.items()}
+                block[name] = Done(*prune(name, view.weights[name].matrix(), own))
             progress.save(number, block)
-            put(block)
+            if sequential:
+                put(block)
             finished |= block
     return finished
 
@@ -125,13 +126,20 @@ def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Calla
 class Progress:
     """Files with the blocks that are done, one each, for a run that was killed.
 
-    origin: identity of data, model and method, and a path beside which the files lie; None: nothing is kept. label: of
-    the target, in the names of the files. Several ranks go on after the last block that all of them have.
+    origin: of `origin_of`; None: nothing is kept. label: of the target, in the names of the files. method: all else
+    that decides the masks, which JSON can write. Several ranks go on after the last block that all of them have.
     """
 
-    def __init__(self, deferred: Deferred, label: str, method: Mapping[str, Any], device: torch.device | str):
-        self._origin, self._reduce, self._label, self._device = deferred.origin, deferred.reduce, label, device
-        self._identity = json.dumps([deferred.origin and deferred.origin.identity, method], sort_keys=True, default=str)
+    def __init__(
+        self,
+        origin: Scratch | None,
+        reduce: Callable[[Tensor], Tensor] | None,
+        label: str,
+        method: Any,
+        device: torch.device | str,
+    ):
+        self._origin, self._reduce, self._label, self._device = origin, reduce, label, device
+        self._identity = json.dumps([origin and origin.identity, method], sort_keys=True, default=str)
 
     def load(self, order: Sequence[Sequence[str]]) -> dict[str, Done]:
         """What is there of these blocks, from the first on."""

@@ -10,7 +10,8 @@ from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.inputs import MEASURES, Statistics
 from sparsity.view import PrunableView
 
-PASSES = (*MEASURES, "hessian", "mean_gradient")
+OF_INPUTS = (*MEASURES, "hessian")
+PASSES = (*OF_INPUTS, "mean_gradient")
 
 
 def collect(

@@ -1,0 +1,21 @@
+"""The values on the axes of a plan, as the command line has them; needs no torch. Scores are the files of `pruners`."""
+
+from sparsity.run.registry import Registry
+
+ALLOCATIONS = Registry(
+    "allocation", "sparsity.allocation", "sparsity.allocation.base:Allocation", ("base", "budget", "ratios")
+)
+RECONSTRUCTIONS = Registry(
+    "reconstruction", "sparsity.reconstruction", "sparsity.reconstruction.base:Reconstruction", ("base", "blockwise")
+)
+SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
+CALIBRATIONS = ("dense", "sequential")
+# One word for allocation and scope.
+POOLS = {
+    "global": ("global", "layer"),
+    "group": ("group", "layer"),
+    "magnitude": ("magnitude", "layer"),
+    "layer": ("layer", "layer"),
+    "row": ("layer", "row"),
+    "block": ("layer", "block"),
+}

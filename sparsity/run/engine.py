@@ -1,0 +1,341 @@
+"""The one engine that runs every plan, in as few passes over the calibration data as the plan allows.
+
+Scores whose statistic comes from one pass serve all sparsities. What depends on what was pruned before (sequential
+calibration, reconstruction, steps) is done for each sparsity by itself; blocks and steps that are done are kept beside
+the results, so that a run that was killed goes on after them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.allocation.base import Part
+from sparsity.allocation.budget import Sparsity, budget, step_sparsity
+from sparsity.errors import UserError
+from sparsity.masks import Masks, model_digest
+from sparsity.pattern import NM
+from sparsity.reconstruction.base import WholeModel
+from sparsity.run.layers import Layers
+from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
+from sparsity.run.plan import Plan
+from sparsity.run.request import Request
+from sparsity.run.select import budgets, follow, select
+from sparsity.run.sequential import origin_of
+from sparsity.run.steps import Trail
+from sparsity.selection import Named
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.passes import collect
+from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
+from sparsity.view import PrunableView
+
+
+@dataclass
+class Measured:
+    """What the first pass has measured.
+
+    statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
+    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept.
+    """
+
+    statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    whole: Any = None
+    origin: Scratch | None = None
+
+
+class Engine:
+    """Runs a plan: `measure`, then `masks`; or `prune`, which is both. The model is left as it was."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.name = plan, plan.name
+
+    def prune(
+        self,
+        view: PrunableView,
+        batches: Iterable[Any] | None,
+        sparsities: Sequence[Sparsity] | None,
+        *,
+        pattern: NM | None = None,
+        seed: int = 42,
+        groups: Mapping[str, Sparsity] | None = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        generators: Callable[[int], torch.Generator] | None = None,
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """Return (sparsity, masks) for each sparsity (fractions), or once for a pattern.
+
+        batches: a list, or a loader with a length, where they are read more than once; each step of a plan with several
+        reads the same. UserError, before any data is read, for what cannot be.
+        """
+        request = Request(sparsities or (), pattern, seed, groups or {})
+        reading = CalibrationPass(batches, progress, reduce, generators)
+        self.preflight(view, request)
+        if not (reading.rereadable or self.plan.one_pass):
+            raise UserError(f"{self.name} reads the batches more than once: give a list, or a loader with a length")
+        yield from self.masks(view, self.measure(view, reading), request, lambda epoch: reading)
+
+    def preflight(
+        self, view: PrunableView, request: Request, *, rounds: Sequence[int] | None = None, folder: Path | None = None
+    ) -> None:
+        """Raise UserError for what this model cannot have, before any data is read.
+
+        rounds: of the calibration pass. folder: where what is too large for memory would be kept.
+        """
+        self.plan.check(request)
+        if request.pattern:
+            check_fits(view, request.pattern)
+        else:
+            budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
+        if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
+            self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
+
+    def measure(self, view: PrunableView, reading: CalibrationPass) -> Measured:
+        """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all."""
+        plan, solver = self.plan, self.plan.reconstruction
+        if plan.statistics and reading.batches is None:
+            raise UserError(f"pruner {self.name!r} needs calibration data")
+        origin = origin_of(view, reading)
+        if isinstance(solver, WholeModel):
+            with reading.arithmetic():
+                return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
+        wanted = [*self.plan.allocation.statistics]
+        if isinstance(plan.score.statistic, str) and not (plan.sequential and plan.of_inputs and self._in_blocks):
+            wanted.insert(0, plan.score.statistic)
+        return Measured(self._collect(view, wanted, reading), origin=origin)
+
+    @property
+    def _in_blocks(self) -> bool:
+        """Whether scores are measured block by block, and not in a pass of their own."""
+        return self.plan.allocation.local and not self.plan.scored
+
+    def _collect(
+        self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Statistics of all layers; those of the score as the score needs them."""
+        found: dict[str, Mapping[str, Tensor]] = {}
+        for name in dict.fromkeys(wanted):
+            with reading.arithmetic():
+                found[name] = collect(
+                    view,
+                    name,
+                    reading.over(),
+                    reduce=reading.reduce,
+                    generators=reading.generators,
+                    offload=self.plan.offload,
+                )
+        if self.plan.score.statistic in found:
+            found[str(self.plan.score.statistic)] = self.plan.score.prepare(view, found[str(self.plan.score.statistic)])
+        return found
+
+    def scores(
+        self, view: PrunableView, measured: Measured, *, seed: int = 42, names: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return (name, score (out, in)) of all weights, or of `names`, one at a time and in order."""
+        statistic = self.plan.score.statistic
+        known = (
+            measured.statistics.get(statistic if isinstance(statistic, str) else statistic.name, {})
+            if statistic
+            else {}
+        )
+        for name in view.weights if names is None else names:
+            yield name, self._score(view, name, known.get(name), seed)
+
+    def _score(self, view: PrunableView, name: str, statistic: Tensor | None, seed: int) -> Tensor:
+        weight = view.weights[name].matrix()
+        if statistic is None and self.plan.score.statistic is not None:
+            raise UserError(f"{self.name} learns other scores for each target: there are none that serve all")
+        on_device = None if statistic is None else statistic.to(weight.device)
+        return self.plan.score.score(weight, on_device, generator_of(seed, name))
+
+    def masks(
+        self,
+        view: PrunableView,
+        measured: Measured,
+        request: Request,
+        calibrations: Calibrations | None = None,
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """Return (sparsity, masks) for each sparsity, or once for a pattern.
+
+        measured: from `measure`. calibrations: the passes of the epochs, for plans that read more than once.
+        """
+        plan = self.plan
+        plan.check(request)
+        record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
+        if request.pattern:
+            record["dense_layers"] = dense_layers(view, request.pattern)
+        if plan.scored and plan.reconstruction is None:
+            yield from self._at_once(view, measured, request, record)
+            return
+        trails = []
+        for one in request.each():
+            facts = record | {"sparsity": str(one.target)}
+            if isinstance(plan.reconstruction, WholeModel):
+                facts |= plan.reconstruction.facts(measured.whole)
+            trails.append(Trail(measured.origin if plan.steps > 1 else None, facts))
+            yield one.target, self._in_steps(view, measured, one, calibrations, facts, trails[-1])
+        for trail in trails:
+            trail.forget()
+        if isinstance(plan.reconstruction, WholeModel):
+            plan.reconstruction.forget(measured.whole)
+
+    def _at_once(
+        self, view: PrunableView, measured: Measured, request: Request, record: Mapping[str, Any]
+    ) -> Iterator[tuple[Sparsity, Masks]]:
+        """Masks for all sparsities from one set of scores."""
+        scores = self._scores_of(view, measured, request.seed)
+        if request.pattern:
+            kept = dict(follow(request.pattern, scores(list(view.weights))))
+            yield request.target, as_masks(view, kept, {**record, "sparsity": str(request.target)})
+            return
+        for sparsity, kept in zip(request.sparsities, self._select(view, scores, request, measured), strict=True):
+            yield sparsity, as_masks(view, dict(kept), {**record, "sparsity": str(sparsity)})
+
+    def _scores_of(
+        self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
+    ) -> Callable[[Sequence[str]], Named]:
+        """What computes scores by name: again at each pass, or held where that is dear. before: masks of the step
+        before, which stay.
+        """
+
+        def computed(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+            for name, score in self.scores(view, measured, seed=seed, names=names):
+                yield name, score if before is None else lowered(score, alive_of(view, before, name))
+
+        if self.plan.score.cheap:
+            return computed
+        held = dict(computed(list(view.weights)))
+        return lambda names: ((name, held[name]) for name in names)
+
+    def _select(
+        self, view: PrunableView, scores: Callable[[Sequence[str]], Named], request: Request, measured: Measured
+    ) -> Iterator[Named]:
+        whole = self._whole(view, scores, measured.statistics)
+        parts = budgets(whole, request.sparsities, request.groups)
+        return select(parts, self.plan.allocation, self.plan.scope)
+
+    @staticmethod
+    def _whole(
+        view: PrunableView,
+        scores: Callable[[Sequence[str]], Named],
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Part:
+        return Part(view, list(view.weights), scores, statistics or {})
+
+    @staticmethod
+    def _no_scores(names: Sequence[str]) -> Named:
+        raise AssertionError("budgets look at sizes alone")
+
+    def _in_steps(
+        self,
+        view: PrunableView,
+        measured: Measured,
+        one: Request,
+        calibrations: Calibrations | None,
+        facts: Mapping[str, Any],
+        trail: Trail,
+    ) -> Masks:
+        """The masks for one target, step by step: each step sees the model that the one before has left."""
+        plan = self.plan
+        if calibrations is None and (plan.statistics and (plan.steps > 1 or not plan.whole)):
+            raise UserError(f"{self.name} reads the batches again: give what they are read from")
+        done, masks = trail.load(view)
+        for step in range(done + 1, plan.steps + 1):
+            target = one
+            if not one.pattern:
+                target = replace(
+                    one,
+                    sparsities=(step_sparsity(one.target, step, plan.steps, plan.schedule),),
+                    groups={g: step_sparsity(s, step, plan.steps, plan.schedule) for g, s in one.groups.items()},
+                )
+            with masks.applied(view) if masks else nullcontext():
+                reading = calibrations(step - 1) if calibrations else CalibrationPass()
+                fresh = measured if step == 1 else self.measure(view, reading)
+                masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
+            masks.provenance.pop("step")
+            trail.save(step, masks)
+            if step > 1 and isinstance(plan.reconstruction, WholeModel):
+                plan.reconstruction.forget(fresh.whole)
+        assert masks is not None, "there is at least one step"
+        return masks
+
+    def _step(
+        self,
+        view: PrunableView,
+        measured: Measured,
+        target: Request,
+        reading: CalibrationPass,
+        before: Masks | None,
+        facts: Mapping[str, Any],
+    ) -> Masks:
+        """The masks of one step, with updated weights where the plan reconstructs."""
+        plan = self.plan
+        if isinstance(plan.reconstruction, WholeModel):
+            return self._solve_all(plan.reconstruction, view, measured, target, before, facts)
+        statistic = plan.score.statistic
+        if statistic is not None and not isinstance(statistic, str):
+            measured = replace(measured, statistics=self._learned(view, statistic, target, reading, before))
+        layers = Layers(plan, view, target, reading, measured.origin, facts, before)
+        if plan.by_blocks(target) or plan.joint(target):
+            return layers.run(lambda name, found: self._score(view, name, found, target.seed))
+        kept = dict(self._choose(view, measured, target, before))
+        return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
+
+    def _choose(self, view: PrunableView, measured: Measured, target: Request, before: Masks | None) -> Named:
+        """What is kept of each layer, chosen by scores of the whole model."""
+        scores = self._scores_of(view, measured, target.seed, before)
+        if target.pattern:
+            return follow(target.pattern, scores(list(view.weights)))
+        (kept,) = self._select(view, scores, target, measured)
+        return kept
+
+    def _learned(
+        self,
+        view: PrunableView,
+        statistic: Statistic,
+        target: Request,
+        reading: CalibrationPass,
+        before: Masks | None,
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """The statistic that is learned for one target."""
+
+        def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
+            if target.pattern:
+                return follow(target.pattern, scores(list(view.weights)))
+            (kept,) = self._select(view, scores, target, Measured())
+            return kept
+
+        with reading.arithmetic():
+            return {statistic.name: statistic.collect(view, reading, Target(target.target, target.pattern, choose))}
+
+    def _solve_all(
+        self,
+        solver: WholeModel,
+        view: PrunableView,
+        measured: Measured,
+        target: Request,
+        before: Masks | None,
+        facts: Mapping[str, Any],
+    ) -> Masks:
+        """The masks of a reconstruction that solves all layers together."""
+        alive = before and {name: alive_of(view, before, name) for name in view.weights}
+        pruned = 0 if target.pattern else budget(target.target, view.numel)
+        kept, updated = {}, {}
+        for name, chosen, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
+            kept[name], updated[name] = chosen, solved
+        return as_masks(view, kept, facts, updated)
+
+
+def lowered(score: Tensor, alive: Tensor) -> Tensor:
+    """Return scores in which what was pruned before lies below every survivor, also where survivors score lowest."""
+    return torch.where(alive, score, torch.finfo(score.dtype).min)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return a stream of random numbers for a layer, that depends on nothing but the seed and the layer's name."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

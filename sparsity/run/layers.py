@@ -1,0 +1,111 @@
+"""Plans that prune layer by layer, each from statistics of its own inputs, in the order of the blocks."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.allocation.budget import budget
+from sparsity.masks import Masks
+from sparsity.reconstruction.base import Problem
+from sparsity.run.outcome import alive_of, as_masks
+from sparsity.run.plan import Plan
+from sparsity.run.request import Request
+from sparsity.run.select import keep_pattern
+from sparsity.run.sequential import Progress, by_blocks, device_of
+from sparsity.selection import check_finite, keep_within
+from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.passes import OF_INPUTS, collect
+from sparsity.statistics.reading import CalibrationPass
+from sparsity.view import PrunableView
+
+Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic) -> scores (out, in)
+
+
+class Layers:
+    """One set of masks, block by block.
+
+    before: the masks of the step before, whose zeros stay. facts: the provenance of the masks.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        view: PrunableView,
+        target: Request,
+        reading: CalibrationPass,
+        origin: Scratch | None,
+        facts: Mapping[str, Any],
+        before: Masks | None = None,
+    ):
+        self.plan, self.view, self.target, self.reading = plan, view, target, reading
+        self.facts, self.before, self.origin = facts, before, origin
+
+    def run(self, score: Scorer | None, kept: Mapping[str, Tensor] | None = None) -> Masks:
+        """Return the masks, with updated weights where the plan reconstructs.
+
+        kept: name -> bool (out, in), where masks are there already; else they are chosen by `score`, or by the
+        reconstruction.
+        """
+        label = str(self.target.pattern or self.target.target).replace(":", "of").replace("/", "over")
+        label += f"_step{self.facts['step']}" if self.plan.steps > 1 else ""
+        method = [self.facts, kept and Masks({name: mask.cpu() for name, mask in kept.items()}).digest()]
+        progress = Progress(self.origin, self.reading.reduce, label, method, device_of(self.view))
+        prune = partial(self._prune_layer, score, kept or {})
+        done = by_blocks(self.view, self._measure, prune, progress, sequential=self.plan.sequential)
+        updated = {name: what.updated for name, what in done.items() if what.updated is not None}
+        masks = as_masks(self.view, {name: what.kept for name, what in done.items()}, self.facts, updated)
+        progress.forget()
+        return masks
+
+    def _measure(self, names: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
+        wanted = [name for name in self.plan.statistics if name in OF_INPUTS]
+        found = {}
+        for statistic in wanted:
+            with self.reading.arithmetic():
+                found[statistic] = collect(
+                    self.view,
+                    statistic,
+                    self.reading.over(),
+                    reduce=self.reading.reduce,
+                    names=names,
+                    offload=self.plan.offload,
+                )
+        return found
+
+    def _prune_layer(
+        self,
+        score: Scorer | None,
+        kept: Mapping[str, Tensor],
+        name: str,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is kept of a layer, (out, in) bool, and what it becomes."""
+        solver, pattern = self.plan.reconstruction, self.target.pattern
+        if pattern and not pattern.fits(weight.shape[1]):
+            return torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None
+        chosen = kept.get(name)
+        if chosen is None and not self.plan.joint(self.target):
+            chosen = self._choose(score, name, statistics)
+        if solver is None:
+            assert chosen is not None, "without a reconstruction a mask is chosen by scores"
+            return chosen, None
+        sparsity = None if pattern else self.target.target
+        return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, self.plan.scope, pattern))
+
+    def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        """What the scores of one layer keep of it."""
+        assert score is not None, "there are scores, or masks"
+        own = self.plan.score.statistic
+        prepared = self.plan.score.prepare(self.view, {name: statistics[own]})[name] if isinstance(own, str) else None
+        found = score(name, prepared)
+        check_finite(name, found)
+        if self.before is not None:
+            found = torch.where(alive_of(self.view, self.before, name), found, torch.finfo(found.dtype).min)
+        if self.target.pattern:
+            return keep_pattern(self.target.pattern, name, found)
+        return keep_within(name, found, self.plan.scope, partial(budget, self.target.target))

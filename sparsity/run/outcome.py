@@ -1,0 +1,58 @@
+"""What has become of a model's weights: from (out, in) tensors to masks with their provenance."""
+
+import logging
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import UserError, listed
+from sparsity.masks import Masks
+from sparsity.pattern import NM
+from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
+
+
+def as_masks(
+    view: PrunableView,
+    kept: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Return masks from (out, in) tensors: which weights are kept and, where they were updated, what they become."""
+    stored = {name: weight.as_stored(kept[name]).cpu() for name, weight in view.weights.items()}
+    updated = {name: view.weights[name].as_stored(weight).cpu() for name, weight in (weights or {}).items()}
+    return Masks(stored, provenance, view.aliases, updated)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what has computed masks."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def alive_of(view: PrunableView, masks: Masks, name: str) -> Tensor:
+    """Return what masks keep of a layer, (out, in), on its device."""
+    weight = view.weights[name]
+    return weight.as_matrix(masks[name].to(weight.parameter.device))
+
+
+def dense_layers(view: PrunableView, pattern: NM) -> list[str]:
+    """Return the names of the layers that stay dense because M does not divide their inputs."""
+    return [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
+
+
+def check_fits(view: PrunableView, pattern: NM) -> None:
+    """Raise UserError where M divides the inputs of no layer, so that nothing would be pruned; warn of layers that stay
+    dense.
+    """
+    dense = dense_layers(view, pattern)
+    if len(dense) == len(view.weights):
+        widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
+        raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
+    if dense:
+        logger.warning(
+            "%d layers stay dense, as %d does not divide their inputs: %s", len(dense), pattern.m, listed(dense)
+        )

@@ -1,0 +1,131 @@
+"""From scores to masks: each part of the model has a budget, an allocation shares it out, and the scope says what
+competes within a layer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsity.allocation.base import Allocation, Contest, Part
+from sparsity.allocation.budget import Sparsity, budget, fraction
+from sparsity.errors import UserError
+from sparsity.pattern import NM
+from sparsity.selection import (
+    Named,
+    Scores,
+    Threshold,
+    check_finite,
+    counts_by_name,
+    keep,
+    keep_exactly,
+    keep_within,
+    thresholds,
+)
+
+Budget = tuple[Part, Sequence[Sparsity]]
+
+
+def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity]) -> list[Budget]:
+    """Return the parts of a model with the sparsities of each.
+
+    groups: modalities with a sparsity of their own, which is a part each; the other weights are one part, that loses
+    what is left of the budget. UserError for a modality that the model does not have, and for budgets that cannot be.
+    """
+    if not groups:
+        return [(whole, sparsities)]
+    members = whole.view.groups
+    for group in groups:
+        if group not in members:
+            raise UserError(f"--group_sparsity {group}: the model has the groups {', '.join(members)}")
+    inside = [name for group in groups for name in members[group]]
+    rest = replace(whole, names=[name for name in whole.names if name not in inside])
+    given = [(replace(whole, names=members[group]), [share] * len(sparsities)) for group, share in groups.items()]
+    lost = sum(budget(shares[0], part.numel) for part, shares in given)
+    if not rest.names:
+        _check_sum(lost, whole.numel, sparsities, len(groups))
+        return given
+    shares = [_rest(sparsity, whole.numel, lost, rest.numel) for sparsity in sparsities]
+    return [*given, (rest, shares)]
+
+
+def _check_sum(lost: int, numel: int, sparsities: Sequence[Sparsity], groups: int) -> None:
+    """UserError unless a sparsity is what the groups, of which each is rounded down, come to."""
+    for sparsity in sparsities:
+        if not -groups <= lost - budget(sparsity, numel) <= groups + numel // 2000:  # as far as per cent are written
+            together = f"{100 * lost / numel:.4g}"
+            raise UserError(
+                f"--group_sparsity names every group, and they come to {together} %, not to"
+                f" {100 * float(fraction(sparsity)):.4g} %: ask for -s {together}, or leave a group out"
+            )
+
+
+def _rest(sparsity: Sparsity, numel: int, lost: int, rest: int) -> Fraction:
+    left = budget(sparsity, numel) - lost
+    if not 0 <= left < rest:
+        raise UserError(
+            f"--group_sparsity: the groups lose {lost} of {numel} weights, which leaves {left} for the other {rest} at"
+            f" {100 * float(fraction(sparsity)):.4g} %"
+        )
+    return Fraction(left, rest)
+
+
+def select(parts: Sequence[Budget], allocation: Allocation, scope: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Return the masks for each sparsity, (name, bool (out, in)), with exactly the budget of each part False.
+
+    They are made while they are read, one layer at a time; the scores of a part are computed several times.
+    """
+    found = [
+        (part, contest, shares, _limits(part, contest, scope))
+        for part, shares in parts
+        for contest in allocation.contests(part, shares)
+    ]
+    count = len(parts[0][1])
+    for i in range(count):
+        yield (
+            each
+            for part, contest, shares, limits in found
+            for each in _keep(part, contest, scope, contest.counts[i], shares[i], limits[i] if limits else None)
+        )
+
+
+def _limits(part: Part, contest: Contest, scope: str) -> list[Threshold] | None:
+    """One threshold for each sparsity, where whole layers compete."""
+    return thresholds(_source(part, contest.names), contest.counts) if scope == "layer" else None
+
+
+def _source(part: Part, names: Sequence[str]) -> Scores[str]:
+    """The scores of a contest: computed once for a single layer, again at each pass for several."""
+    return dict(part.scores(names)) if len(names) == 1 else partial(part.scores, names)
+
+
+def _keep(
+    part: Part, contest: Contest, scope: str, count: int, share: Sparsity, limit: Threshold | None
+) -> Iterator[tuple[str, Tensor]]:
+    if limit:
+        yield from keep(partial(part.scores, contest.names), limit)
+    elif contest.even:
+        for name, score in part.scores(contest.names):
+            yield name, keep_within(name, score, scope, partial(budget, share))
+    else:
+        source = _source(part, contest.names)
+        single = len(contest.names) == 1
+        lost = {contest.names[0]: count} if single else counts_by_name(source, [count])[0]
+        for name, score in part.scores(contest.names):
+            check_finite(name, score)
+            yield name, keep_exactly(name, score, scope, lost[name])
+
+
+def follow(pattern: NM, scores: Named) -> Iterator[tuple[str, Tensor]]:
+    """Return N:M masks; layers whose inputs M does not divide stay dense."""
+    for name, score in scores:
+        yield name, keep_pattern(pattern, name, score)
+
+
+def keep_pattern(pattern: NM, name: str, score: Tensor) -> Tensor:
+    """Return what a pattern keeps of a layer, bool (out, in): all of it where M does not divide its inputs."""
+    check_finite(name, score)
+    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)
