@@ -46,9 +46,7 @@ class Given(Allocation):
     def _ratio(self, weight: PrunableWeight) -> Fraction | None:
         return next((ratio for rule, ratio in self.rules.items() if _matches(rule, weight)), None)
 
-    def _counts(
-        self, part: Part, sparsity: Sparsity, bounds: Limits, ratios: Sequence[Fraction | None]
-    ) -> list[int]:
+    def _counts(self, part: Part, sparsity: Sparsity, bounds: Limits, ratios: Sequence[Fraction | None]) -> list[int]:
         total, sizes = total_of(part, sparsity, bounds), part.sizes
         shares = {i: ratio * sizes[i] for i, ratio in enumerate(ratios) if ratio is not None}
         rest = [i for i in range(len(sizes)) if i not in shares]

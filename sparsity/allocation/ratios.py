@@ -99,7 +99,9 @@ def exact(part: Part, values: Mapping[str, float]) -> list[Fraction]:
     """
     for name in part.names:
         if not 0 <= values[name] < math.inf:
-            raise UserError(f"the allocation's criterion of layer {name!r} is {values[name]}: it must be finite, from 0")
+            raise UserError(
+                f"the allocation's criterion of layer {name!r} is {values[name]}: it must be finite, from 0"
+            )
     return [Fraction(values[name]) for name in part.names]
 
 

@@ -21,5 +21,3 @@ def counts(allocation: Allocation, part: Part, *sparsities: Any) -> list[dict[st
     assert [contest.names for contest in contests] == [[name] for name in part.names]
     assert not any(contest.even for contest in contests)
     return [{contest.names[0]: contest.counts[i] for contest in contests} for i in range(len(sparsities))]
-
-

@@ -41,7 +41,11 @@ def test_a_bad_sparsity_names_the_rule(bad):
     ("rules", "fields", "match"),
     [
         ({"audio": 0.5}, {}, "rule 'audio' matches no prunable layer and no group"),
-        ({"vision": 0.9}, {}, "rules prune 270 of 350 weights, and the 1 layers without a rule cannot make that the 175"),
+        (
+            {"vision": 0.9},
+            {},
+            "rules prune 270 of 350 weights, and the 1 layers without a rule cannot make that the 175",
+        ),
         ({"*": 0.6}, {}, "rules prune 210 of 350 weights"),
         ({"a": 0.9}, {"min_keep": 0.2}, "rule for layer 'a.weight' prunes 90 of its 100 weights, and from 0 to 80"),
         ({"a": 0.1}, {"pruned": {A: 11}}, "rule for layer 'a.weight' prunes 10 of its 100 weights, and from 11 to 100"),
