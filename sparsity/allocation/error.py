@@ -106,10 +106,10 @@ def fill(curves: Sequence[Sequence[Point]], total: int, bounds: Limits) -> list[
     shares = [Fraction(least) for least in bounds.least]
     segments = [s for i, curve in enumerate(curves) for s in _segments(i, curve, bounds)]
     segments.sort(key=lambda segment: (segment.stage, segment.price))
-    left = total - sum(bounds.least)
+    left = Fraction(total - sum(bounds.least))
     for _, group in groupby(segments, key=lambda segment: (segment.stage, segment.price)):
         equal = list(group)
-        room = sum(segment.weights for segment in equal)
+        room = sum((segment.weights for segment in equal), Fraction(0))
         part = min(Fraction(1), left / room)
         for segment in equal:
             shares[segment.layer] += part * segment.weights

@@ -57,8 +57,9 @@ class Given(Allocation):
         for i, count in counts.items():
             if not bounds.least[i] <= count <= bounds.most[i]:
                 raise UserError(
-                    f"the allocation's rule for layer {part.names[i]!r} prunes {count} of its {sizes[i]} weights, and"
-                    f" from {bounds.least[i]} to {bounds.most[i]} can be pruned (--min_keep, --max_keep, pruned already)"
+                    f"the allocation's rule for layer {part.names[i]!r} prunes {count} of its {sizes[i]} weights,"
+                    f" and from {bounds.least[i]} to {bounds.most[i]} can be pruned (--min_keep, --max_keep, pruned"
+                    " already)"
                 )
         free = Limits(*([each[i] for i in rest] for each in (sizes, bounds.least, bounds.most)))
         if not sum(free.least) <= total - ruled <= sum(free.most):

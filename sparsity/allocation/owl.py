@@ -44,8 +44,8 @@ class Owl(Allocation):
 def _more(outliers: Sequence[Fraction], sizes: Sequence[int]) -> list[Fraction]:
     """Return by how much the keep ratio of each layer is above the mean; weighted by size they add up to 0."""
     lowest, highest = min(outliers), max(outliers)
-    terms = [2 * _RANGE * (each - lowest) / ((highest - lowest) or 1) for each in outliers]
-    mean = sum(term * size for term, size in zip(terms, sizes, strict=True)) / sum(sizes)
+    terms = [2 * _RANGE * (each - lowest) / ((highest - lowest) or Fraction(1)) for each in outliers]
+    mean = sum((term * size for term, size in zip(terms, sizes, strict=True)), Fraction(0)) / sum(sizes)
     return [term - mean for term in terms]
 
 
