@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from sparsity.errors import UserError
 
-SCHEDULES = ("linear", "exp", "const")
+SCHEDULES = ("linear", "exp", "const", "cubic")
 # Digits of a sparsity, before and after the point: on the command line, and at most (a float written out has 1074). To
 # compute with 1e-999999999 would take forever.
 _TYPED, _DIGITS = 25, 1100
@@ -21,19 +21,23 @@ def fraction(sparsity: Sparsity) -> Fraction:
     """The exact value of a sparsity as it is written: a float counts as its shortest decimal form. UserError outside
     [0, 1).
     """
-    try:
-        if isinstance(sparsity, Fraction):
-            exact = sparsity
-        elif isinstance(sparsity, float):
-            exact = Fraction(float.__repr__(sparsity))  # of numpy's floats too, whose own repr is no number
-        else:
-            text = str(sparsity)
-            exact = Fraction(text) if "/" in text or _short(Decimal(text)) else None
-    except (ValueError, ArithmeticError):
-        exact = None
+    exact = as_written(sparsity)
     if exact is None or not 0 <= exact < 1:
         raise UserError(f"sparsity must be a fraction between 0 and 1, got {sparsity!r:.60}")
     return exact
+
+
+def as_written(number: Sparsity) -> Fraction | None:
+    """Return the exact value of a number as it is written, "0.7" or "7/10"; None for what is no finite number."""
+    try:
+        if isinstance(number, Fraction):
+            return number
+        if isinstance(number, float):
+            return Fraction(float.__repr__(number))  # of numpy's floats too, whose own repr is no number
+        text = str(number)
+        return Fraction(text) if "/" in text or _short(Decimal(text)) else None
+    except (ValueError, ArithmeticError):
+        return None
 
 
 def _short(value: Decimal, digits: int = _DIGITS) -> bool:
@@ -57,12 +61,15 @@ def check_schedule(steps: int, schedule: str) -> None:
 def step_sparsity(sparsity: Sparsity, step: int, steps: int, schedule: str) -> Sparsity:
     """Sparsity after step 1 .. `steps` of an iterative method; the last is `sparsity` itself, exactly.
 
-    "exp": 1 - (1 - s)^(t / T), "linear": s * t / T, "const": s (arXiv 2006.09081).
+    "exp": 1 - (1 - s)^(t / T), "linear": s * t / T, "const": s (arXiv 2006.09081); "cubic": s (1 - (1 - t / T)^3)
+    (arXiv 1710.01878). Exact but for "exp".
     """
     if step == steps or schedule == "const":
         return sparsity
     if schedule == "linear":
         return fraction(sparsity) * step / steps
+    if schedule == "cubic":
+        return fraction(sparsity) * (1 - (1 - Fraction(step, steps)) ** 3)
     if schedule == "exp":
         return 1 - float(1 - fraction(sparsity)) ** (step / steps)
     raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")

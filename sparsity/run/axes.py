@@ -3,7 +3,7 @@
 from sparsity.run.registry import Registry
 
 ALLOCATIONS = Registry(
-    "allocation", "sparsity.allocation", "sparsity.allocation.base:Allocation", ("base", "budget", "ratios")
+    "allocation", "sparsity.allocation", "sparsity.allocation.base:Allocation", ("base", "budget", "ratios", "given")
 )
 RECONSTRUCTIONS = Registry(
     "reconstruction", "sparsity.reconstruction", "sparsity.reconstruction.base:Reconstruction", ("base", "blockwise")

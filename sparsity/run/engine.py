@@ -136,12 +136,7 @@ class Engine:
         self, view: PrunableView, measured: Measured, *, seed: int = 42, names: Sequence[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """Return (name, score (out, in)) of all weights, or of `names`, one at a time and in order."""
-        statistic = self.plan.score.statistic
-        known = (
-            measured.statistics.get(statistic if isinstance(statistic, str) else statistic.name, {})
-            if statistic
-            else {}
-        )
+        known = measured.statistics.get(self.plan.statistic or "", {})
         for name in view.weights if names is None else names:
             yield name, self._score(view, name, known.get(name), seed)
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from sparsity.allocation.budget import budget, parse_sparsities, pools
+from sparsity.allocation.budget import SCHEDULES, budget, check_schedule, parse_sparsities, pools, step_sparsity
 
 
 @pytest.mark.parametrize("sparsity", ["0.57", 0.57, Decimal("0.57"), Fraction(57, 100), np.float64(0.57)])
@@ -42,6 +42,26 @@ def test_a_bad_sparsity_is_one_clear_line(text):
     with pytest.raises(ValueError, match="sparsit") as error:
         parse_sparsities(text)
     assert "\n" not in str(error.value)
+
+
+def test_the_cubic_schedule_is_exact():
+    """s (1 - (1 - t / T)^3): of what is still to be pruned, (2/3)^3 = 8/27 is left after the first of three steps."""
+    steps = [step_sparsity("0.54", step, 3, "cubic") for step in (1, 2, 3)]
+    assert steps == [Fraction(54, 100) * Fraction(19, 27), Fraction(54, 100) * Fraction(26, 27), "0.54"]
+    assert [budget(sparsity, 100) for sparsity in steps] == [38, 52, 54]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_never_fall_and_end_at_the_sparsity(schedule):
+    check_schedule(7, schedule)
+    counts = [budget(step_sparsity(0.63, step, 7, schedule), 100_000) for step in range(1, 8)]
+    assert counts == sorted(counts) and counts[-1] == 63_000 and counts[0] > 0
+
+
+def test_an_unknown_schedule_is_one_clear_line():
+    for call in (lambda: check_schedule(3, "square"), lambda: step_sparsity(0.5, 1, 3, "square")):
+        with pytest.raises(ValueError, match="schedule must be one of linear, exp, const, cubic, got 'square'"):
+            call()
 
 
 def test_pools_cover_all_weights_in_order():
