@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct, saliency
 from sparsity.statistics.hessian import DAMPING, Factor, factor, gram
-from sparsity.statistics.inputs import add
+from sparsity.statistics.sums import add
 
 GOALS = {"total": 2.5, "mask": 4.0, "product": 1.2}  # times as fast; times as slow as one product
 TOKENS = 197  # of an image of 224 x 224 in patches of 16

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sparsity.allocation.budget import Sparsity, members
-from sparsity.view import PrunableView
+from sparsity.allocation.budget import Sparsity
+from sparsity.view import PrunableView, members
 
 
 @dataclass(frozen=True)

@@ -117,20 +117,13 @@ class Engine:
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
     ) -> dict[str, Mapping[str, Tensor]]:
         """Statistics of all layers; those of the score as the score needs them."""
-        found: dict[str, Mapping[str, Tensor]] = {}
-        for name in dict.fromkeys(wanted):
-            with reading.arithmetic():
-                found[name] = collect(
-                    view,
-                    name,
-                    reading.over(),
-                    reduce=reading.reduce,
-                    generators=reading.generators,
-                    offload=self.plan.offload,
-                )
-        if self.plan.score.statistic in found:
-            found[str(self.plan.score.statistic)] = self.plan.score.prepare(view, found[str(self.plan.score.statistic)])
-        return found
+        if not wanted:
+            return {}
+        with reading.arithmetic():
+            sums = {"reduce": reading.reduce, "generators": reading.generators, "offload": self.plan.offload}
+            found: dict[str, Mapping[str, Tensor]] = collect(view, list(dict.fromkeys(wanted)), reading.over(), **sums)
+        own = self.plan.statistic
+        return found | ({own: self.plan.score.prepare(view, found[own])} if own in found else {})
 
     def scores(
         self, view: PrunableView, measured: Measured, *, seed: int = 42, names: Sequence[str] | None = None

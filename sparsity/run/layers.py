@@ -63,18 +63,9 @@ class Layers:
     def _measure(self, names: list[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
         wanted = [name for name in self.plan.statistics if name in OF_INPUTS]
-        found = {}
-        for statistic in wanted:
-            with self.reading.arithmetic():
-                found[statistic] = collect(
-                    self.view,
-                    statistic,
-                    self.reading.over(),
-                    reduce=self.reading.reduce,
-                    names=names,
-                    offload=self.plan.offload,
-                )
-        return found
+        with self.reading.arithmetic():
+            sums = {"reduce": self.reading.reduce, "names": names, "offload": self.plan.offload}
+            return collect(self.view, wanted, self.reading.over(), **sums)
 
     def _prune_layer(
         self,

@@ -8,12 +8,10 @@ rank keeps the rows whose batches it has read; rows that several ranks have part
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,30 +20,26 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
-from sparsity.files import write_atomic, writing
 from sparsity.masks import state_digest
+from sparsity.statistics.checks import (
+    IDLE,
+    NO_BATCHES,
+    finite,
+    look,
+    not_finite,
+    not_reached,
+    summed,
+    warn_ended_early,
+)
 from sparsity.statistics.gradients import batch_generator, only_prunable, summed_gradients
 from sparsity.statistics.inputs import untouched
+from sparsity.statistics.row_stores import File, Memory, Scratch
 from sparsity.view import PrunableView
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PIECE = {"cpu": 1 << 21}  # elements looked at together: enough for several threads, few enough for the cache
 _LARGE_PIECE = 1 << 26
 _REDUCED = 1 << 22  # columns that ranks add up together
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Where a pass may keep what is too large for memory.
-
-    path: of a file of this rank's own, which need not exist. identity: of all that decides the data; what was kept of
-    other data is not used.
-    """
-
-    path: Path
-    identity: str
 
 
 class Rows:
@@ -54,7 +48,8 @@ class Rows:
     own: rows of this rank, (rows, p), in memory or mapped. numbers: which of the n rows they are. images: in the
     batches of all rows of all ranks. device: where results are wanted. reduce: sums a tensor over ranks, which all call
     the same methods in the same order. forget: removes the file, whose rows stay readable as long as this lives.
-    origin: identity of data, model and arithmetic, and a path beside which what is computed may be kept.
+    origin: identity of data, model and arithmetic, and a path beside which what is computed may be kept. factors: of
+    `own`, (rows,), where they are not yet means.
     """
 
     def __init__(
@@ -68,10 +63,12 @@ class Rows:
         reduce: Callable[[Tensor], Tensor] | None = None,
         forget: Callable[[], None] = lambda: None,
         origin: Scratch | None = None,
+        factors: Tensor | None = None,
     ):
         self.n, self.width, self.images, self.forget, self.origin = n, own.shape[1], images, forget, origin
         self.device, self._reduce, self._own = torch.device(device), reduce or (lambda tensor: tensor), own
         self._numbers = torch.tensor(numbers, dtype=torch.long, device=self.device)
+        self._factors = None if factors is None else factors.to(self.device).float()[:, None]
         self._whole = reduce is None and list(numbers) == list(range(n))
         self.independent = self._whole and self.device.type == "cpu"  # columns can be read in any order, by threads
         self._sum, self._summed = torch.empty(self.width, device=self.device), 0  # so many columns of it are there
@@ -117,7 +114,8 @@ class Rows:
         return self._reduce(rows)
 
     def _part(self, start: int, stop: int) -> Tensor:
-        return self._own[:, start:stop].to(self.device).float()
+        part = self._own[:, start:stop].to(self.device).float()
+        return part if self._factors is None else part * self._factors
 
 
 def gradient_rows(
@@ -131,36 +129,46 @@ def gradient_rows(
     generators: Callable[[int], torch.Generator] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Rows:
-    """The rows of the model as it is, in evaluation mode. A row depends on its own batches alone.
+    """Return the rows of the model as it is, in evaluation mode. A row depends on its own batches alone.
 
-    rounds: for each row, how many of its batches come here. budget: bytes of rows that are kept in memory; more go to
-    the file of `scratch`. dtype: of DTYPES. generators, reduce: as in `sparsity.statistics.gradients`.
+    rounds: for each row, how many of its batches come here; where fewer come, the rows are of those that did, with a
+    warning. budget: bytes of rows that are kept in memory; more go to the file of `scratch`. dtype: of DTYPES.
+    generators, reduce: as in `sparsity.statistics.gradients`.
 
-    Raises UserError where the rows find no room, without batches, for a weight that gets no gradient, and for NaN or
-    Inf, naming the layer.
+    Raises UserError where the rows find no room, without batches, and, naming all layers concerned, for weights that
+    get no gradient on any rank (a warning after the first row) and for NaN or Inf, as soon as they come.
     """
     generators = generators or (lambda number: batch_generator(42, number))
     kind, own = DTYPES[dtype], [number for number, count in enumerate(rounds) if count]
     device = next(iter(view.weights.values())).parameter.device
     origin = scratch and Scratch(scratch.path, _identity(view, rounds, kind, scratch.identity))
     if fit(view.numel, rounds, dtype, budget, scratch and scratch.path.parent):
-        store = _Memory(len(own), view.numel, kind)
+        store = Memory(len(own), view.numel, kind)
     else:
         assert origin is not None, "`fit` refuses rows that find no room"
-        store = _File(origin, view.numel, kind)
-    counts = torch.tensor(rounds, dtype=torch.float64, device=device)
-    counts = (reduce(counts) if reduce else counts).tolist()
-    if len(store.images) < len(own):
-        shares = [(rounds[number], counts[number]) for number in own]
-        _collect(view, enumerate(batches), store, shares, generators, idle_is_fine=reduce is not None)
-    images = torch.tensor(float(sum(store.images)), device=device)
-    images = int(reduce(images) if reduce else images)
-    if not images:
-        raise UserError("there are no calibration batches")
+        store = File(origin, view.numel, kind)
+    announced = summed([[count] for count in rounds], device, reduce)[0]
+    shares = [(rounds[number], int(announced[number])) for number in own] if len(store.images) < len(own) else []
+    _collect(view, enumerate(batches), store, shares, generators, reduce)
     read = own[: len(store.images)]
-    n = len(rounds) if reduce else len(read)
+    warn_ended_early(sum(store.batches), sum(rounds))
+
+    # What came, on all ranks together: batches of each round, layers with a gradient, images.
+    batches_of = dict(zip(read, store.batches, strict=True))
+    here = [batches_of.get(number, 0) for number in range(len(rounds))]
+    numbers = [*here, *(int(name in store.reached) for name in view.weights), sum(store.images)]
+    *counts, images = summed([[number] for number in numbers], device, reduce)[0].tolist()
+    came, ranks = counts[: len(rounds)], counts[len(rounds) :]
+    if not images:
+        raise UserError(NO_BATCHES)
+    idle = [name for name, reached in zip(view.weights, ranks, strict=True) if not reached]
+    if idle:
+        raise not_reached(IDLE, idle)
+    there = [number for number, count in enumerate(came) if count]  # rounds of which no rank read anything are no rows
+    factors = torch.tensor([float(announced[number]) / came[number] for number in read])
     place = {"device": device, "reduce": reduce, "forget": store.remove, "origin": origin}
-    return Rows(store.rows(), read, n, images, **place)
+    place["factors"] = None if (factors == 1).all() else factors
+    return Rows(store.rows(), [there.index(number) for number in read], len(there), images, **place)
 
 
 def fit(width: int, rounds: Sequence[int], dtype: str, budget: int, folder: Path | None, held: int = 1) -> bool:
@@ -188,7 +196,7 @@ def fit(width: int, rounds: Sequence[int], dtype: str, budget: int, folder: Path
 def room(folder: Path) -> int:
     """Bytes that rows can take in a folder, which need not exist yet: what is free, and older rows."""
     existing = Path(os.path.abspath(folder))
-    older = sum(path.stat().st_size for path in existing.glob(f"*{_File.SUFFIX}"))
+    older = sum(path.stat().st_size for path in existing.glob(f"*{File.SUFFIX}"))
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free + older
@@ -217,13 +225,20 @@ def batch_images(batch: Any) -> int:
 def _collect(
     view: PrunableView,
     numbered: Iterator[tuple[int, Any]],
-    store: "_Memory | _File",
-    shares: Sequence[tuple[int, float]],
+    store: Memory | File,
+    shares: Sequence[tuple[int, int]],
     generators: Callable[[int], torch.Generator],
-    idle_is_fine: bool,
+    reduce: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """The rows that the store does not have yet. shares: for each row, how many batches come here, and on all ranks."""
-    idle = set(view.weights)
+    """Add the rows that the store does not have yet. shares: for each row, how many batches come here, and on all
+    ranks: the sum of its gradients is divided by the latter.
+    """
+    looked = False
+
+    def report() -> None:
+        look(IDLE, "gradient", {name: (name in store.reached, True) for name in view.weights}, device, reduce)
+
+    device = next(iter(view.weights.values())).parameter.device
     with only_prunable(view), summed_gradients(view) as sums:
         for place, (here, together) in enumerate(shares):
             batches = islice(numbered, here)
@@ -231,38 +246,39 @@ def _collect(
                 deque(batches, maxlen=0)  # read, since what follows depends on the order, but not used
                 continue
             sums.clear()
-            images = _backward(view, batches, generators)
-            if not images:
+            count, images = _backward(view, batches, generators)
+            if not count:
                 break
-            idle -= set(sums)
-            store.append(_pieces(view, sums, together), images)
-    if idle and not idle_is_fine and store.images:
-        raise UserError(f"layer {next(name for name in view.weights if name in idle)!r} got no gradient from the loss")
+            bad = [name for name, gradient in sums.items() if not finite(gradient)]
+            if bad:
+                raise not_finite("gradient", [name for name in view.weights if name in bad])
+            store.append(_pieces(view, sums, together), images, count, sums)
+            if not looked:
+                report()
+                looked = True
+    if not looked:
+        report()
 
 
 def _backward(
     view: PrunableView, batches: Iterable[tuple[int, Any]], generators: Callable[[int], torch.Generator]
-) -> int:
-    """Run the batches backward, whose gradients `summed_gradients` takes; the number of images."""
-    images = 0
+) -> tuple[int, int]:
+    """Run the batches backward, whose gradients `summed_gradients` takes; how many there were, and their images."""
+    count, images = 0, 0
     for number, batch in batches:
         # What a loss moves (momentum copies, queues) starts anew for each batch: rows depend on their own alone.
         with untouched(view.model, view.moved_by_loss), torch.enable_grad():
             view.loss(batch, generators(number)).backward()
+        count += 1
         images += batch_images(batch)
-    return images
+    return count, images
 
 
-def _pieces(view: PrunableView, sums: Mapping[str, Tensor], count: float) -> Iterator[Tensor]:
+def _pieces(view: PrunableView, sums: Mapping[str, Tensor], count: int) -> Iterator[Tensor]:
     """The row, weight after weight: the sums of the gradients divided by `count`."""
     for name, weight in view.weights.items():
         gradient = sums.get(name)
-        if gradient is None:
-            yield torch.zeros(weight.numel)
-            continue
-        if not gradient.isfinite().all():
-            raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
-        yield weight.as_matrix(gradient).reshape(-1) / count
+        yield torch.zeros(weight.numel) if gradient is None else weight.as_matrix(gradient).reshape(-1) / count
 
 
 def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, data: str) -> str:
@@ -271,108 +287,3 @@ def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, dat
     arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
     facts = [data, state_digest(view.model), list(view.weights), list(rounds), str(dtype), arithmetic]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _checksum(account: Mapping[str, Any]) -> str:
-    """SHA-256 over all of an account but its checksum."""
-    facts = {name: value for name, value in account.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-class _Memory:
-    """Rows in memory. images: of the batches of each row that is there."""
-
-    def __init__(self, count: int, width: int, dtype: torch.dtype):
-        self.images: list[int] = []
-        self._rows = torch.empty(count, width, dtype=dtype)
-
-    def append(self, pieces: Iterable[Tensor], images: int) -> None:
-        """Adds a row."""
-        start, row = 0, self._rows[len(self.images)]
-        for piece in pieces:
-            row[start : start + len(piece)] = piece
-            start += len(piece)
-        self.images.append(images)
-
-    def rows(self) -> Tensor:
-        return self._rows[: len(self.images)]
-
-    def remove(self) -> None:
-        pass
-
-
-class _File:
-    """Rows in a file, one after another, with an account of those that are whole beside it.
-
-    The account is replaced after the row has reached the disk, so that a kill at any moment leaves whole rows. Rows of
-    another identity are written over.
-    """
-
-    SUFFIX = ".rows"
-
-    def __init__(self, origin: Scratch, width: int, dtype: torch.dtype):
-        self.path, self.account = origin.path.with_suffix(self.SUFFIX), origin.path.with_suffix(".json")
-        self._identity, self._width, self._dtype = origin.identity, width, dtype
-        self._digests: list[str] = []  # of the rows
-        self.images: list[int] = self._found()
-        if self.images:
-            logger.info("%s: going on after %d gradient rows", self.path, len(self.images))
-        else:
-            # Another file, not the old one emptied: rows that are still mapped must not change.
-            self._digests = []
-            self.remove()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-
-    def _found(self) -> list[int]:
-        try:
-            account, size = json.loads(self.account.read_text()), self.path.stat().st_size
-        except (OSError, ValueError, RecursionError):
-            return []
-        if not isinstance(account, dict) or account.get("identity") != self._identity:
-            return []
-        self._digests = account.get("digests", [])
-        images, text = account.get("images", []), _checksum(account)
-        if account.get("checksum") != text or size < len(images) * self._bytes:
-            return []
-        return images if all(map(self._intact, range(len(images)))) else []
-
-    def _intact(self, row: int) -> bool:
-        """Whether a row is as it was written."""
-        sha = hashlib.sha256()
-        with self.path.open("rb") as file:
-            file.seek(row * self._bytes)
-            left = self._bytes
-            while left and (piece := file.read(min(left, _PIECE["cpu"]))):
-                sha.update(piece)
-                left -= len(piece)
-        return sha.hexdigest() == self._digests[row]
-
-    @property
-    def _bytes(self) -> int:
-        return self._width * self._dtype.itemsize
-
-    def append(self, pieces: Iterable[Tensor], images: int) -> None:
-        """Adds a row, and accounts for it."""
-        sha = hashlib.sha256()
-        with writing(self.path), self.path.open("r+b") as file:
-            file.seek(len(self.images) * self._bytes)
-            for piece in pieces:
-                written = piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data
-                file.write(written)
-                sha.update(written)
-            file.flush()
-            os.fsync(file.fileno())
-        self.images.append(images)
-        self._digests.append(sha.hexdigest())
-        account = {"identity": self._identity, "images": self.images, "digests": self._digests}
-        write_atomic(self.account, json.dumps(account | {"checksum": _checksum(account)}).encode())
-
-    def rows(self) -> Tensor:
-        count = len(self.images)
-        mapped = torch.from_file(str(self.path), shared=False, size=count * self._width, dtype=self._dtype)
-        return mapped.view(count, self._width)
-
-    def remove(self) -> None:
-        self.account.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.errors import UserError
+from sparsity.statistics.checks import IDLE, NO_BATCHES, finite, look, not_finite, not_reached, summed, watched
 from sparsity.statistics.inputs import untouched
 from sparsity.view import PrunableView, PrunableWeight
 
@@ -20,40 +21,87 @@ def mean_gradients(
     seed: int = 42,
     generators: Callable[[int], torch.Generator] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    announced: int | None = None,
 ) -> dict[str, Tensor]:
     """Name -> the gradient (out, in) of the mean loss over the batches, in evaluation mode; float32 where the model is
     in half precision.
 
     With two sources read in lockstep, this is the gradient of (L_general + L_region) / 2. generators: batch number ->
     the generator of what the loss draws (ITM negatives); by default a function of `seed` and the number alone. reduce:
-    sums a tensor over ranks, each of which reads its own batches.
+    sums a tensor over ranks, each of which reads its own batches. announced: how many are to come here, where `batches`
+    does not say it; fewer are used, with a warning.
 
-    Raises UserError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
+    Raises UserError without batches, and, naming all layers concerned, for weights that get no gradient from any batch
+    (a warning after the first) and for NaN or Inf (already after the first batch).
     """
-    generators = generators or (lambda number: batch_generator(seed, number))
-    with untouched(view.model, view.moved_by_loss), only_prunable(view), summed_gradients(view) as sums:
-        count = 0
-        for count, batch in enumerate(batches, 1):
-            with torch.enable_grad():
-                view.loss(batch, generators(count - 1)).backward()
-    gradients = {name: sums.get(name) for name in view.weights}
-    device = next(iter(view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
-    seen = torch.tensor([count, *(gradient is not None for gradient in gradients.values())], dtype=torch.float32)
-    total, *reached = (reduce(seen.to(device)) if reduce else seen).tolist()
-    if not total:
-        raise UserError("there are no calibration batches")
-    result = {}
-    for (name, gradient), ranks in zip(gradients.items(), reached, strict=True):
-        if not ranks:
-            raise UserError(f"layer {name!r} got no gradient from the loss; keep it dense (keep_dense, --exclude)")
-        if reduce:
-            gradient = reduce(nothing(view.weights[name]) if gradient is None else gradient)
-        assert gradient is not None, "its one rank has reached it"
-        if not gradient.isfinite().all():
-            raise UserError(f"the gradient of layer {name!r} holds NaN or Inf")
-        matrix = view.weights[name].as_matrix(gradient)
-        result[name] = matrix.div_(total)
-    return result
+    with Gradients(view, generators or (lambda number: batch_generator(seed, number))) as gradients:
+        for batch in watched(batches, announced, partial(gradients.look, reduce)):
+            gradients.add(batch)
+    return gradients.means(reduce)
+
+
+class Gradients:
+    """Adds up the gradients of the loss on the prunable weights, batch by batch.
+
+    Inside the `with` the model is in evaluation mode; afterwards it is what it was, also after an exception.
+    """
+
+    def __init__(self, view: PrunableView, generators: Callable[[int], torch.Generator]):
+        self._view, self._generators, self._count = view, generators, 0
+        self._sums: dict[str, Tensor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Gradients":
+        with ExitStack() as stack:
+            stack.enter_context(untouched(self._view.model, self._view.moved_by_loss))
+            stack.enter_context(only_prunable(self._view))
+            self._sums = stack.enter_context(summed_gradients(self._view))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def add(self, batch: Any) -> None:
+        """Run the loss of one batch forward and backward."""
+        with torch.enable_grad():
+            self._view.loss(batch, self._generators(self._count)).backward()
+        self._count += 1
+
+    def look(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Report what the first batch tells: every rank calls this once, after its first batch, or without one.
+
+        UserError, naming all layers, for gradients with NaN or Inf; layers without gradient on all ranks are a warning.
+        """
+        sums = self._sums
+        facts = {name: (name in sums, name not in sums or finite(sums[name])) for name in self._view.weights}
+        look(IDLE, "gradient", facts, self._device, reduce)
+
+    def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """Return name -> mean gradient (out, in) over the batches of all ranks; the sums are given up for it."""
+        reached = [int(name in self._sums) for name in self._view.weights]
+        total, *ranks = summed([[number] for number in (self._count, *reached)], self._device, reduce)[0].tolist()
+        if not total:
+            raise UserError(NO_BATCHES)
+        idle = [name for name, count in zip(self._view.weights, ranks, strict=True) if not count]
+        if idle:
+            raise not_reached(IDLE, idle)
+        result, bad = {}, []
+        for name, weight in self._view.weights.items():
+            gradient = self._sums.pop(name, None)  # nothing holds it beside its sum over ranks
+            if reduce:
+                gradient = reduce(nothing(weight) if gradient is None else gradient)
+            assert gradient is not None, "its one rank has reached it"
+            if not finite(gradient):
+                bad.append(name)
+            result[name] = weight.as_matrix(gradient).div_(total)
+        if bad:
+            raise not_finite("gradient", bad)
+        return result
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
 
 
 def batch_generator(seed: int, number: int) -> torch.Generator:

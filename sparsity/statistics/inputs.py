@@ -5,7 +5,7 @@ A measure turns the real tokens of a layer's input, (tokens, in), into a tensor 
 the one that they need.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,31 +18,41 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsity.errors import UserError
+from sparsity.statistics.checks import UNSEEN, finite, look, not_finite, not_reached
 from sparsity.statistics.hessian import gram
+from sparsity.statistics.sums import Measured, SharedSums
 from sparsity.view import PrunableView
 
-_PIECE = 1 << 18  # input elements converted to float64 together
+_PIECE = 1 << 18  # input elements converted to float64 together on the CPU, where they stay in its cache
+_LARGE_PIECE = 1 << 28  # on accelerators, which take one reduction an input: 2 GiB of float64
 _SMALL = 1 << 16  # parameters of at most so many elements are copied before a pass
 
 
 def input_norms(rows: Tensor) -> Tensor:
     """(tokens, in) -> (in,): for each input feature the sum of squares over tokens, in float64."""
-    total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-    for piece in rows.split(max(1, _PIECE // rows.shape[1])):
-        total += piece.to(torch.float64, copy=True).square_().sum(dim=0)
+    return _in_pieces(rows, lambda piece: piece.square_().sum(dim=0))
+
+
+def input_sums(rows: Tensor) -> Tensor:
+    """(tokens, in) -> (in,): the sum of each input feature over tokens, in float64."""
+    return _in_pieces(rows, lambda piece: piece.sum(dim=0))
+
+
+def _in_pieces(rows: Tensor, reduction: Callable[[Tensor], Tensor]) -> Tensor:
+    """Add up what a reduction over tokens makes of copies of the rows in the widest type that the device has."""
+    wide = widest(rows.device)
+    total = rows.new_zeros(rows.shape[1], dtype=wide)
+    for piece in rows.split(max(1, (_PIECE if rows.is_cpu else _LARGE_PIECE) // rows.shape[1])):
+        total += reduction(piece.to(wide, copy=True))
     return total
 
 
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms, "gram": gram}
+def widest(device: torch.device) -> torch.dtype:
+    """Return the type in which sums are kept: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass
-class _Sum:
-    """What a layer has seen."""
-
-    value: Tensor
-    samples: int = 0
-    tokens: int = 0
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms, "input_sums": input_sums, "gram": gram}
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,7 @@ class _Seen:
     source: ReferenceType
     version: int
     valid: Tensor | None
-    measured: Tensor
-    tokens: int
+    measured: Measured
 
     def matches(self, source: Tensor, valid: Tensor | None) -> bool:
         if self.source() is not source or self.version != source._version:
@@ -80,7 +89,7 @@ class _LinearCalls(TorchFunctionMode):
 
 
 class Statistics:
-    """Runs calibration batches through a model and adds up a measure of each prunable layer's inputs.
+    """Runs calibration batches through a model and adds up measures of each prunable layer's inputs.
 
         with Statistics(view, "input_norms") as statistics:
             for batch in batches:
@@ -88,21 +97,30 @@ class Statistics:
         values = statistics.result()  # name -> tensor
 
     Inside the `with` the model is in eval() and without gradients; afterwards it is what it was, also after an
-    exception. The uses of a tied weight add up. Padding counts where the view says that it does not: never. Sums are
-    float64. names: of the weights whose inputs are measured (default: all). offload: the sums are kept in the memory of
-    the processor, and the accelerator holds what a layer adds to them alone.
+    exception; it can be entered again. The uses of a tied weight add up. Padding counts where the view says that it
+    does not: never. Sums are float64 (float32 on a device without it), and layers that have read the very same tensors
+    share them.
+
+    measures: of MEASURES, one or several, from one forward. names: of the weights whose inputs are measured (default:
+    all); a layer that stays dense is left out. offload: the sums are kept in the memory of the processor, and the
+    accelerator holds what a layer adds to them alone.
     """
 
     def __init__(
-        self, view: PrunableView, measure: str, names: Collection[str] | None = None, *, offload: bool = False
+        self,
+        view: PrunableView,
+        measures: str | Sequence[str],
+        names: Collection[str] | None = None,
+        *,
+        offload: bool = False,
     ):
-        if measure not in MEASURES:
-            raise UserError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
-        self._view, self._measure, self._offload = view, MEASURES[measure], offload
+        self._measures = (measures,) if isinstance(measures, str) else tuple(measures)
+        for measure in self._measures:
+            if measure not in MEASURES:
+                raise UserError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
+        self._view, self._offload = view, offload
         self._weights = {name: view.weights[name] for name in (view.weights if names is None else names)}
-        # Allocated before the first forward: between its activations they would leave holes in memory.
-        nothing = {name: weight.matrix()[:0] for name, weight in self._weights.items()}  # (0, in)
-        self._sums = {name: _Sum(self._measured(rows).double()) for name, rows in nothing.items()}
+        self._sums = SharedSums(self._roots())
         self._names = {id(weight.parameter): name for name, weight in self._weights.items()}
         self._inside: set[str] = set()  # weights whose layer is being called
         self._called: set[str] = set()  # weights whose layer has been called
@@ -110,6 +128,15 @@ class Statistics:
         self._batch: Any = None
         self._seen: list[_Seen] = []
         self._stack = ExitStack()
+
+    def _roots(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+        """The layers that may share a sum, and their sums of nothing."""
+        alike: dict[tuple[int, torch.device], list[str]] = {}
+        for name, weight in self._weights.items():
+            alike.setdefault((weight.shape[1], weight.parameter.device), []).append(name)
+        for names in alike.values():
+            nothing = self._measured(self._weights[names[0]].matrix()[:0])  # (0, in)
+            yield names, {measure: value.to(widest(value.device)) for measure, value in nothing.items()}
 
     def __enter__(self) -> "Statistics":
         with ExitStack() as stack:
@@ -127,15 +154,18 @@ class Statistics:
         self._inside.clear()
         self._stack.close()
 
-    def add(self, batch: Any) -> None:
-        """Runs one batch through the view's forward."""
+    def add(self, batch: Any, run: Callable[[], Any] | None = None) -> None:
+        """Run one batch through the view's forward, or through `run` in its place: a part of the model, on what it got
+        for this batch.
+        """
         self._batch = batch
         # Watching every call of a function costs time: not once all layers are known to be called themselves.
         watched = self._passed_over or len(self._called) < len(self._names)
         calls = _LinearCalls(self._linear) if watched else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), calls:
-            self._view.forward(batch)
+            _ = run() if run else self._view.forward(batch)
         self._seen.clear()
+        self._sums.settle()
 
     def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inside.add(name)
@@ -155,54 +185,61 @@ class Statistics:
         valid = self._view.valid_tokens(key, self._batch)
         seen = next((s for s in self._seen if s.matches(source, valid)), None)
         if seen is None:
-            rows = _real_rows(key, source, valid)
-            seen = _Seen(ref(source), source._version, valid, self._measured(rows), len(rows))
+            rows, samples = _real_rows(key, source, valid), source.shape[0] if source.ndim > 1 else 1
+            seen = _Seen(ref(source), source._version, valid, Measured(self._measured(rows), samples, len(rows)))
             self._seen = [s for s in self._seen if s.source() is not None] + [seen]
-        entry = self._sums[name]
-        add(entry.value, seen.measured)
-        entry.samples += source.shape[0] if source.ndim > 1 else 1
-        entry.tokens += seen.tokens
+        self._sums.add(name, seen.measured)
 
-    def _measured(self, rows: Tensor) -> Tensor:
-        measured = self._measure(rows)
-        return measured.cpu() if self._offload else measured
+    def _measured(self, rows: Tensor) -> dict[str, Tensor]:
+        found = {measure: MEASURES[measure](rows) for measure in self._measures}
+        return {measure: value.cpu() for measure, value in found.items()} if self._offload else found
+
+    def look(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Report what the first batch tells: every rank calls this once, after its first batch, or without one.
+
+        UserError, naming all layers, for inputs with NaN or Inf; layers that saw nothing on any rank are a warning.
+        """
+        bad, tokens = self._not_finite(), self.tokens
+        facts = {name: (tokens[name] > 0, name not in bad) for name in self._weights}
+        look(UNSEEN, "inputs", facts, next(iter(self._weights.values())).parameter.device, all_reduce)
+
+    def _not_finite(self) -> set[str]:
+        bad = [shared for shared in self._sums.all() if not all(map(finite, shared.values.values()))]
+        return {name for shared in bad for name in shared.names}
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Adds the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it
+        """Add the sums of all ranks. all_reduce: tensor -> the sum of that tensor over the ranks; every rank calls it
         for the same tensors.
         """
-        for entry in self._sums.values():
-            entry.value = all_reduce(entry.value)
-            counts = all_reduce(torch.tensor([entry.samples, entry.tokens], device=entry.value.device))
-            entry.samples, entry.tokens = counts.tolist()
+        self._sums.reduce(all_reduce)
 
     @property
     def samples(self) -> dict[str, int]:
         """How many samples each layer's inputs came from; a tied weight counts those of all its uses."""
-        return {name: entry.samples for name, entry in self._sums.items()}
+        return {name: self._sums[name].samples for name in self._weights}
 
     @property
     def tokens(self) -> dict[str, int]:
         """How many real tokens each layer's sum is over."""
-        return {name: entry.tokens for name, entry in self._sums.items()}
+        return {name: self._sums[name].tokens for name in self._weights}
+
+    def results(self) -> dict[str, dict[str, Tensor]]:
+        """Return measure -> name -> the sum over all batches. Names may share a tensor: nobody may write to it.
+
+        UserError, naming all layers concerned, where they saw no real token, or NaN or Inf.
+        """
+        unseen = [name for name, tokens in self.tokens.items() if tokens == 0]
+        if unseen:
+            raise not_reached(UNSEEN, unseen)
+        bad = self._not_finite()
+        if bad:
+            raise not_finite("inputs", [name for name in self._weights if name in bad])
+        return {each: {name: self._sums[name].values[each] for name in self._weights} for each in self._measures}
 
     def result(self) -> dict[str, Tensor]:
-        """Name -> the sum over all batches. UserError that names a layer which saw no real token, or NaN or Inf."""
-        for name, entry in self._sums.items():
-            if entry.tokens == 0:
-                raise UserError(f"layer {name!r} saw no calibration sample")
-            if not entry.value.isfinite().all():
-                raise UserError(f"the inputs of layer {name!r} hold NaN or Inf")
-        return {name: entry.value for name, entry in self._sums.items()}
-
-
-def add(total: Tensor, measured: Tensor) -> None:
-    """In place. On the processor a float32 tensor is converted piece by piece: several times as fast as at once."""
-    if total.dtype == measured.dtype or not total.is_cpu:
-        total += measured
-        return
-    for piece, more in zip(total.view(-1).split(_PIECE), measured.view(-1).split(_PIECE), strict=True):
-        piece += more.double()
+        """Return name -> the sum over all batches, where there is one measure. As `results` otherwise."""
+        (found,) = self.results().values()
+        return found
 
 
 def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:

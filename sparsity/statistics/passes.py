@@ -1,43 +1,115 @@
-"""The statistics that a pruner can ask for, by name: each is one pass over the calibration batches."""
+"""The statistics that a pruner can ask for, by name: one pass over the calibration batches gathers any of them."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsity.statistics.gradients import mean_gradients
+from sparsity.errors import UserError
+from sparsity.statistics.checks import watched
+from sparsity.statistics.gradients import Gradients, batch_generator
 from sparsity.statistics.inputs import MEASURES, Statistics
 from sparsity.view import PrunableView
 
-OF_INPUTS = (*MEASURES, "hessian")
-PASSES = (*OF_INPUTS, "mean_gradient")
+GRADIENT = "mean_gradient"
+# Statistic -> the measure that adds up, and its factor over the n real tokens.
+_SCALED = {"hessian": ("gram", 2.0), "input_means": ("input_sums", 1.0)}
+OF_INPUTS = (*MEASURES, *_SCALED)
+PASSES = (*OF_INPUTS, GRADIENT)
 
 
 def collect(
     view: PrunableView,
-    statistic: str,
+    statistics: str | Sequence[str],
     batches: Iterable[Any],
     *,
     reduce: Callable[[Tensor], Tensor] | None = None,
     generators: Callable[[int], torch.Generator] | None = None,
     names: Collection[str] | None = None,
     offload: bool = False,
-) -> dict[str, Tensor]:
-    """Name of each prunable weight -> its statistic over the batches.
+    announced: int | None = None,
+) -> dict[str, Any]:
+    """Return name of each prunable weight -> its statistic over the batches; of several statistics, which one pass over
+    the batches gathers, statistic -> such a mapping.
+
+    "input_norms" (in,): sums of squares over the n real tokens, "input_means" (in,), "hessian": (2/n) X X^T as strips
+    (`sparsity.statistics.hessian`), "mean_gradient" (out, in). "input_sums" and "gram" are the bare sums. Layers that
+    have read the very same tensors get the very same statistic: nobody may write to it.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
-    generator of what the loss draws there. names: of the weights that are asked about (default: all), offload: whether
-    sums are kept in the processor's memory; neither is for gradients. "hessian" is (2/n) X X^T over the n real tokens,
-    as strips (`sparsity.statistics.hessian`). Raises UserError for a statistic that does not exist.
+    generator of what the loss draws there. names: of the weights that are asked about (default: all), without those
+    that stay dense; offload: whether sums are kept in the memory of the processor; neither is for gradients. announced:
+    how many batches are to come here, where `batches` does not say it; fewer are used, with a warning.
+
+    Raises UserError for a statistic that does not exist, and, naming all layers concerned, for layers that no batch
+    reaches (a warning after the first batch) and for NaN or Inf (already after the first batch).
     """
-    if statistic == "mean_gradient":
-        return mean_gradients(view, batches, generators=generators, reduce=reduce)
-    scaled = statistic == "hessian"
-    with Statistics(view, "gram" if scaled else statistic, names, offload=offload) as statistics:
-        for batch in batches:
-            statistics.add(batch)
-    if reduce:
-        statistics.reduce(reduce)
-    found = statistics.result()
-    return {name: sums.mul_(2 / statistics.tokens[name]) for name, sums in found.items()} if scaled else found
+    wanted = [statistics] if isinstance(statistics, str) else list(statistics)
+    for statistic in wanted:
+        if statistic not in PASSES:
+            raise UserError(f"there is no statistic {statistic!r}; there are: {', '.join(PASSES)}")
+    measures = list(dict.fromkeys(_measure(statistic) for statistic in wanted if statistic != GRADIENT))
+    nobody = names is not None and not names
+    inputs = Statistics(view, measures, names, offload=offload) if measures and not nobody else None
+    gradients = Gradients(view, generators or partial(batch_generator, 42)) if GRADIENT in wanted else None
+    found: dict[str, dict[str, Tensor]] = {statistic: {} for statistic in wanted}
+    _read(inputs, gradients, batches, reduce, announced)
+    if inputs:
+        found |= _scaled(inputs.results(), inputs.tokens, wanted)
+    if gradients:
+        found[GRADIENT] = gradients.means(reduce)
+    return found[statistics] if isinstance(statistics, str) else found
+
+
+def _measure(statistic: str) -> str:
+    return _SCALED[statistic][0] if statistic in _SCALED else statistic
+
+
+def _read(
+    inputs: Statistics | None,
+    gradients: Gradients | None,
+    batches: Iterable[Any],
+    reduce: Callable[[Tensor], Tensor] | None,
+    announced: int | None,
+) -> None:
+    """Run the batches through what is there; inputs are summed over ranks in the end, gradients where they are read."""
+    gathering = [each for each in (inputs, gradients) if each]
+    if not gathering:
+        return
+
+    def look() -> None:
+        for each in gathering:
+            each.look(reduce)
+
+    with gathering[-1]:
+        for batch in watched(batches, announced, look):
+            if inputs and gradients:
+                # Its hooks must not see the forward of the loss, nor the loss what this forward leaves behind.
+                with inputs:
+                    inputs.add(batch)
+                gradients.add(batch)
+            else:
+                gathering[0].add(batch)
+    if inputs and reduce:
+        inputs.reduce(reduce)
+
+
+def _scaled(
+    sums: dict[str, dict[str, Tensor]], tokens: dict[str, int], wanted: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The statistics that are made of sums: in place, once for all layers that share one, where none asks for it."""
+    found = {}
+    for statistic in wanted:
+        if statistic not in _SCALED:
+            found[statistic] = sums.get(statistic, {})
+            continue
+        measure, factor = _SCALED[statistic]
+        made: dict[int, Tensor] = {}
+        for name, total in sums[measure].items():
+            if id(total) not in made:
+                scale = factor / tokens[name]
+                made[id(total)] = total * scale if measure in wanted else total.mul_(scale)
+        found[statistic] = {name: made[id(total)] for name, total in sums[measure].items()}
+    return found
