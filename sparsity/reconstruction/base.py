@@ -21,7 +21,9 @@ class Problem:
 
     weight: (out, in), never written to. statistics: by name, those that the reconstruction declares, of this layer.
     kept: (out, in), bool, the mask; None where the reconstruction finds it: then sparsity (a fraction; None with a
-    pattern), scope and pattern say what is legal.
+    pattern), scope and pattern say what is legal. dense_share: a of `--target dense:a`, the share of the wanted output
+    that is the dense model's on the dense inputs; then `statistics` has "cross" too. 0: the output of W on the inputs
+    that the layer gets.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Problem:
     sparsity: Sparsity | None = None
     scope: str = "layer"
     pattern: NM | None = None
+    dense_share: float = 0.0
 
 
 class Reconstruction:
@@ -41,6 +44,7 @@ class Reconstruction:
     scopes: ClassVar[tuple[str, ...]] = ()  # within which it finds a mask by itself; none: it needs one
     calibration: ClassVar[str] = "sequential"  # on which inputs, unless the plan says it
     whole: ClassVar[bool] = False  # it solves all layers together: see `WholeModel`
+    targets: ClassVar[tuple[str, ...]] = ("same",)  # of "same" and "dense"
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -87,8 +91,25 @@ class WholeModel(Reconstruction):
         """Remove what was kept of the statistic for a run that is killed."""
 
 
-def check_mask(problem: Problem) -> Tensor:
-    """Return the mask of a problem that must have one. UserError where it has none."""
-    if problem.kept is None:
-        raise UserError(f"layer {problem.name!r}: this reconstruction needs a mask")
-    return problem.kept
+def check_problem(reconstruction: Reconstruction, problem: Problem) -> None:
+    """Raise UserError, which names the layer, where a reconstruction does not take this problem."""
+    here = f"layer {problem.name!r}: reconstruction {reconstruction.name!r}"
+    if problem.dense_share and "dense" not in reconstruction.targets:
+        raise UserError(f"{here} knows no target but the layer's own output: leave --target dense out")
+    if problem.kept is not None:
+        if problem.kept.shape != problem.weight.shape:
+            wanted, found = tuple(problem.weight.shape), tuple(problem.kept.shape)
+            raise UserError(f"{here}: the mask has the shape {found}, the weight {wanted}")
+        return
+    if not reconstruction.scopes:
+        raise UserError(f"{here} needs a mask: choose a score, whose mask it gets")
+    if problem.pattern is None and (problem.sparsity is None or problem.scope not in reconstruction.scopes):
+        scopes = ", ".join(reconstruction.scopes)
+        raise UserError(f"{here} finds a mask of an N:M pattern, or of a sparsity within a scope: {scopes}")
+
+
+def check_damp(damp: float) -> float:
+    """Return the damping. UserError unless it is a number above 0."""
+    if not isinstance(damp, int | float) or not 0 < damp < float("inf"):
+        raise UserError(f"damp must be a number above 0, such as 0.01, got {damp!r:.60}")
+    return damp

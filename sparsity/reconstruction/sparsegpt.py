@@ -1,4 +1,4 @@
-"""SparseGPT, arXiv 2301.00774: which weights of a layer go, and what the others become.
+"""SparseGPT, arXiv 2301.00774: which weights of a layer are pruned, and what the others become.
 
 Columns are swept from left to right. A weight w_ij goes where its saliency w_ij^2 / U_jj^2 is low among its selection
 group: M consecutive columns of its row (N:M), or `SELECTION` columns over all rows. The error of what goes,
@@ -14,15 +14,20 @@ weights are
 and within G, V_k -= e_j (S_GG^-1)_jk: all that is inverted is a small unit triangle.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from sparsity.allocation.budget import Sparsity
+from sparsity.allocation.budget import Sparsity, budget
 from sparsity.pattern import NM
+from sparsity.reconstruction.base import Problem, Reconstruction, check_damp, check_problem
 from sparsity.selection import SELECTION, BlockChoice, GroupChoice, check_finite
-from sparsity.statistics.hessian import Factor
+from sparsity.statistics.hessian import DAMPING, Factor, factor
 
 _COMPUTED = 128  # columns whose compensation from the left comes from one matrix product
+_Choice = Callable[[Tensor, Tensor], None]  # scores (columns, out), and what it fills: 1 where a weight goes
 _TOGETHER, _SWEPT = 16, 8  # a selection group of so many columns is swept as one, a larger one in parts
 
 
@@ -47,14 +52,67 @@ def reconstruct(
     a compute block, which changes nothing but rounding.
     """
     if pattern:
-        choice: GroupChoice | BlockChoice = GroupChoice(pattern, factor.turned)
+        choice: _Choice = GroupChoice(pattern, factor.turned)
         sweep = _Sweep(weight, factor, choice, pattern.m, pattern.m - pattern.n)
     else:
         assert sparsity is not None, "without a pattern there is a sparsity"
-        sweep = _Sweep(weight, factor, BlockChoice(factor.name, sparsity), SELECTION, SELECTION)
+        sweep = _Sweep(weight, factor, BlockChoice(factor.name, partial(budget, sparsity)), SELECTION, SELECTION)
     kept, updated = sweep.run(computed)
     check_finite(factor.name, updated)
     return kept, updated
+
+
+def reconstruct_given(
+    weight: Tensor, factor: Factor, kept: Tensor, pattern: NM | None = None, *, computed: int = _COMPUTED
+) -> Tensor:
+    """Return what the weights become in the same sweep when the mask is given, in the weight's own dtype.
+
+    kept: (out, in), bool, any mask. pattern: by whose groups the columns are swept, as `reconstruct` does: with the
+    mask and the pattern of its own, its very weights.
+    """
+    group, most = SELECTION, SELECTION
+    if pattern and pattern.fits(weight.shape[1]):
+        group = pattern.m
+        most = max(1, int((~kept).unflatten(1, (-1, group)).sum(dim=-1).amax()))
+    _, updated = _Sweep(weight, factor, _Given(kept, group), group, most).run(computed)
+    check_finite(factor.name, updated)
+    return updated
+
+
+class SparseGPT(Reconstruction):
+    """SparseGPT's column sweep, arXiv 2301.00774, algorithm 1: with a mask given, or finding it on the way, within
+    blocks of 128 columns or of an N:M pattern.
+
+    damp: of the mean of H's diagonal over live columns, added to the diagonal.
+    """
+
+    scopes = ("block",)
+
+    def __init__(self, damp: float = DAMPING):
+        self.damp = check_damp(damp)
+
+    def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Return kept, (out, in) bool, and the weights. UserError for a problem that it does not take."""
+        check_problem(self, problem)
+        weight = problem.weight
+        hessian = problem.statistics["hessian"].to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        found = factor(hessian, weight.shape[1], problem.name, dtype, self.damp)
+        if problem.kept is None:
+            sparsity = None if problem.pattern else problem.sparsity
+            return reconstruct(weight, found, sparsity, problem.pattern)
+        return problem.kept, reconstruct_given(weight, found, problem.kept, problem.pattern)
+
+
+class _Given:
+    """What a mask (out, in) takes from one group of columns after the other."""
+
+    def __init__(self, kept: Tensor, group: int):
+        self._gone = iter((~kept).t().split(group))
+
+    def __call__(self, scores: Tensor, gone: Tensor) -> None:
+        """Fills `gone`, 1 where a weight goes and 0 elsewhere, (columns, out)."""
+        gone.copy_(next(self._gone))
 
 
 class _Sweep:
@@ -62,7 +120,7 @@ class _Sweep:
     be allocated for each group.
     """
 
-    def __init__(self, weight: Tensor, factor: Factor, choice: GroupChoice | BlockChoice, group: int, most: int):
+    def __init__(self, weight: Tensor, factor: Factor, choice: _Choice, group: int, most: int):
         self.weight, self.factor, self.choice = weight, factor, choice
         self.group, self.swept = group, group if group <= _TOGETHER else _SWEPT
         self.rounds = min(most, self.swept) - 1

@@ -6,7 +6,10 @@ ALLOCATIONS = Registry(
     "allocation", "sparsity.allocation", "sparsity.allocation.base:Allocation", ("base", "budget", "ratios", "given")
 )
 RECONSTRUCTIONS = Registry(
-    "reconstruction", "sparsity.reconstruction", "sparsity.reconstruction.base:Reconstruction", ("base", "blockwise")
+    "reconstruction",
+    "sparsity.reconstruction",
+    "sparsity.reconstruction.base:Reconstruction",
+    ("base", "blockwise", "equations", "projection", "swaps", "held_out"),
 )
 SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
 CALIBRATIONS = ("dense", "sequential")

@@ -74,7 +74,9 @@ class Factor:
         return self.turned.diagonal().flip(0)
 
 
-def factor(hessian: Tensor, width: int, name: str, dtype: torch.dtype = torch.float32) -> Factor:
+def factor(
+    hessian: Tensor, width: int, name: str, dtype: torch.dtype = torch.float32, damping: float = DAMPING
+) -> Factor:
     """The factor of a layer's H, from its strips, in `dtype`.
 
     Where the factorisation fails, the damping grows tenfold, with a warning that names the layer. UserError where it
@@ -84,7 +86,6 @@ def factor(hessian: Tensor, width: int, name: str, dtype: torch.dtype = torch.fl
     diagonal = torch.cat([piece.diagonal() for _, piece in pieces])
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
-    damping = DAMPING
     for _ in range(_ATTEMPTS):
         lower = _turned(hessian, width, dtype)
         lower.diagonal().copy_((diagonal + damping * mean).flip(0))
