@@ -113,3 +113,10 @@ def check_damp(damp: float) -> float:
     if not isinstance(damp, int | float) or not 0 < damp < float("inf"):
         raise UserError(f"damp must be a number above 0, such as 0.01, got {damp!r:.60}")
     return damp
+
+
+def check_mask(problem: Problem) -> Tensor:
+    """Return the mask of a problem that must have one. UserError where it has none."""
+    if problem.kept is None:
+        raise UserError(f"layer {problem.name!r}: this reconstruction needs a mask")
+    return problem.kept
