@@ -2,7 +2,8 @@
 
     python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
     python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
-    python compare.py -m xvlm -p omp,itersnip --epochs 10
+    python compare.py -m xvlm -p snip,itersnip --epochs 10
+    python compare.py -m xvlm --plans plans.yaml              # name: {pruner: wanda, reconstruct: sparsegpt, ...}
     python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
     python compare.py --nm output/nm_table/results
 
@@ -17,16 +18,17 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 
 import argparse
 import dataclasses
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import models
 import pruners
-from configs.loading import configure, read_yaml, save_config
+from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.plans import plans_of
 from engine.reports.finetuning_table import write_table as runs_table
 from engine.reports.nm_table import write_table as nm_table
 from sparsity.allocation.budget import parse_sparsities
@@ -38,6 +40,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     names = ", ".join(pruners.available())
     add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
+    add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
+    add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
@@ -51,6 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_config_options(parser, "prune")
     options.add_one_device(parser)
     args = parser.parse_args(arguments)
+    args.plan = options.plan_options(parser, arguments)
     if sum(given is not None for given in (args.model, args.finetuned, args.nm)) != 1:
         parser.error("give one of -m/--model, --finetuned and --nm")
     return args
@@ -79,19 +84,19 @@ def main(arguments: list[str] | None = None) -> None:
         path, table = runs_table(args.finetuned, args.metrics) if args.finetuned else nm_table(args.nm)
         print(f"{table}\n\nresults: {path}")
         return
-    config = check(args)
-    args.pruners = args.pruners or [name for name in pruners.available() if pruners.one_shot(name)]
-    chosen = {name: pruners.build(name, **pruners.own_options(name, vars(args))) for name in args.pruners}
-    if any(pruner.statistic for pruner in chosen.values()):
+    config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern)
+    engines = {name: file.build(name, pruners.build) for name, file in files.items()}
+    if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
-    from engine.pruning.comparison import Ledger, compare, digests, summarise, wanted, write_tables
+    from engine.pruning.comparison import Entry, Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import calibrate, plain
+    from engine.pruning.run import calibrations, save_arguments
     from engine.ranks import place_of
-    from sparsity.run.request import Request
 
+    chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
     subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
     fabric = launch(args, args.output_dir)
     view, file = subject.load(fabric), args.output_dir / "results.csv"
@@ -100,22 +105,20 @@ def main(arguments: list[str] | None = None) -> None:
     if not ledger.rows:  # else it goes on
         clear_skipped(args.output_dir, place_of(fabric))
     evaluate = subject.evaluation(args.output_dir)
-    arguments = {name: plain(value) for name, value in vars(args).items()}
-    save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, args.output_dir / "config.yaml")
+    save_arguments(vars(args), config, args.output_dir)
 
     @lru_cache(maxsize=1)
     def data(seed: int) -> Any:
         return subject.calibration(args.output_dir, args.num_batches, seed)
 
-    def measure(pruner: Any, seed: int, epoch: int, *, names: Any = None, request: Request | None = None) -> Any:
-        own = data(seed) if pruner.statistic else None
-        kept = partial(calibrate, folder=args.output_dir, config=config)
-        return kept(pruner, view, own, fabric, seed, epoch, names=names, request=request)
+    def passes(name: str, seed: int) -> Any:
+        own = data(seed) if engines[name].plan.statistics else None
+        return calibrations(own, fabric, seed, name, folder=args.output_dir, config=config)
 
-    for pruner in chosen.values():
-        rounds = data(args.seeds[0]).rounds if pruner.statistic else None
-        pruner.preflight(view, Request(args.sparsities), rounds=rounds, folder=args.output_dir)
-    compare(view, chosen, args.sparsities, args.seeds, ledger, measure=measure, evaluate=evaluate)
+    for entry in chosen.values():
+        rounds = data(args.seeds[0]).rounds if entry.plan.statistics else None
+        entry.engine.preflight(view, entry.request(args.sparsities, 0), rounds=rounds, folder=args.output_dir)
+    compare(view, chosen, args.sparsities, args.seeds, ledger, calibrations=passes, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
     evaluated = dataclasses.asdict(config.evaluation)
     facts = {"weights": config.weights, "num_batches": args.num_batches}

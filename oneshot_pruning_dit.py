@@ -18,7 +18,7 @@ from configs.pruning import NoiseEvaluation, NoisePruneConfig
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_one_device, count, positive_float, positive_int, seed
 from engine.options.diffusion import add_generator_options, choose
-from engine.options.oneshot import PRUNERS, Target, add_oneshot_options, check_oneshot
+from engine.options.oneshot import PRUNERS, Target, add_oneshot_options, check_oneshot, plan_of
 from models.dit import sizes as dit_sizes
 from sparsity.errors import UserError
 from sparsity.files import check_writable
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.generation.sampling import draw
     from engine.generation.vae import VAE, write_samples
     from engine.pruning.data_kinds import Noise
-    from engine.pruning.oneshot import divisible, one_shot, save
+    from engine.pruning.oneshot import one_shot, request, save
     from engine.reports.report import append_csv, markdown_table
     from models.dit import model as dit
 
@@ -92,11 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
     stem = f"{name_of(args.model)}_{label}" + f"_{target.stem}" * (args.pruner != "dense")
     begin = time.perf_counter()
     if PRUNERS[args.pruner]:
-        divisible(view, target)
         name = PRUNERS[args.pruner]
-        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
+        pruner = pruners.build(name, **plan_of(args))
+        pruner.preflight(view, request(target, args.seed))
         batches = args.nsamples // config.batch_size
-        data = subject.calibration(args.output_dir, batches, args.seed) if pruner.statistic else None
+        data = subject.calibration(args.output_dir, batches, args.seed) if pruner.plan.statistics else None
         masks = one_shot(pruner, view, data, fabric, target, args.seed, folder=args.output_dir, config=config)
         masks.apply(view)
     row = {"model": args.model, "pruner": label, "pattern": str(target) if masks else "-", "seed": args.seed}

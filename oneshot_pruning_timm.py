@@ -20,7 +20,7 @@ from configs.decoding import Decoding
 from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
-from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot
+from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot, plan_of
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.labelled.data_path import check_data, has_validation, open_data
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
-    from engine.pruning.oneshot import divisible, one_shot, report, save
+    from engine.pruning.oneshot import one_shot, report, request, save
     from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
@@ -108,10 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [("dense", accuracy() if accuracy else {})]
     masks, name = None, PRUNERS[args.pruner]
     if name:
-        divisible(view, args.target)
-        pruner = pruners.build(name, **pruners.own_options(name, vars(args)))
+        pruner = pruners.build(name, **plan_of(args))
+        pruner.preflight(view, request(args.target, args.seed))
         data = None
-        if pruner.statistic:
+        if pruner.plan.statistics:
             train = opened(train=True, length=args.nsamples, seed=args.seed)
             reading |= {"seed": args.seed, "place": place_of(fabric)}
             data = Samples(train, args.nsamples, args.batch_size, folder, **reading)

@@ -12,7 +12,6 @@ Masks, run times and a report are written to <output_dir>/<pruner>/.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import models
@@ -21,10 +20,11 @@ from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from sparsity.allocation.budget import POOLS, parse_sparsities
+from sparsity.allocation.budget import parse_sparsities
 from sparsity.errors import UserError
 from sparsity.files import check_writable
 from sparsity.pattern import parse_pattern
+from sparsity.run.request import Request
 
 SPARSITIES = "63,75,90"
 
@@ -38,8 +38,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
     options.add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
-    add("--pool", choices=POOLS, help="weights that compete with each other; default: the pruner's own")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
+    groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
+    add("--group_sparsity", type=options.group_sparsity, default={}, metavar="GROUPS", help=groups)
     add("--evaluate", action="store_true", help="measure quality, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
@@ -48,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_external_options(parser, models.ANY)
     options.add_device_options(parser)
     args = parser.parse_args(arguments)
+    args.plan = options.plan_options(parser, arguments)
     if not (args.pruner or args.check_data):
         parser.error("the following arguments are required: -p/--pruner")
     return args
@@ -68,9 +70,9 @@ def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
     args.pattern = parse_pattern(args.pattern)
-    for option in ("sparsities", "pool"):
+    for option in ("sparsities", "pool", "allocation", "scope"):
         if args.pattern and getattr(args, option) is not None:
-            raise UserError(f"--pattern decides which weights go and how many: leave --{option} out")
+            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
     given = SPARSITIES if args.sparsities is None else args.sparsities
     args.sparsities = None if args.pattern else parse_sparsities(given)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
@@ -90,36 +92,36 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
-    pruner = pruners.build(args.pruner, **pruners.own_options(args.pruner, vars(args)))
-    if args.save_scores and not pruner.scored:
+    engine = pruners.build(args.pruner, **args.plan)
+    request = Request(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
+    engine.plan.check(request)
+    if args.save_scores and not engine.plan.scored:
         raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
-    if pruner.statistic:
+    if engine.plan.statistics:
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import Results, calibrate, timed
+    from engine.pruning.run import Results, calibrations, timed
     from engine.ranks import place_of
-    from sparsity.run.request import Request
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
     fabric = launch(args, folder)
     view = subject.load(fabric)
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
-    data = subject.calibration(folder, args.num_batches, args.seed) if pruner.statistic else None
-    request = Request(args.sparsities or (), args.pattern, args.pool, args.seed)
-    pruner.preflight(view, request, rounds=data.rounds if pruner.statistic else None, folder=folder)
+    data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
+    engine.preflight(view, request, rounds=data.rounds if data is not None else None, folder=folder)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:
         results.dense(evaluate())
-    measure = partial(calibrate, pruner, view, data, fabric, args.seed, folder=folder, config=config)
+    passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)
     with results.calibration():
-        statistics = measure()
-    for sparsity, chosen, seconds in timed(pruner.masks(view, statistics, request, measure)):
+        measured = engine.measure(view, passes(0))
+    for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes)):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:
-        results.save_scores(pruner.scores(view, statistics, seed=args.seed))
+        results.save_scores(engine.scores(view, measured, seed=args.seed))
     summary = results.finish()
     if fabric.is_global_zero:
         print(summary)

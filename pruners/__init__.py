@@ -5,12 +5,11 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern
-from sparsity.run.axes import RECONSTRUCTIONS
 from sparsity.run.registry import Registry
 
 if TYPE_CHECKING:
@@ -56,17 +55,17 @@ def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **option
     return engine.Engine(plans.make_plan(score, **{o: v for o, v in given.items() if o not in own}))
 
 
-def options_of_method(name: str) -> list[str]:
-    """Return the names of all options that are this score's, or this reconstruction's, alone."""
-    kind = _PRUNERS.find(name) if name in available() else RECONSTRUCTIONS.find(name)
-    return list(inspect.signature(kind).parameters)
+def one_shot(name: str) -> bool:
+    """Return whether a pruner, as it is published, needs one step and one pass over the data, or none."""
+    engine = build(name)
+    return engine.plan.one_pass and not engine.plan.score.in_steps
 
 
 def prune(
     model: "nn.Module | PrunableView",
     pruner: str = "wanda",
     *,
-    sparsity: "Sparsity | Sequence[Sparsity] | None" = None,
+    sparsity: "Sparsity | list[Sparsity] | tuple[Sparsity, ...] | None" = None,
     pattern: "str | NM | None" = None,
     group_sparsity: "Mapping[str, Sparsity] | None" = None,
     data: "Iterable[Any] | None" = None,
@@ -86,8 +85,10 @@ def prune(
     views = importlib.import_module("sparsity.run.generic")
     built = build(pruner, **options)
     view = views.generic_view(model)
-    several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
-    wanted = list(sparsity) if isinstance(sparsity, Sequence) and several else [] if sparsity is None else [sparsity]
+    several = isinstance(sparsity, list | tuple)
+    wanted: list[Sparsity] = list(sparsity) if isinstance(sparsity, list | tuple) else []
+    if sparsity is not None and not isinstance(sparsity, list | tuple):
+        wanted = [sparsity]
     chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
     found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
     return found if several else found[0]

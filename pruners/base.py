@@ -27,6 +27,7 @@ class Pruner:
     reconstruction: ClassVar[str] = NONE  # a file of sparsity.reconstruction
     solver: ClassVar[str | None] = None  # the reconstruction that chooses the mask itself, in place of this score
     calibration: ClassVar[str] = "dense"  # of sparsity.run.axes.CALIBRATIONS
+    in_steps: ClassVar[bool] = False  # published with several steps, whose number `--epochs` says
     draws: ClassVar[bool] = False  # scores depend on the seed where no data is read, too
     cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
 

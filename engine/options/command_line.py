@@ -7,18 +7,19 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
-from sparsity.allocation.budget import SCHEDULES
+from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
-CALIBRATION_MODES = ("dense", "sequential")
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
 OPTIONAL = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorboard")}  # option -> module, package
@@ -80,25 +81,56 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
+# The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
+PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
+PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
+
+
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
-    """The options of single pruners: `--epochs`, `--schedule`, `--lambda_`, `--memory_budget`, `--row_dtype`,
-    `--mask_lr`, `--mask_decay`, `--enable_update`, `--calibration_mode`, `--offload`.
-    """
-    add = parser.add_argument
-    add("-e", "--epochs", type=positive_int, default=1, help="rounds of iterative pruners (default: %(default)s)")
-    add("--schedule", choices=SCHEDULES, default="exp", help="of iterative pruners (default: %(default)s)")
+    """The options of `PLAN`: the axes, and what single methods have."""
+    add = parser.add_argument_group("plan (default: as the pruner is published)").add_argument
+    add("--pool", choices=POOLS, help="weights that compete: one word for --allocation and --scope")
+    add("--allocation", choices=ALLOCATIONS.names(), help="how much each layer loses")
+    add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns over all rows")
+    updates = ("none", *RECONSTRUCTIONS.names())
+    add("--reconstruct", choices=updates, help="what happens to the weights that are kept")
+    update = "--reconstruct sparsegpt, for -p sparsegpt: it chooses the mask on the way (default: no)"
+    add("--enable_update", "--enable-update", action="store_true", help=update)
+    mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: sequential for SparseGPT and with --reconstruct, else dense)"
+    add("--calibration_mode", "--calibration-mode", choices=CALIBRATIONS, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
+    add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
+    add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
+    add("--damp", type=positive_float, default=0.01, help="of a reconstruction's Gram matrix (default: %(default)s)")
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
     add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
     add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
     add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
-    update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
-    add("--enable_update", "--enable-update", action="store_true", help=update)
-    mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
-    given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
-    add("--calibration_mode", "--calibration-mode", choices=CALIBRATION_MODES, help=given)
-    add("--offload", action="store_true", help=OFFLOAD)
+
+
+def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options of `PLAN` that are given, name -> value."""
+    unset = object()
+    everything: dict[str, Any] = {action.dest: unset for action in parser._actions}
+    parsed, _ = parser.parse_known_args(arguments, argparse.Namespace(**everything))
+    return {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+
+
+def group_sparsity(text: str) -> dict[str, Decimal]:
+    """argparse type: comma separated group=sparsity, in per cent or fractions."""
+    found: dict[str, Decimal] = {}
+    for item in text.split(","):
+        group, _, sparsity = (part.strip() for part in item.partition("="))
+        if not (group and sparsity) or group in found:
+            raise argparse.ArgumentTypeError(f"expected group=sparsity,group=sparsity, got {item!r} in {text!r}")
+        try:
+            (found[group],) = parse_sparsities(sparsity)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return found
 
 
 def globs(text: str) -> list[str]:

@@ -4,11 +4,13 @@ import argparse
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from engine.options.command_line import CALIBRATION_MODES, OFFLOAD, positive_int
+from engine.options.command_line import OFFLOAD, positive_int
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern
+from sparsity.run.axes import CALIBRATIONS
 
 PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
 
@@ -48,9 +50,15 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
     add("--enable-update", action="store_true", help=update)
     mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
-    add("--calibration-mode", choices=CALIBRATION_MODES, help=given)
+    add("--calibration-mode", choices=CALIBRATIONS, help=given)
     add("--offload", action="store_true", help=OFFLOAD)
     add("--save-model", type=Path, help="file for the pruned weights, .safetensors, or as torch.save writes them")
+
+
+def plan_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a plan that are given, name -> value."""
+    given = {"calibration_mode": args.calibration_mode, "enable_update": args.enable_update, "offload": args.offload}
+    return {name: value for name, value in given.items() if value}
 
 
 def check_oneshot(args: argparse.Namespace) -> Target:

@@ -6,16 +6,14 @@ Statistics are shared: the pruners that need the same one are scored from one pa
 import csv
 import dataclasses
 import hashlib
-import inspect
 import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from configs.pruning import PrunedModel
@@ -26,10 +24,40 @@ from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks, state_digest
+from sparsity.pattern import NM
+from sparsity.run.engine import Engine
+from sparsity.run.plan import Plan
 from sparsity.run.request import Request
+from sparsity.statistics.reading import Calibrations
 from sparsity.view import PrunableView
 
 Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plan of a comparison; pattern, groups: of its own, see `sparsity.run.request.Request`."""
+
+    engine: Engine
+    pattern: NM | None = None
+    groups: Mapping[str, Sparsity] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """Return the plan."""
+        return self.engine.plan
+
+    def request(self, sparsities: Sequence[Sparsity], seed: int) -> Request:
+        """Return what is asked of the engine: the pattern, or these sparsities."""
+        return Request(() if self.pattern else sparsities, self.pattern, seed, self.groups)
+
+    def targets(self, sparsities: Sequence[Sparsity]) -> dict[str, Sparsity]:
+        """Return the name in the table of each target -> its sparsity."""
+        if self.pattern:
+            return {str(self.pattern): self.pattern.sparsity}
+        return {percent(sparsity): sparsity for sparsity in sparsities}
+
+
 Run = tuple[str, str, str]  # pruner, sparsity in per cent, seed
 DENSE = "dense"
 ANY_SEED = "-"  # seed of a run in which nothing is drawn
@@ -37,13 +65,12 @@ DENSE_RUN: Run = (DENSE, "0", ANY_SEED)
 
 
 def digests(
-    view: PrunableView, sizes: Any, config: PrunedModel, options: Mapping[str, Any], pruners: Mapping[str, Any]
+    view: PrunableView, sizes: Any, config: PrunedModel, options: Mapping[str, Any], plans: Mapping[str, Entry]
 ) -> dict[str, str]:
-    """Pruner (or "dense") -> short name of all that decides its results, but for sparsity and seed.
+    """Return plan (or "dense") -> short name of all that decides its results, but for sparsity and seed.
 
-    sizes: of the model, a dataclass. options: of the command line, with `precision` and `num_batches`; an option of a
-    pruner, and what the calibration reads, count for the pruners that have use of it. Where the weights lie does not
-    count, what they are does.
+    sizes: of the model, a dataclass. options: of the command line, with `precision` and `num_batches`; what the
+    calibration reads counts for the plans that read it. Where the weights lie does not count, what they are does.
     """
     read = dataclasses.asdict(config)
     common = {"weights": state_digest(view.model), "sizes": dataclasses.asdict(sizes)}
@@ -52,9 +79,9 @@ def digests(
     data = {key: read[key] for key in config.CALIBRATION}
     data |= {"num_batches": options["num_batches"], **_held(data)}
     result = {DENSE: _digest(common)}
-    for name, pruner in pruners.items():
-        own = {key: options[key] for key in inspect.signature(type(pruner)).parameters}
-        result[name] = _digest(common | own | (data if pruner.statistic else {}))
+    for name, entry in plans.items():
+        own = entry.plan.facts(Request(pattern=entry.pattern, groups=entry.groups, seed=0))
+        result[name] = _digest(common | own | (data if entry.plan.statistics else {}))
     return result
 
 
@@ -117,41 +144,44 @@ class Ledger:
         self.rows.append(row)
 
 
-def seeds_of(pruner: Any, seeds: Sequence[int]) -> list[str]:
-    """The seeds, as they stand in the table, under which a pruner gives different masks: one where nothing is drawn."""
-    return [str(seed) for seed in seeds] if pruner.statistic or pruner.draws else [ANY_SEED]
+def seeds_of(entry: Entry, seeds: Sequence[int]) -> list[str]:
+    """Return the seeds, as they stand in the table, under which a plan gives different masks: one where nothing is
+    drawn.
+    """
+    return [str(seed) for seed in seeds] if entry.plan.statistics or entry.plan.score.draws else [ANY_SEED]
 
 
-def sharing(pruners: Mapping[str, Any]) -> list[list[str]]:
-    """The names of the pruners, those together that measure the same in the same way."""
+def sharing(plans: Mapping[str, Entry]) -> list[list[str]]:
+    """Return the names of the plans, those together that measure the same in the same way."""
     together: dict[Any, list[str]] = {}
-    for name, pruner in pruners.items():
-        together.setdefault((pruner.statistic, type(pruner).measure), []).append(name)
+    for name, entry in plans.items():
+        plan = entry.plan
+        same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if plan.scored else name
+        together.setdefault(same, []).append(name)
     return list(together.values())
 
 
 def compare(
     view: PrunableView,
-    pruners: Mapping[str, Any],
+    plans: Mapping[str, Entry],
     sparsities: Sequence[Sparsity],
     seeds: Sequence[int],
     ledger: Ledger,
     *,
-    measure: Callable[..., dict[str, Tensor]],
+    calibrations: Callable[[str, int], Calibrations],
     evaluate: Callable[[], Metrics],
 ) -> None:
-    """Every pruner at every sparsity under every seed, and the dense model, but for what the ledger has already.
+    """Run every plan at every sparsity under every seed, and the dense model, but for what the ledger has already.
 
-    pruners: name -> pruner. measure: (pruner, seed, epoch, what the pruner gives its `again`) -> its statistic.
-    evaluate: metrics of the model as it is.
+    calibrations: (name of a plan, seed) -> the passes of its epochs. evaluate: metrics of the model as it is.
     """
-    with tqdm(total=len(wanted(pruners, sparsities, seeds)), desc="runs", unit="run", leave=False) as bar:
-        bar.update(sum(ledger.find(*run) is not None for run in wanted(pruners, sparsities, seeds)))
+    with tqdm(total=len(wanted(plans, sparsities, seeds)), desc="runs", unit="run", leave=False) as bar:
+        bar.update(sum(ledger.find(*run) is not None for run in wanted(plans, sparsities, seeds)))
         if ledger.find(*DENSE_RUN) is None:
             ledger.add(*DENSE_RUN, dict.fromkeys([*view.groups, "all"], 0.0), evaluate(), 0.0)
             bar.update()
-        for seed, todo in _passes(pruners, sparsities, seeds, ledger):
-            for run, masks, seconds in _masks(view, pruners, seed, todo, measure):
+        for seed, todo in _passes(plans, sparsities, seeds, ledger):
+            for run, masks, seconds in _masks(view, plans, seed, todo, calibrations):
                 report = masks.report(view)
                 shares = {name: count.sparsity for name, count in report.groups.items()}
                 with masks.applied(view):
@@ -160,40 +190,50 @@ def compare(
                 bar.update()
 
 
-def wanted(pruners: Mapping[str, Any], sparsities: Sequence[Sparsity], seeds: Sequence[int]) -> list[Run]:
-    """The runs of a comparison: the dense model, then by sparsity, pruner and seed."""
-    runs = [(name, percent(s), own) for s in sparsities for name, p in pruners.items() for own in seeds_of(p, seeds)]
+def wanted(plans: Mapping[str, Entry], sparsities: Sequence[Sparsity], seeds: Sequence[int]) -> list[Run]:
+    """Return the runs of a comparison: the dense model, then by target, plan and seed."""
+    labels = dict.fromkeys(label for entry in plans.values() for label in entry.targets(sparsities))
+    runs = [
+        (name, label, own)
+        for label in labels
+        for name, entry in plans.items()
+        if label in entry.targets(sparsities)
+        for own in seeds_of(entry, seeds)
+    ]
     return [DENSE_RUN, *runs]
 
 
 def _passes(
-    pruners: Mapping[str, Any], sparsities: Sequence[Sparsity], seeds: Sequence[int], ledger: Ledger
-) -> Iterator[tuple[int, list[tuple[str, str, list[Sparsity]]]]]:
-    """(seed, [(pruner, seed in the table, sparsities not yet done)]): what one statistic of a seed is needed for."""
+    plans: Mapping[str, Entry], sparsities: Sequence[Sparsity], seeds: Sequence[int], ledger: Ledger
+) -> Iterator[tuple[int, list[tuple[str, str, dict[str, Sparsity]]]]]:
+    """(seed, [(plan, seed in the table, targets not yet done)]): what one statistic of a seed is needed for."""
     for number, seed in enumerate(seeds):
-        for names in sharing(pruners):
-            own = [(name, seeds_of(pruners[name], seeds)[number : number + 1]) for name in names]
-            labelled = [(name, label) for name, labels in own for label in labels]
-            todo = [(n, own, [s for s in sparsities if not ledger.find(n, percent(s), own)]) for n, own in labelled]
-            todo = [(name, label, missing) for name, label, missing in todo if missing]
+        for names in sharing(plans):
+            todo = []
+            for name in names:
+                for own in seeds_of(plans[name], seeds)[number : number + 1]:
+                    targets = plans[name].targets(sparsities).items()
+                    missing = {label: s for label, s in targets if not ledger.find(name, label, own)}
+                    todo += [(name, own, missing)] if missing else []
             if todo:
                 yield seed, todo
 
 
 def _masks(
     view: PrunableView,
-    pruners: Mapping[str, Any],
+    plans: Mapping[str, Entry],
     seed: int,
-    todo: Sequence[tuple[str, str, Sequence[Sparsity]]],
-    measure: Callable[..., dict[str, Tensor]],
+    todo: Sequence[tuple[str, str, Mapping[str, Sparsity]]],
+    calibrations: Callable[[str, int], Calibrations],
 ) -> Iterator[tuple[Run, Masks, float]]:
     """(run, its masks, seconds that it took to choose them), all from one statistic."""
-    measured = measure(pruners[todo[0][0]], seed, 0)
-    for name, label, missing in todo:
-        again = partial(measure, pruners[name], seed)
-        chosen = pruners[name].masks(view, measured, Request(missing, seed=seed), again)
-        for sparsity, masks, seconds in timed(chosen):
-            yield (name, percent(sparsity), label), masks, seconds
+    first = todo[0][0]
+    measured = plans[first].engine.measure(view, calibrations(first, seed)(0))
+    for name, own, missing in todo:
+        request = plans[name].request(list(missing.values()), seed)
+        chosen = timed(plans[name].engine.masks(view, measured, request, calibrations(name, seed)))
+        for label, (_, masks, seconds) in zip(missing, chosen, strict=True):
+            yield (name, label, own), masks, seconds
 
 
 def summarise(ledger: Ledger, runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """One-shot N:M pruning around its pruner: what a run asks for, reports and writes."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,17 @@ from torch import nn
 
 from engine.export import as_published, save_weights
 from engine.options.oneshot import Target
-from engine.pruning.run import calibrate, check_finite
+from engine.pruning.run import calibrations, check_finite
 from engine.reports.report import Metrics, markdown_table
-from sparsity.errors import UserError
 from sparsity.files import replacing
 from sparsity.masks import Masks
+from sparsity.run.engine import Engine
 from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
 
-def divisible(view: PrunableView, target: Target) -> None:
-    """UserError where M divides the inputs of no layer, so that nothing would be pruned."""
-    pattern = target.pattern
-    if pattern and not any(pattern.fits(weight.shape[1]) for weight in view.weights.values()):
-        widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
-        raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")
-
-
 def one_shot(
-    pruner: Any,
+    engine: Engine,
     view: PrunableView,
     data: Any,
     fabric: Any,
@@ -38,15 +29,18 @@ def one_shot(
     folder: Path | None = None,
     config: Any = None,
 ) -> Masks:
-    """The masks that are asked for. data: of `engine.pruning.run.calibrate`; None where the pruner reads none. folder,
-    config: of `calibrate`, for a run that is to go on after a kill.
+    """Return the masks that are asked for. data: of `engine.pruning.run.calibrations`; None where the plan reads none.
+    folder, config: of `calibrations`, for a run that is to go on after a kill.
     """
-    measure = partial(calibrate, pruner, view, data, fabric, seed, folder=folder, config=config)
-    request = Request([] if target.sparsity is None else [target.sparsity], target.pattern, seed=seed)
-    pruner.preflight(view, request)
-    ((_, masks),) = pruner.masks(view, measure(), request, measure)
+    passes = calibrations(data, fabric, seed, engine.name, folder=folder, config=config)
+    ((_, masks),) = engine.masks(view, engine.measure(view, passes(0)), request(target, seed), passes)
     check_finite(masks)
     return masks
+
+
+def request(target: Target, seed: int) -> Request:
+    """Return what is asked of the engine."""
+    return Request([] if target.sparsity is None else [target.sparsity], target.pattern, seed=seed)
 
 
 def report(lines: Sequence[tuple[str, Metrics]], view: PrunableView, written: Sequence[Path]) -> str:

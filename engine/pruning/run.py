@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,58 +25,79 @@ from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.errors import UserError
 from sparsity.masks import Masks
-from sparsity.run.request import CalibrationPass, Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
+from sparsity.statistics.reading import CalibrationPass, Calibrations
 from sparsity.view import PrunableView
 
+_NOT_PLAIN = r"[^\w.-]+"  # in names of files
 RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
 
 
-def calibrate(
-    pruner: Any,
-    view: PrunableView,
+class _OnDevice:
+    """The batches of an epoch on the device, read anew each time that this is iterated over."""
+
+    def __init__(self, data: Calibration, epoch: int, fabric: Any):
+        self._data, self._epoch, self._fabric = data, epoch, fabric
+        self._length = len(data.at(epoch).numbers)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._fabric.to_device(batch) for batch in self._data.at(self._epoch))
+
+
+def calibrations(
     data: Calibration | None,
     fabric: Any,
     seed: int,
-    epoch: int = 0,
+    name: str = "",
     *,
     folder: Path | None = None,
     config: Any = None,
-    names: Sequence[str] | None = None,
-    request: Request | None = None,
-) -> Any:
-    """The pruner's statistic over the batches of an epoch, summed over ranks; {} where there is no data to read.
+) -> Calibrations:
+    """Return what reads the calibration data: epoch -> the pass over its batches, summed over ranks; a pass without
+    batches where there is no data.
 
-    What a loss draws is a function of the seed and the batch. folder: for what is too large for memory; `config`, a
-    dataclass, then says what is read. names, request: see `CalibrationPass`.
+    What a loss draws is a function of the seed and the batch. name: of the pruner, in the names of files. folder: for
+    what is kept for a run that is killed, and what is too large for memory; `config`, a dataclass, then says what is
+    read.
     """
-    if data is None:
-        return {}
-    data = data.at(epoch)
-    numbers = data.numbers
 
-    def progress(batches: Iterable) -> Iterable:
-        quiet = not fabric.is_global_zero
-        return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
+    def epochs(epoch: int) -> CalibrationPass:
+        if data is None:
+            return CalibrationPass()
+        own = data.at(epoch)
+        numbers = own.numbers
 
-    scratch = None
-    if folder:
-        held = fabric.broadcast(on_leader(fabric, partial(contents, config)))
-        read = json.dumps([dataclasses.asdict(config), held, seed, epoch, numbers], default=str)
-        scratch = Scratch(folder / f"{pruner.name}_epoch{epoch}_rank{fabric.global_rank}", read)
+        def progress(batches: Iterable[Any]) -> Iterable[Any]:
+            quiet = not fabric.is_global_zero
+            return tqdm(batches, total=len(numbers), desc="calibration", unit="batch", leave=False, disable=quiet)
 
-    reading = CalibrationPass(
-        progress=progress,
-        reduce=partial(summed, fabric) if fabric.world_size > 1 else None,
-        generators=lambda i: batch_generator(seed, numbers[i]),
-        rounds=data.rounds,
-        scratch=scratch,
-        names=names,
-        request=request,
-    )
+        scratch = None
+        if folder:
+            held = fabric.broadcast(on_leader(fabric, partial(contents, config)))
+            read = json.dumps([dataclasses.asdict(config), held, seed, epoch, numbers], default=str)
+            scratch = Scratch(folder / f"{re.sub(_NOT_PLAIN, '_', name)}_epoch{epoch}_rank{fabric.global_rank}", read)
+        return CalibrationPass(
+            _OnDevice(data, epoch, fabric),
+            progress=progress,
+            reduce=partial(summed, fabric) if fabric.world_size > 1 else None,
+            generators=lambda i: batch_generator(seed, numbers[i]),
+            rounds=own.rounds,
+            scratch=scratch,
+            arithmetic=partial(_arithmetic, fabric),
+        )
+
+    return epochs
+
+
+@contextmanager
+def _arithmetic(fabric: Any) -> Iterator[None]:
+    """The precision of the run, with log lines above the progress bar."""
     with fabric.autocast(), logging_redirect_tqdm():
-        return pruner.measure(view, (fabric.to_device(batch) for batch in data), reading)
+        yield
 
 
 def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
@@ -93,7 +114,7 @@ def file_name(model: str) -> str:
     """
     source, _, rest = model.partition(":")
     rest = Path(os.path.abspath(rest)).name if source == "hf" and Path(rest).is_dir() else rest
-    return re.sub(r"[^\w.-]+", "_", f"{source}_{rest}" if rest else source)
+    return re.sub(_NOT_PLAIN, "_", f"{source}_{rest}" if rest else source)
 
 
 def percent(sparsity: Any) -> str:
@@ -220,8 +241,7 @@ class Results:
         return row | {name: metrics[key] for name, key in self.columns.items() if key in metrics} | {"seconds": seconds}
 
     def _write(self, facts: Mapping[str, Any]) -> None:
-        arguments = {name: plain(value) for name, value in self.options.items()}
-        save_config({"arguments": arguments, "config": dataclasses.asdict(self.config)}, self.path("config.yaml"))
+        save_arguments(self.options, self.config, self.folder)
         append_csv(self.path("runtimes.csv"), self.times)
         groups = {weight.name: weight.group for weight in self.view.weights.values()}
         title = f"{self.options['model']} pruned with {self.options['pruner']}"
@@ -240,6 +260,12 @@ def check_finite(masks: Masks) -> None:
     if bad:
         told = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
         raise UserError(f"NaN or infinite after the update: {told}; nothing of it is saved: try --precision 32-true")
+
+
+def save_arguments(options: Mapping[str, Any], config: Any, folder: Path) -> None:
+    """Write the command line and the configuration, a dataclass, to `config.yaml` of a folder."""
+    arguments = {name: plain(value) for name, value in options.items() if name != "plan"}
+    save_config({"arguments": arguments, "config": dataclasses.asdict(config)}, folder / "config.yaml")
 
 
 def plain(value: Any) -> Any:

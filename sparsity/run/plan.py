@@ -38,6 +38,7 @@ class Score(Protocol):
     solver: ClassVar[str | None]
     calibration: ClassVar[str]
     draws: ClassVar[bool]
+    in_steps: ClassVar[bool]
     cheap: ClassVar[bool]
 
     def score(self, weight: Tensor, statistic: Any, generator: torch.Generator) -> Tensor: ...

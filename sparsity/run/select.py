@@ -43,7 +43,9 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
             raise UserError(f"--group_sparsity {group}: the model has the groups {', '.join(members)}")
     inside = [name for group in groups for name in members[group]]
     rest = replace(whole, names=[name for name in whole.names if name not in inside])
-    given = [(replace(whole, names=members[group]), [share] * len(sparsities)) for group, share in groups.items()]
+    given: list[Budget] = []
+    for group, share in groups.items():
+        given.append((replace(whole, names=members[group]), [share] * len(sparsities)))
     lost = sum(budget(shares[0], part.numel) for part, shares in given)
     if not rest.names:
         _check_sum(lost, whole.numel, sparsities, len(groups))

@@ -72,7 +72,8 @@ class Target:
 class Statistic(Protocol):
     """A statistic that serves one target alone, since it depends on it."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def collect(self, view: PrunableView, reading: CalibrationPass, target: Target) -> dict[str, Tensor]:
         """Return name -> statistic for each prunable weight."""

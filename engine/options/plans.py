@@ -1,0 +1,79 @@
+"""A YAML file of named plans, as compare.py reads it; needs no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.loading import read_yaml
+from engine.options.command_line import PLAN
+from sparsity.allocation.budget import Sparsity, parse_sparsities
+from sparsity.errors import UserError
+from sparsity.pattern import NM, parse_pattern
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """One plan. pruner: its name. options: of `PLAN`. pattern, groups: of `sparsity.run.request.Request`."""
+
+    pruner: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pattern: NM | None = None
+    groups: Mapping[str, Sparsity] = field(default_factory=dict)
+
+    def build(self, name: str, build: Callable[..., Any]) -> Any:
+        """Return what `build(pruner, **options)` makes. UserError that names the plan."""
+        try:
+            return build(self.pruner, **self.options)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name != self.pruner else str(error)) from None
+
+
+def plans_of(
+    file: Path | None,
+    names: Sequence[str] | None,
+    usual: Sequence[str],
+    options: Mapping[str, Any],
+    pattern: str | None,
+) -> dict[str, PlanFile]:
+    """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with these options
+    and pattern. UserError where both are given.
+    """
+    given = [*(["pruners"] if names else []), *options, *(["pattern"] if pattern else [])]
+    if file and given:
+        raise UserError(f"--plans {file} says pruners, patterns and options: leave {', '.join(given)} out")
+    if file:
+        return read_plans(file)
+    return {name: PlanFile(name, options, parse_pattern(pattern)) for name in names or usual}
+
+
+def read_plans(path: Path) -> dict[str, PlanFile]:
+    """Return the plans of a file, name -> plan: {pruner: NAME, and any of pattern, group_sparsity and the options of
+    prune.py}. UserError that names file, plan and key.
+    """
+    content = read_yaml(path)
+    if not content:
+        raise UserError(f"{path}: expected plans, name: {{pruner: NAME, ...}}")
+    return {str(name): _plan(f"{path}: {name}", entry) for name, entry in content.items()}
+
+
+def _plan(where: str, entry: Any) -> PlanFile:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("pruner"), str):
+        raise UserError(f"{where}: expected a mapping with the key pruner")
+    options = {key: value for key, value in entry.items() if key not in ("pruner", "pattern", "group_sparsity")}
+    for key in options:
+        if key not in PLAN:
+            raise UserError(
+                f"{where}: unknown key {key!r}; there are: pruner, pattern, group_sparsity, {', '.join(PLAN)}"
+            )
+    shares = entry.get("group_sparsity", {})
+    if not isinstance(shares, Mapping):
+        raise UserError(f"{where}: group_sparsity: expected group: sparsity, got {shares!r:.60}")
+    try:
+        pattern = entry.get("pattern")
+        if isinstance(pattern, int):  # YAML reads 2:4 as a number to the base of 60
+            raise UserError(f"pattern: write it in quotes, '2:4', got {pattern}")
+        groups = {str(group): parse_sparsities(str(share))[0] for group, share in shares.items()}
+        return PlanFile(entry["pruner"], options, parse_pattern(pattern), groups)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
