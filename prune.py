@@ -36,7 +36,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
-    options.add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
@@ -45,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
     add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
+    options.add_pruner_options(parser)
     options.add_config_options(parser, "prune")
     options.add_external_options(parser, models.ANY)
     options.add_device_options(parser)
@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> PrunedModel:
     for option in ("sparsities", "pool", "allocation", "scope"):
         if args.pattern and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
+    if args.group_sparsity and args.sparsities is None:
+        raise UserError("--group_sparsity: give -s, the sparsity of all weights together, with it")
     given = SPARSITIES if args.sparsities is None else args.sparsities
     args.sparsities = None if args.pattern else parse_sparsities(given)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)
     with results.calibration():
-        measured = engine.measure(view, passes(0))
+        measured = engine.measure(view, passes(0), request)
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes)):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:

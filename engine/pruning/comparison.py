@@ -156,7 +156,8 @@ def sharing(plans: Mapping[str, Entry]) -> list[list[str]]:
     together: dict[Any, list[str]] = {}
     for name, entry in plans.items():
         plan = entry.plan
-        same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if plan.scored else name
+        one_pass = plan.scored and not (plan.reconstruction and plan.joint(entry.request([], 0)))
+        same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if one_pass else name
         together.setdefault(same, []).append(name)
     return list(together.values())
 
@@ -228,7 +229,8 @@ def _masks(
 ) -> Iterator[tuple[Run, Masks, float]]:
     """(run, its masks, seconds that it took to choose them), all from one statistic."""
     first = todo[0][0]
-    measured = plans[first].engine.measure(view, calibrations(first, seed)(0))
+    request = plans[first].request([], seed)
+    measured = plans[first].engine.measure(view, calibrations(first, seed)(0), request)
     for name, own, missing in todo:
         request = plans[name].request(list(missing.values()), seed)
         chosen = timed(plans[name].engine.masks(view, measured, request, calibrations(name, seed)))

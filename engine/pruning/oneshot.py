@@ -33,7 +33,8 @@ def one_shot(
     folder, config: of `calibrations`, for a run that is to go on after a kill.
     """
     passes = calibrations(data, fabric, seed, engine.name, folder=folder, config=config)
-    ((_, masks),) = engine.masks(view, engine.measure(view, passes(0)), request(target, seed), passes)
+    wanted = request(target, seed)
+    ((_, masks),) = engine.masks(view, engine.measure(view, passes(0), wanted), wanted, passes)
     check_finite(masks)
     return masks
 

@@ -67,6 +67,7 @@ class Allocation:
     name: ClassVar[str]  # on the command line
     statistics: Sequence[str] = ()  # that it reads besides the score's
     local: ClassVar[bool] = False  # a layer's share depends on no score and no other layer's pruning
+    even: ClassVar[bool] = False  # its contests are: every layer, or row or block of it, loses the same share
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

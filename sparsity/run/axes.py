@@ -3,7 +3,10 @@
 from sparsity.run.registry import Registry
 
 ALLOCATIONS = Registry(
-    "allocation", "sparsity.allocation", "sparsity.allocation.base:Allocation", ("base", "budget", "ratios", "given")
+    "allocation",
+    "sparsity.allocation",
+    "sparsity.allocation.base:Allocation",
+    ("base", "budget", "ratios", "given", "ecoflap", "error"),
 )
 RECONSTRUCTIONS = Registry(
     "reconstruction",

@@ -25,7 +25,7 @@ from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import budgets, follow, select
+from sparsity.run.select import budgets, follow, quotas, select
 from sparsity.run.sequential import origin_of
 from sparsity.run.steps import Trail
 from sparsity.selection import Named
@@ -46,6 +46,9 @@ class Measured:
     statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     whole: Any = None
     origin: Scratch | None = None
+
+
+ANY = Request()  # of which only is known that it has no pattern
 
 
 class Engine:
@@ -77,7 +80,7 @@ class Engine:
         self.preflight(view, request)
         if not (reading.rereadable or self.plan.one_pass):
             raise UserError(f"{self.name} reads the batches more than once: give a list, or a loader with a length")
-        yield from self.masks(view, self.measure(view, reading), request, lambda epoch: reading)
+        yield from self.masks(view, self.measure(view, reading, request), request, lambda epoch: reading)
 
     def preflight(
         self, view: PrunableView, request: Request, *, rounds: Sequence[int] | None = None, folder: Path | None = None
@@ -94,8 +97,11 @@ class Engine:
         if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
             self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
 
-    def measure(self, view: PrunableView, reading: CalibrationPass) -> Measured:
-        """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all."""
+    def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
+        """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
+
+        request: with or without a pattern, as the masks are wanted.
+        """
         plan, solver = self.plan, self.plan.reconstruction
         if plan.statistics and reading.batches is None:
             raise UserError(f"pruner {self.name!r} needs calibration data")
@@ -104,14 +110,11 @@ class Engine:
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
         wanted = [*self.plan.allocation.statistics]
-        if isinstance(plan.score.statistic, str) and not (plan.sequential and plan.of_inputs and self._in_blocks):
+        if request.pattern:
+            wanted = []
+        if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
             wanted.insert(0, plan.score.statistic)
         return Measured(self._collect(view, wanted, reading), origin=origin)
-
-    @property
-    def _in_blocks(self) -> bool:
-        """Whether scores are measured block by block, and not in a pass of their own."""
-        return self.plan.allocation.local and not self.plan.scored
 
     def _collect(
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
@@ -200,9 +203,14 @@ class Engine:
         return lambda names: ((name, held[name]) for name in names)
 
     def _select(
-        self, view: PrunableView, scores: Callable[[Sequence[str]], Named], request: Request, measured: Measured
+        self,
+        view: PrunableView,
+        scores: Callable[[Sequence[str]], Named],
+        request: Request,
+        measured: Measured,
+        before: Masks | None = None,
     ) -> Iterator[Named]:
-        whole = self._whole(view, scores, measured.statistics)
+        whole = self._whole(view, scores, measured.statistics, before)
         parts = budgets(whole, request.sparsities, request.groups)
         return select(parts, self.plan.allocation, self.plan.scope)
 
@@ -211,8 +219,10 @@ class Engine:
         view: PrunableView,
         scores: Callable[[Sequence[str]], Named],
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        before: Masks | None = None,
     ) -> Part:
-        return Part(view, list(view.weights), scores, statistics or {})
+        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
+        return Part(view, list(view.weights), scores, statistics or {}, pruned=pruned)
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -242,7 +252,7 @@ class Engine:
                 )
             with masks.applied(view) if masks else nullcontext():
                 reading = calibrations(step - 1) if calibrations else CalibrationPass()
-                fresh = measured if step == 1 else self.measure(view, reading)
+                fresh = measured if step == 1 else self.measure(view, reading, target)
                 masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
             masks.provenance.pop("step")
             trail.save(step, masks)
@@ -268,6 +278,9 @@ class Engine:
         if statistic is not None and not isinstance(statistic, str):
             measured = replace(measured, statistics=self._learned(view, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
+        if plan.allocation.local and not target.pattern:
+            whole = self._whole(view, self._no_scores, measured.statistics, before)
+            layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         kept = dict(self._choose(view, measured, target, before))
@@ -278,7 +291,7 @@ class Engine:
         scores = self._scores_of(view, measured, target.seed, before)
         if target.pattern:
             return follow(target.pattern, scores(list(view.weights)))
-        (kept,) = self._select(view, scores, target, measured)
+        (kept,) = self._select(view, scores, target, measured, before)
         return kept
 
     def _learned(

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from sparsity.reconstruction.base import Problem
 from sparsity.run.outcome import alive_of, as_masks
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import keep_pattern
+from sparsity.run.select import Quota, keep_pattern
 from sparsity.run.sequential import Progress, by_blocks, device_of
-from sparsity.selection import check_finite, keep_within
+from sparsity.selection import check_finite
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import OF_INPUTS, collect
 from sparsity.statistics.reading import CalibrationPass
@@ -27,7 +26,8 @@ Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic
 class Layers:
     """One set of masks, block by block.
 
-    before: the masks of the step before, whose zeros stay. facts: the provenance of the masks.
+    before: the masks of the step before, whose zeros stay. facts: the provenance of the masks. quotas: how much each
+    layer loses, where that is known before it is scored.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Layers:
     ):
         self.plan, self.view, self.target, self.reading = plan, view, target, reading
         self.facts, self.before, self.origin = facts, before, origin
+        self.quotas: Mapping[str, Quota] = {}
 
     def run(self, score: Scorer | None, kept: Mapping[str, Tensor] | None = None) -> Masks:
         """Return the masks, with updated weights where the plan reconstructs.
@@ -85,7 +86,7 @@ class Layers:
         if solver is None:
             assert chosen is not None, "without a reconstruction a mask is chosen by scores"
             return chosen, None
-        sparsity = None if pattern else self.target.target
+        sparsity = self.quotas[name].share if name in self.quotas else None
         return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, self.plan.scope, pattern))
 
     def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
@@ -99,4 +100,4 @@ class Layers:
             found = torch.where(alive_of(self.view, self.before, name), found, torch.finfo(found.dtype).min)
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
-        return keep_within(name, found, self.plan.scope, partial(budget, self.target.target))
+        return self.quotas[name].keep(name, found, self.plan.scope)

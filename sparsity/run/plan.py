@@ -116,7 +116,7 @@ class Plan:
 
     def local(self, request: Request) -> bool:
         """Return whether what a layer loses does not depend on the others: a pattern, or a share of each layer."""
-        return request.pattern is not None or (self.allocation.local and not request.groups)
+        return request.pattern is not None or self.allocation.local
 
     def by_blocks(self, request: Request) -> bool:
         """Return whether weights are scored block by block, on the inputs that pruned blocks give."""
@@ -127,7 +127,7 @@ class Plan:
         solver = self.reconstruction
         if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
             return False
-        return request.pattern is not None or (self.local(request) and self.scope in solver.scopes)
+        return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
@@ -151,9 +151,8 @@ class Plan:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
         if self.sequential and self.reconstruction is None and not self.by_blocks(request):
             raise UserError(
-                f"allocation {self.allocation.name!r}{' with --group_sparsity' * bool(request.groups)} compares layers"
-                " with each other, which sequential calibration prunes one after the other: take allocation layer, or"
-                " calibration_mode dense"
+                f"allocation {self.allocation.name!r} compares layers with each other, which sequential calibration"
+                " prunes one after the other: take allocation layer, or calibration_mode dense"
             )
 
     def facts(self, request: Request) -> dict[str, Any]:

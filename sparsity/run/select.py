@@ -2,8 +2,9 @@
 competes within a layer.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -26,6 +27,8 @@ from sparsity.selection import (
     thresholds,
 )
 
+logger = logging.getLogger(__name__)
+
 Budget = tuple[Part, Sequence[Sparsity]]
 
 
@@ -33,7 +36,8 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     """Return the parts of a model with the sparsities of each.
 
     groups: modalities with a sparsity of their own, which is a part each; the other weights are one part, that loses
-    what is left of the budget. UserError for a modality that the model does not have, and for budgets that cannot be.
+    what is left of the budget. Where every modality is named, they decide, with a warning if they come to another
+    sparsity. UserError for a modality that the model does not have, and for budgets that cannot be.
     """
     if not groups:
         return [(whole, sparsities)]
@@ -48,21 +52,18 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
         given.append((replace(whole, names=members[group]), [share] * len(sparsities)))
     lost = sum(budget(shares[0], part.numel) for part, shares in given)
     if not rest.names:
-        _check_sum(lost, whole.numel, sparsities, len(groups))
+        _tell_sum(lost, whole.numel, sparsities)
         return given
     shares = [_rest(sparsity, whole.numel, lost, rest.numel) for sparsity in sparsities]
     return [*given, (rest, shares)]
 
 
-def _check_sum(lost: int, numel: int, sparsities: Sequence[Sparsity], groups: int) -> None:
-    """UserError unless a sparsity is what the groups, of which each is rounded down, come to."""
+def _tell_sum(lost: int, numel: int, sparsities: Sequence[Sparsity]) -> None:
+    """Warn where the groups come to another sparsity than what is asked for, as far as two decimals of a per cent."""
     for sparsity in sparsities:
-        if not -groups <= lost - budget(sparsity, numel) <= groups + numel // 2000:  # as far as per cent are written
-            together = f"{100 * lost / numel:.4g}"
-            raise UserError(
-                f"--group_sparsity names every group, and they come to {together} %, not to"
-                f" {100 * float(fraction(sparsity)):.4g} %: ask for -s {together}, or leave a group out"
-            )
+        if abs(lost - budget(sparsity, numel)) > numel / 10_000:
+            told = "--group_sparsity names every group, and they come to %.4g %% of all weights, not to %.4g %%"
+            logger.warning(told, 100 * lost / numel, 100 * float(fraction(sparsity)))
 
 
 def _rest(sparsity: Sparsity, numel: int, lost: int, rest: int) -> Fraction:
@@ -119,6 +120,30 @@ def _keep(
         for name, score in part.scores(contest.names):
             check_finite(name, score)
             yield name, keep_exactly(name, score, scope, lost[name])
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many weights a layer loses by itself. share: of each unit of the scope, where every unit loses the same."""
+
+    count: int
+    share: Sparsity | None
+
+    def keep(self, name: str, score: Tensor, scope: str) -> Tensor:
+        """Return what is kept of the layer, bool (out, in)."""
+        if self.share is None:
+            return keep_exactly(name, score, scope, self.count)
+        return keep_within(name, score, scope, partial(budget, self.share))
+
+
+def quotas(parts: Sequence[Budget], allocation: Allocation) -> dict[str, Quota]:
+    """Return name -> quota, for one sparsity of an allocation that is local."""
+    return {
+        name: Quota(contest.counts[0], shares[0] if contest.even else None)
+        for part, shares in parts
+        for contest in allocation.contests(part, shares)
+        for name in contest.names
+    }
 
 
 def follow(pattern: NM, scores: Named) -> Iterator[tuple[str, Tensor]]:
