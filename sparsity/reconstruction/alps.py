@@ -1,21 +1,22 @@
 """ALPS, arXiv 2406.07831: the mask and the weights by alternating directions, then least squares on that mask.
 
 The layer is scaled so that H has a unit diagonal: with d = sqrt(diag H), W <- W d, H <- D^-1 H D^-1, C <- C / d. Two
-copies of the weights are drawn together by a multiplier Y and a penalty rho that grows: B is the minimum without a mask,
+copies of the weights are drawn together by a multiplier Y and a penalty rho that grows: B has the least error without a
+mask,
 
     B = (C - Y + rho D) (H + rho I)^-1,    D = projection of B + Y / rho,    Y += rho (B - D),
 
-and D keeps the mask. rho changes every third round only: its inverse is formed then, which takes less than going through
-the eigenvectors of H, two products instead of one, in each round.
+and D keeps the mask. rho changes every third round only: the inverse is formed then, which takes less than going
+through the eigenvectors of H, with two products instead of one, in each round.
 """
 
 import torch
 from torch import Tensor
 
-from sparsity.reconstruction.base import Problem, Reconstruction, check_problem
+from sparsity.reconstruction.base import Problem, Reconstruction, check_problem, check_rounds
+from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations, inverse
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.projection import SCOPES, project
 from sparsity.selection import check_finite
 from sparsity.statistics.hessian import DAMPING
@@ -36,7 +37,7 @@ class ALPS(Reconstruction):
     targets = ("same", "dense")
 
     def __init__(self, damp: Damp = DAMPING, rounds: int = 300):
-        self.damp, self.rounds = check_damp(damp), rounds
+        self.damp, self.rounds = check_damp(damp), check_rounds(rounds)
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return kept, (out, in) bool, and the weights. UserError for a problem that it does not take."""

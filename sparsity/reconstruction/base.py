@@ -72,6 +72,13 @@ def check_problem(reconstruction: Reconstruction, problem: Problem) -> None:
         raise UserError(f"{here} finds a mask of an N:M pattern, or of a sparsity within a scope: {scopes}")
 
 
+def check_rounds(rounds: int) -> int:
+    """Return the number of rounds. UserError unless it is a whole number from 1."""
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UserError(f"rounds must be a whole number from 1, got {rounds!r:.60}")
+    return rounds
+
+
 def check_mask(problem: Problem) -> Tensor:
     """Return the mask of a problem that must have one. UserError where it has none."""
     if problem.kept is None:

@@ -1,7 +1,5 @@
 """The damping of a layer's H: a number, or "auto", which is chosen on samples that are held out."""
 
-from typing import Literal
-
 import torch
 
 from sparsity.errors import UserError
@@ -10,7 +8,7 @@ from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.equations import equations, gram
 from sparsity.reconstruction.projection import project
 
-Damp = float | Literal["auto"]
+Damp = float | str  # "auto"
 
 CHOICES = (1e-3, 1e-2, 1e-1)
 _ROWS = 256  # of a layer that is larger, so many are solved
@@ -25,15 +23,15 @@ def check_damp(damp: Damp) -> Damp:
 
 def damping(damp: Damp, problem: Problem) -> float:
     """Return the damping as a number; "auto" is chosen for this layer."""
-    return choose_damp(problem) if damp == "auto" else damp
+    return choose_damp(problem) if isinstance(damp, str) else damp
 
 
 def choose_damp(problem: Problem) -> float:
     """Return that of `CHOICES` whose least squares on part of the samples give the smallest error on the others.
 
     Statistics: "training" and "held_out", strips of (2 / n) X'X as "hessian", each over its own samples. The error is
-    that of the layer's own output, without a ridge, over at most 256 rows, evenly spread. Where the problem has no mask,
-    that of |w| ||X_j|| stands in. Of equal errors the smallest damping is chosen. UserError where a statistic is
+    that of the layer's own output, without a ridge, over at most 256 rows, evenly spread. Where the problem has no
+    mask, that of |w| ||X_j|| stands in. Of equal errors the smallest damping is chosen. UserError where a statistic is
     missing.
     """
     missing = {"training", "held_out"} - set(problem.statistics)

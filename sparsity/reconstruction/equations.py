@@ -110,11 +110,8 @@ def relative_error(problem: Problem, updated: Tensor, damp: float) -> float:
     else:
         # The wanted output is W (a X + (1 - a) Xh)', and its own Gram matrix K has both inputs and their products.
         a, cross = problem.dense_share, problem.statistics["cross"].to(W)
-        K = (
-            a * a * _gram(problem, "dense_hessian", W.dtype)
-            + (1 - a) ** 2 * layer.gram
-            + a * (1 - a) * (cross + cross.t())
-        )
+        K = a * a * gram(problem, "dense_hessian") + (1 - a) ** 2 * layer.gram
+        K += a * (1 - a) * (cross + cross.t())
         K.diagonal().add_(lam)
         C, H = layer.right(lam), layer.matrix(lam)
         size = _form(W, K, W)

@@ -77,8 +77,7 @@ def _within_groups(
 
 def _within_rows(w: Tensor, H: Tensor, out: Tensor, back: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield rows, and their best exchanges over all columns."""
-    ordered = _candidates(w, H, out, back)
-    (first, firsts), (second, seconds) = ordered
+    (first, firsts), (second, seconds) = _candidates(w, H, out, back)
     order, done = (firsts * seconds).argsort(descending=True), 0
     while done < len(order):
         most, more = int(firsts[order[done:]].amax()), int(seconds[order[done:]].amax())
@@ -86,10 +85,8 @@ def _within_rows(w: Tensor, H: Tensor, out: Tensor, back: Tensor) -> Iterator[tu
         done += len(rows)
         p, q = first[rows, :most], second[rows, :more]
         change = out[rows].gather(1, p)[:, :, None] + back[rows].gather(1, q)[:, None, :]
-        values = w[rows]
-        change.addcmul_(
-            values.gather(1, p)[:, :, None] * H[p[:, :, None], q[:, None, :]], values.gather(1, q)[:, None, :], value=-2
-        )
+        pruned, restored = w[rows].gather(1, p)[:, :, None], w[rows].gather(1, q)[:, None, :]
+        change.addcmul_(pruned * H[p[:, :, None], q[:, None, :]], restored, value=-2)
         gains, index = change.flatten(1).min(dim=1)
         p, q = p.gather(1, index[:, None] // more), q.gather(1, index[:, None] % more)
         yield rows, gains, p.squeeze(1), q.squeeze(1)
