@@ -24,7 +24,8 @@ class ADMM(Reconstruction):
     and the weights are Z / d. With a mask given they converge to those of least squares. With none, M keeps the largest
     of |V + U| at the sparsity s_t = s - s (1 - t / 15)^3 in round t, and is fixed from round 16 on.
 
-    rounds: how many; a mask is sought in the first three quarters of them. damp: of the unit diagonal of the scaled G; the ridge pulls towards W. Inputs that were always zero are not scaled.
+    damp: of the unit diagonal of the scaled G; the ridge pulls towards W. Inputs that were always zero are not scaled.
+    rounds: how many; a mask is sought in the first three quarters of them.
     """
 
     scopes = SCOPES
