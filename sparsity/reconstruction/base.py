@@ -108,11 +108,11 @@ def check_problem(reconstruction: Reconstruction, problem: Problem) -> None:
         raise UserError(f"{here} finds a mask of an N:M pattern, or of a sparsity within a scope: {scopes}")
 
 
-def check_damp(damp: float) -> float:
-    """Return the damping. UserError unless it is a number above 0."""
-    if not isinstance(damp, int | float) or not 0 < damp < float("inf"):
-        raise UserError(f"damp must be a number above 0, such as 0.01, got {damp!r:.60}")
-    return damp
+def check_rounds(rounds: int) -> int:
+    """Return the number of rounds. UserError unless it is a whole number from 1."""
+    if not isinstance(rounds, int) or rounds < 1:
+        raise UserError(f"rounds must be a whole number from 1, got {rounds!r:.60}")
+    return rounds
 
 
 def check_mask(problem: Problem) -> Tensor:

@@ -5,8 +5,8 @@ With the inputs of the layer as rows of X (n, in), G = X'X / n and H = G + ridge
     E(B) = tr((W - B) H (W - B)'),
 
 whose gradient vanishes where B H = C = W H, on the weights that are kept. `--target dense:a` wants another output: a
-that of the dense model on its own inputs X, and 1 - a that of W on the inputs Xh that the pruned model gives, whose Gram
-matrix Gh then takes the place of G:
+times the dense model's, on its own inputs X, and 1 - a times that of W on the inputs Xh that the pruned model gives,
+whose Gram matrix Gh takes the place of G:
 
     C = a W (X'Xh) / n + (1 - a) W Gh + W ridge.
 
@@ -28,6 +28,13 @@ def symmetric(packed: Tensor, width: int) -> Tensor:
     """Return the whole symmetric matrix, (in, in), of strips."""
     upper = triangle(packed, width)
     return upper.add_(upper.triu(1).t())
+
+
+def inverse(H: Tensor, ridge: float) -> Tensor:
+    """Return (H + ridge I)^-1, (in, in), of a positive definite H."""
+    damped = H.clone()
+    damped.diagonal().add_(ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,30 @@ class Equations:
         return (self.weight @ self.wanted).addcmul_(self.weight, torch.as_tensor(ridge).to(self.weight))
 
 
-def equations(problem: Problem) -> Equations:
+def equations(problem: Problem, statistic: str = "hessian") -> Equations:
     """Return the equations of a layer, in float32 or better on the weight's device, never aliasing what it holds.
 
+    statistic: the strips that G comes from; of another one than "hessian" the target is the layer's own output.
     UserError where the target is the dense model's and the statistic "cross" is missing.
     """
-    weight, width = problem.weight, problem.weight.shape[1]
+    weight, found = problem.weight, gram(problem, statistic)
+    wanted, a = found, problem.dense_share
+    if a and statistic == "hessian":
+        wanted = found.lerp(_cross(problem).to(found), a)
+    return Equations(weight.detach().to(found.dtype), found, wanted)
+
+
+def gram(problem: Problem, statistic: str) -> Tensor:
+    """Return G, (in, in), of a statistic in strips of 2 G, in float32 or better on the weight's device."""
+    weight = problem.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    gram = _gram(problem, "hessian", dtype)
-    wanted, a = gram, problem.dense_share
-    if a:
-        if "cross" not in problem.statistics:
-            raise UserError(f"layer {problem.name!r}: --target dense needs the inputs of the dense model")
-        wanted = gram.lerp(problem.statistics["cross"].to(weight.device, dtype).view(width, width), a)
-    return Equations(weight.detach().to(dtype), gram, wanted)
+    return symmetric(problem.statistics[statistic].to(weight.device, dtype), weight.shape[1]).div_(2)
+
+
+def _cross(problem: Problem) -> Tensor:
+    if "cross" not in problem.statistics:
+        raise UserError(f"layer {problem.name!r}: --target dense needs the inputs of the dense model")
+    return problem.statistics["cross"]
 
 
 def relative_error(problem: Problem, updated: Tensor, damp: float) -> float:
@@ -93,11 +110,8 @@ def relative_error(problem: Problem, updated: Tensor, damp: float) -> float:
     else:
         # The wanted output is W (a X + (1 - a) Xh)', and its own Gram matrix K has both inputs and their products.
         a, cross = problem.dense_share, problem.statistics["cross"].to(W)
-        K = (
-            a * a * _gram(problem, "dense_hessian", W.dtype)
-            + (1 - a) ** 2 * layer.gram
-            + a * (1 - a) * (cross + cross.t())
-        )
+        K = a * a * gram(problem, "dense_hessian") + (1 - a) ** 2 * layer.gram
+        K += a * (1 - a) * (cross + cross.t())
         K.diagonal().add_(lam)
         C, H = layer.right(lam), layer.matrix(lam)
         size = _form(W, K, W)
@@ -108,8 +122,3 @@ def relative_error(problem: Problem, updated: Tensor, damp: float) -> float:
 def _form(left: Tensor, H: Tensor, right: Tensor) -> float:
     """Return tr(left H right'), summed in float64."""
     return float(((left @ H).double() * right.double()).sum())
-
-
-def _gram(problem: Problem, statistic: str, dtype: torch.dtype) -> Tensor:
-    packed = problem.statistics[statistic].to(problem.weight.device)
-    return symmetric(packed.to(dtype), problem.weight.shape[1]).div_(2)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget
 from sparsity.pattern import NM
-from sparsity.reconstruction.base import Problem, Reconstruction, check_damp, check_problem
+from sparsity.reconstruction.base import Problem, Reconstruction, check_problem
+from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.selection import SELECTION, BlockChoice, GroupChoice, check_finite
 from sparsity.statistics.hessian import DAMPING, Factor, factor
 
@@ -88,7 +89,7 @@ class SparseGPT(Reconstruction):
 
     scopes = ("block",)
 
-    def __init__(self, damp: float = DAMPING):
+    def __init__(self, damp: Damp = DAMPING):
         self.damp = check_damp(damp)
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ class SparseGPT(Reconstruction):
         weight = problem.weight
         hessian = problem.statistics["hessian"].to(weight.device)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        found = factor(hessian, weight.shape[1], problem.name, dtype, self.damp)
+        found = factor(hessian, weight.shape[1], problem.name, dtype, damping(self.damp, problem))
         if problem.kept is None:
             sparsity = None if problem.pattern else problem.sparsity
             return reconstruct(weight, found, sparsity, problem.pattern)

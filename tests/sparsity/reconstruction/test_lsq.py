@@ -5,8 +5,9 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.pattern import NM
+from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.equations import equations
-from sparsity.reconstruction.lsq import LeastSquares, least_squares
+from sparsity.reconstruction.lsq import LeastSquares
 from sparsity.reconstruction.sparsegpt import SparseGPT
 from tests.sparsity.reconstruction.problems import (
     damped,

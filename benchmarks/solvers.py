@@ -1,0 +1,113 @@
+"""The reconstructions on layers of ViT-S and ViT-B, end to end with the statistics that each needs, against SparseGPT's
+joint sweep: least squares and ADMM after a mask by Wanda's score, ALPS and ADMM with a mask of their own. Interleaved,
+medians; and the relative error of each.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.solvers --models vit_b --images 512     # about a quarter of an hour
+    python -m benchmarks.solvers --models vit_s --images 32 --repeats 1
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.sparsegpt import CLOCKS, TOKENS, WIDTHS, inputs, our_hessian, shapes, timed
+from sparsity.pattern import NM, parse_pattern
+from sparsity.reconstruction.admm import ADMM
+from sparsity.reconstruction.alps import ALPS
+from sparsity.reconstruction.base import Problem, Reconstruction
+from sparsity.reconstruction.equations import relative_error
+from sparsity.reconstruction.lsq import LeastSquares
+from sparsity.reconstruction.projection import project
+from sparsity.reconstruction.sparsegpt import SparseGPT
+from sparsity.statistics.hessian import triangle
+
+GOALS = {"lsq": 1.6, "alps": 4.0}  # times SparseGPT's, end to end
+_DISTINCT = 4  # batches, which are read again and again: for the time it makes no difference
+Solve = Callable[[Problem], tuple[Tensor, Tensor]]
+
+
+def masked(solver: Reconstruction, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return mask and weights of a solver after a mask by |w| ||X_j||."""
+    norms = triangle(problem.statistics["hessian"], problem.weight.shape[1]).diagonal().sqrt()
+    kept = project(problem, problem.weight.abs() * norms.to(problem.weight))
+    return solver.solve(Problem(problem.name, problem.weight, problem.statistics, kept, pattern=problem.pattern))
+
+
+SOLVERS: dict[str, Solve] = {
+    "sparsegpt": SparseGPT().solve,
+    "sweep": partial(masked, SparseGPT()),
+    "lsq": partial(masked, LeastSquares()),
+    "admm mask": partial(masked, ADMM()),
+    "admm": ADMM().solve,
+    "alps": ALPS().solve,
+}
+
+
+def measure(
+    clock: Callable[[], float],
+    shape: tuple[int, int],
+    images: int,
+    batch: int,
+    repeats: int,
+    pattern: NM | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return solver -> median of its seconds, with "statistics", and solver -> relative error, of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * 0.02
+    number = max(1, images // batch)
+    drawn = inputs(batch * min(_DISTINCT, number), shape[1], generator).split(batch * TOKENS)
+    batches = [drawn[i % len(drawn)] for i in range(number)]
+    seconds: dict[str, list[float]] = {}
+    errors: dict[str, float] = {}
+    for _ in range(repeats):
+        elapsed, hessian = timed(clock, our_hessian, batches)
+        seconds.setdefault("statistics", []).append(elapsed)
+        problem = Problem("layer", weight, {"hessian": hessian}, None, "0.5", "block", pattern)
+        for name, solve in SOLVERS.items():
+            elapsed, (_, updated) = timed(clock, solve, problem)
+            seconds.setdefault(name, []).append(elapsed)
+            errors[name] = relative_error(problem, updated, 0.01)
+    return {name: statistics.median(values) for name, values in seconds.items()}, errors
+
+
+def report(label: str, total: dict[str, float], errors: dict[str, float] | None = None) -> None:
+    """Print each solver's seconds, the ratio to SparseGPT's with the statistics on both sides, and its error."""
+    summed = total["statistics"]
+    print(f"{label}: statistics {summed:.3f} s")
+    for name in SOLVERS:
+        ratio = (summed + total[name]) / (summed + total["sparsegpt"])
+        goal = f"   goal at most {GOALS[name]}" if name in GOALS else ""
+        error = f"   error {errors[name]:.5f}" if errors else ""
+        print(f"  {name:10} {total[name]:9.3f} s   end to end {ratio:6.2f} times SparseGPT's{error}{goal}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=WIDTHS, default=["vit_s"], help="default: vit_s")
+    parser.add_argument("--images", type=int, default=64, help="calibration images (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each solver (default: %(default)s)")
+    parser.add_argument("--pattern", default="2:4", help="N:M, or unstructured: half of each block (default: 2:4)")
+    parser.add_argument("--layers", nargs="+", default=["qkv", "proj", "fc1", "fc2"], help="default: all of a block")
+    clock = "cpu: of this process alone, for one thread on a machine that others use (default: %(default)s)"
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, {args.images} images of {TOKENS} tokens, {args.pattern}", flush=True)
+    for model in args.models:
+        total: dict[str, float] = {}
+        for layer in args.layers:
+            shape = shapes(WIDTHS[model])[layer]
+            pattern = parse_pattern(args.pattern)
+            medians, errors = measure(CLOCKS[args.clock], shape, args.images, args.batch, args.repeats, pattern)
+            report(f"{model} {layer} {shape}", medians, errors)
+            for name, median in medians.items():
+                total[name] = total.get(name, 0) + median
+        report(model, total)
+
+
+if __name__ == "__main__":
+    main()
