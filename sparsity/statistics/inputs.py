@@ -127,14 +127,14 @@ class Statistics:
         self._inside.clear()
         self._stack.close()
 
-    def add(self, batch: Any) -> None:
-        """Runs one batch through the view's forward."""
+    def add(self, batch: Any, run: Callable[[], Any] | None = None) -> None:
+        """Runs one batch through the view's forward, or calls `run` in its place."""
         self._batch = batch
         # Watching every call of a function costs time: not once all layers are known to be called themselves.
         watched = self._passed_over or len(self._called) < len(self._names)
         calls = _LinearCalls(self._linear) if watched else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), calls:
-            self._view.forward(batch)
+            run() if run else self._view.forward(batch)
         self._seen.clear()
 
     def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
