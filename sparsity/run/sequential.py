@@ -1,8 +1,7 @@
 """Layer-wise methods block by block: each block is calibrated on what the already pruned blocks before it put out.
 
-A block costs a pass over the calibration data through the whole model, with the statistics of its layers alone: nothing
-is captured, so it works for any model (towers, cross-attention, tied weights), and memory holds the statistics of one
-block. What is done with a block is written beside the results, so that a run that was killed goes on after it.
+Memory holds the statistics of one block. They come from `sparsity.run.replay`, or from a pass through the whole model
+for each block. What is done with a block is written beside the results, so that a run that was killed goes on after it.
 """
 
 import json
@@ -77,13 +76,14 @@ def by_blocks(
     measure: Callable[..., Mapping[str, Tensor]],
     prune: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     progress: "Progress",
+    order: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Done]:
     """Name -> what has become of the weight.
 
     measure: names=... -> their statistics in the model as it is then. prune: (name, weight (out, in), its statistic) ->
-    kept, and updated weight or None.
+    kept, and updated weight or None. order: stages, as `Replayed.order` has them (default: as they are registered).
     """
-    order = stages(view)
+    order = stages(view) if order is None else order
     finished = progress.load(order)
     with replaced(view, finished) as put:
         for number, names in enumerate(order):

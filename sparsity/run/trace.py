@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from sparsity.view import PrunableView, module_name
 
@@ -37,8 +37,8 @@ class Call:
 
     weights: names of the prunable weights that it uses. sources: outputs of earlier calls among its arguments. passes:
     for each leaf of its output, the leaf of its arguments with the same shape, strides, dtype and device, which stands
-    in for it while the block is a stub (-1: the leaf is None); None where there is not one for each leaf. draws:
-    whether it draws random numbers. alone: it is a single layer, outside of blocks.
+    in for it while the block is a stub (-1: the leaf is None); None where there is not one for each leaf. structure: of
+    its output. draws: whether it draws random numbers. alone: it is a single layer, outside of blocks.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Call:
     weights: set[str]
     sources: list[Output] = field(default_factory=list)
     passes: list[int] | None = None
+    structure: Any = None
     draws: bool = False
     alone: bool = False
 
@@ -222,7 +223,8 @@ class _Tracer(TorchDispatchMode):
         if versions != [tensor._version for tensor in tensors(leaves)]:
             self._refuse(f"block {name!r} changes its arguments in place")
         call.draws = any(not torch.equal(*pair) for pair in zip(states, random_states(self._device), strict=True))
-        self._note(number, call, leaves, tree_leaves(result))
+        results, call.structure = tree_flatten(result)
+        self._note(number, call, leaves, results)
         return result
 
     def _note(self, number: int, call: Call, arguments: Sequence[Any], results: Sequence[Any]) -> None:
