@@ -113,6 +113,7 @@ def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Calla
             matrix = weight.matrix() * what.kept if what.updated is None else what.updated
             before.append((weight.parameter, weight.parameter.data))
             weight.parameter.data = weight.as_stored(matrix).to(weight.parameter).contiguous()
+        torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
 
     try:
         put(finished)
@@ -120,6 +121,7 @@ def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Calla
     finally:
         for parameter, data in before:
             parameter.data = data
+        torch.clear_autocast_cache()
 
 
 class Progress:
