@@ -105,9 +105,9 @@ class Replayed:
         with self._quiet():
             for state in self._states:
                 self._calls.settle(state, number)
-            if not self._states or not all(self._calls.ready(state, names) for state in self._states):
+            if not self._ready(names):
                 self._capture(number)
-        if all(self._calls.ready(state, names) for state in self._states) and self._calls.numbers(names):
+        if self._ready(names):
             settled_before = number + 1 if self._dense else 0
             runs = ((s, partial(self._calls.evaluate, s, names, settled_before)) for s in self._states)
             return self._gathered(names, statistics, runs)
@@ -115,6 +115,12 @@ class Replayed:
         pairs = zip(self._states, self._over(), strict=True)
         runs = ((batch, partial(self._calls.live, state, batch, names)) for state, batch in pairs)
         return self._gathered(names, statistics, runs)
+
+    def _ready(self, names: Sequence[str]) -> bool:
+        """Return whether replayed calls are all that uses these weights."""
+        if not self._states or not self._calls.numbers(names) or self._trace.between.intersection(names):
+            return False
+        return all(self._calls.ready(state, names) for state in self._states)
 
     def _go_on(self, number: int) -> None:
         """Begin anew for an earlier stage, and after weights that code between blocks reads."""

@@ -242,7 +242,7 @@ def test_towers_are_pruned_in_the_order_in_which_they_run(batches, caplog):
         ["decoder.0"],
         ["decoder.1"],
     ]
-    assert "encoder.0 -> encoder.1; first; second; lone" in caplog.text
+    assert "encoder.0 -> encoder.1 -> first; second; lone" in caplog.text
     assert "measured in a pass through the model" in caplog.text
 
 
