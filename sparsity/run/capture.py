@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sparsity.run.store import Kept, Store
-from sparsity.run.trace import Call, Forward, Output, Trace, Unfit, facts, intercepted, random_states, units
+from sparsity.run.trace import (
+    Call,
+    Forward,
+    Handler,
+    Output,
+    Trace,
+    UnfitError,
+    facts,
+    intercepted,
+    random_states,
+    units,
+)
 from sparsity.view import PrunableView
 
 
@@ -36,7 +47,7 @@ class Pending(Tensor):
     """Stands for the output of a call whose values are not there."""
 
     output: Output
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, output: Output, size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> "Pending":
@@ -193,7 +204,7 @@ class Calls:
         """Outputs are as the stub promised."""
         for place, stand_in in enumerate(call.passes or ()):
             if stand_in >= 0 and facts(results[place]) != facts(arguments[stand_in]):
-                raise Unfit(f"block {call.name!r} returns another shape than in the first batch (call {number})")
+                raise UnfitError(f"block {call.name!r} returns another shape than in the first batch (call {number})")
 
     @contextmanager
     def _random(self, states: list[Tensor] | None):
@@ -273,9 +284,11 @@ class Calls:
         try:
             self._forward(batch, _Live(self, state, last))
         except _Read as read:
-            raise Unfit(f"an output of block {self._trace.calls[read.output[0]].name!r} is read now and then") from None
+            raise UnfitError(
+                f"an output of block {self._trace.calls[read.output[0]].name!r} is read now and then"
+            ) from None
 
-    def _forward(self, batch: Any, handler: "_Stubs") -> None:
+    def _forward(self, batch: Any, handler: Handler) -> None:
         try:
             with intercepted(self._units, handler):
                 self._view.forward(batch)
@@ -296,7 +309,7 @@ class _Stubs:
         self._count += 1
         if number >= len(known) or known[number].module is not module:
             name = self._calls._units[module]
-            raise Unfit(f"block {name!r} is called where it is not in the first batch (call {number})")
+            raise UnfitError(f"block {name!r} is called where it is not in the first batch (call {number})")
         return number, known[number]
 
     def _again(self, result: _Result) -> Any:

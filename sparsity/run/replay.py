@@ -10,7 +10,7 @@ as stubs where the trace can be trusted; the log says which stages, and why.
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsity.run.capture import Calls, State
 from sparsity.run.store import Store
-from sparsity.run.trace import Trace, Unfit, executed, trace
+from sparsity.run.trace import Trace, UnfitError, executed, trace
 from sparsity.statistics.inputs import Statistics, untouched
 from sparsity.view import PrunableView, eager
 
@@ -90,7 +90,7 @@ class Replayed:
         torch.clear_autocast_cache()  # weights have changed under it
         try:
             found = self._replayed(number, names, statistics) if self._trace.unfit is None else None
-        except Unfit as reason:
+        except UnfitError as reason:
             self._give_up(str(reason))
             found = None
         if found is None:
@@ -100,7 +100,7 @@ class Replayed:
         return self._reduced(found, statistics)
 
     def _replayed(self, number: int, names: Sequence[str], statistics: Sequence[str]) -> list[Statistics]:
-        """Return the sums over this rank's batches. Raises `Unfit` where the batches are not as the trace has it."""
+        """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
         self._go_on(number)
         with self._quiet():
             for state in self._states:
@@ -149,20 +149,23 @@ class Replayed:
         runs: Iterable[tuple[Any, Callable[[], Any] | None]],
     ) -> list[Statistics]:
         """Return the sums for each kind of statistic. runs: (batch or its state, what is run in place of the model)."""
-        view = self._view
         with self._quiet(), ExitStack() as stack:
-            found = []
-            for kind in _kinds(statistics):
-                recalled = _Recalled(view)
-                found.append(stack.enter_context(Statistics(recalled, kind, names, offload=self._offload)))
+            made = [
+                Statistics(_Recalled(self._view), kind, names, offload=self._offload) for kind in _kinds(statistics)
+            ]
+            found = [stack.enter_context(sums) for sums in made]
             for batch, run in runs:
-                reduce(lambda inner, sums: partial(sums.add, batch, inner), found, run)()  # pyright: ignore
+                for sums in found:
+                    run = partial(sums.add, batch, run)  # each runs the one before it
+                assert run is not None, "there is a statistic"
+                run()
         return found
 
     def _reduced(self, found: Sequence[Statistics], statistics: Sequence[str]) -> Sums:
         sums = dict(zip(_kinds(statistics), found, strict=True))
-        for one in found if self._reduce else ():
-            one.reduce(self._reduce)
+        if self._reduce is not None:
+            for one in found:
+                one.reduce(self._reduce)
         result: Sums = {}
         for statistic in statistics:
             one = sums[_kind(statistic)]
@@ -216,9 +219,9 @@ class Replayed:
     @contextmanager
     def _quiet(self) -> Iterator[None]:
         """The model in eval(), without gradients and without caches of keys and values."""
-        with untouched(self._view.model), eager(self._view.model), _uncached(self._view):
-            with torch.inference_mode(False), torch.no_grad():
-                yield
+        model = self._view.model
+        with untouched(model), eager(model), _uncached(self._view), torch.inference_mode(False), torch.no_grad():
+            yield
 
 
 class _Recalled(PrunableView):
@@ -234,7 +237,7 @@ class _Recalled(PrunableView):
 @contextmanager
 def _uncached(view: PrunableView) -> Iterator[None]:
     """Models with a configuration of transformers' kind keep no keys and values, which no calibration reads."""
-    configs = [vars(module).get("config") for module in view.model.modules()]
+    configs: list[Any] = [vars(module).get("config") for module in view.model.modules()]
     caching = [config for config in configs if getattr(config, "use_cache", None) is True]
     for config in caching:
         config.use_cache = False

@@ -27,7 +27,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, type, 
 _BETWEEN = -1  # in place of a call: the code between calls of blocks
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """The model cannot be calibrated by replay; the message says why."""
 
 

@@ -456,13 +456,12 @@ def test_ranks_replay_their_own_batches_and_add_up(batches):
     for shares in ([batches[:2], batches[2:]], [batches, []]):
         ranks, found = Ranks(2), {}
 
-        def run(rank: int, share: Sequence[Tensor], ranks: Ranks = ranks, found: dict = found) -> None:
-            view = tower(window_and_full)
+        def run(rank: int, view: PrunableView, share: list, ranks: Ranks = ranks, found: dict = found) -> None:
             with Replayed(view, lambda: share, stages(view), reduce=ranks) as calls:
                 found[rank] = {s: calls.measure(names, ["hessian"]) for s, names in enumerate(calls.order)}
 
-        # Modules of the two ranks share nothing; interception and modes of torch belong to a thread.
-        threads = [Thread(target=run, args=(rank, share)) for rank, share in enumerate(shares)]
+        views = [tower(window_and_full) for _ in shares]  # not in the threads, which share the random numbers
+        threads = [Thread(target=run, args=(rank, views[rank], share)) for rank, share in enumerate(shares)]
         for thread in threads:
             thread.start()
         for thread in threads:
