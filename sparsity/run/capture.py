@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from sparsity.run.pending import Pending, ReadPending, StopPass
 from sparsity.run.store import Kept, Store
 from sparsity.run.trace import (
     Call,
@@ -29,35 +30,6 @@ from sparsity.run.trace import (
     units,
 )
 from sparsity.view import PrunableView
-
-
-class _Stop(BaseException):
-    """Ends a forward pass that has nothing more to give. Not an Exception, which models may catch."""
-
-
-class _Read(BaseException):
-    """A tensor without values was read."""
-
-    def __init__(self, output: Output):
-        super().__init__(output)
-        self.output = output
-
-
-class Pending(Tensor):
-    """Stands for the output of a call whose values are not there."""
-
-    output: Output
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
-
-    @staticmethod
-    def __new__(cls, output: Output, size: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> "Pending":
-        tensor = Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=device)  # pyright: ignore
-        tensor.output = output
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        raise _Read(next(leaf.output for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Pending)))
 
 
 @dataclass(frozen=True)
@@ -268,14 +240,14 @@ class Calls:
         """
         try:
             self._forward(batch, _Capturing(self, state, stage))
-        except _Read as read:
+        except ReadPending as read:
             if read.output[0] not in state.results:
                 return
             # Another output is read than in the first batch, and was not kept: pruned blocks are run once more.
             self.forget(state)
             try:
                 self._forward(batch, _Capturing(self, state, stage))
-            except _Read:
+            except ReadPending:
                 return
 
     def live(self, state: State, batch: Any, names: Collection[str]) -> None:
@@ -283,7 +255,7 @@ class Calls:
         last = None if self._trace.between.intersection(names) else max(self.numbers(names), default=None)
         try:
             self._forward(batch, _Live(self, state, last))
-        except _Read as read:
+        except ReadPending as read:
             raise UnfitError(
                 f"an output of block {self._trace.calls[read.output[0]].name!r} is read now and then"
             ) from None
@@ -292,7 +264,7 @@ class Calls:
         try:
             with intercepted(self._units, handler):
                 self._view.forward(batch)
-        except _Stop:
+        except StopPass:
             pass
 
 
@@ -335,7 +307,7 @@ class _Live(_Stubs):
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         if self._last is not None and self._count > self._last:
-            raise _Stop
+            raise StopPass
         number, _ = self._next(module)
         result = self._state.results.get(number)
         return forward(*args, **kwargs) if result is None else self._again(result)
@@ -356,13 +328,13 @@ class _Capturing(_Stubs):
         links = [leaf.output for leaf in leaves if isinstance(leaf, Pending)]
         lost = next((output for output in links if output[0] in self._state.results), None)
         if lost is not None:
-            raise _Read(lost)
+            raise ReadPending(lost)
         if self._calls._finished(call, self._stage) and not links:
             return self._run(number, call, lambda: forward(*args, **kwargs))
         if number not in self._state.captured:
             self._state.captured[number] = self._arguments(call, leaves, structure)
         if call.passes is None or call.draws:
-            raise _Stop
+            raise StopPass
         outputs = [Pending((number, k), *facts(leaves[i])) if i >= 0 else None for k, i in enumerate(call.passes)]
         return tree_unflatten(outputs, call.structure)
 
