@@ -1,8 +1,7 @@
 """Layer-wise methods block by block: each block is calibrated on what the already pruned blocks before it put out.
 
-A block costs a pass over the calibration data through the whole model, with the statistics of its layers alone: nothing
-is captured, so it works for any model (towers, cross-attention, tied weights), and memory holds the statistics of one
-block. What is done with a block is written beside the results, so that a run that was killed goes on after it.
+Memory holds the statistics of one block. They come from `sparsity.replay`, or from a pass through the whole model for
+each block. What is done with a block is written beside the results, so that a run that was killed goes on after it.
 """
 
 import json
@@ -75,14 +74,15 @@ def by_blocks(
     progress: "Progress",
     *,
     sequential: bool = True,
+    order: Sequence[list[str]] | None = None,
 ) -> dict[str, Done]:
     """Return name -> what has become of the weight.
 
     measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, weight (out, in),
     its statistics by name) -> kept, and updated weight or None. sequential: whether pruned blocks take the place of the
-    dense ones for those that come after them.
+    dense ones for those that come after them. order: the stages, as `Replayed.order` has them (default: as registered).
     """
-    order = stages(view)
+    order = stages(view) if order is None else order
     finished = progress.load(order)
     with replaced(view, finished if sequential else {}) as put:
         for number, names in enumerate(order):
@@ -114,6 +114,7 @@ def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Calla
             matrix = weight.matrix() * what.kept if what.updated is None else what.updated
             before.append((weight.parameter, weight.parameter.data))
             weight.parameter.data = weight.as_stored(matrix).to(weight.parameter).contiguous()
+        torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
 
     try:
         put(finished)
@@ -121,6 +122,7 @@ def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Calla
     finally:
         for parameter, data in before:
             parameter.data = data
+        torch.clear_autocast_cache()
 
 
 class Progress:

@@ -1,0 +1,264 @@
+"""Sequential calibration without running the whole model for each block.
+
+One traced forward pass tells in which order blocks are called. The arguments of their calls are then captured once a
+chain (blocks that feed each other), and a block costs two of its own calls a batch: one under the statistics, with the
+pruned blocks' outputs as its inputs, and one with its pruned weights, for the block that follows. The batches are read
+again once for each chain only. What cannot be captured is measured in a pass through the model, with the pruned blocks
+as stubs where the trace can be trusted; the log says which stages, and why.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.run.capture import Calls, State
+from sparsity.run.store import Store
+from sparsity.run.trace import Trace, UnfitError, executed, trace
+from sparsity.statistics.inputs import Statistics, untouched
+from sparsity.view import PrunableView, eager
+
+logger = logging.getLogger(__name__)
+
+Sums = dict[str, dict[str, Tensor]]  # statistic -> name of a weight -> tensor
+
+
+class Replayed:
+    """Measures the inputs of one stage after another, each in the model as it is when it is asked for.
+
+    batches: gives a fresh pass over the same calibration batches at each call. order: stages of weight names, of which
+    the attribute `order` is what `measure` takes, one after the other: by the time a stage is measured, the weights of
+    those before it have become what they will be. progress: wraps the batches of a pass. reduce: sums a tensor over
+    ranks, each of which has its own batches. dense: the weights stay as they are, so that one call of each block does.
+    budget: bytes of captured tensors that are held in memory; beyond it they lie in a file in the folder `spill`, which
+    vanishes with the process. offload: sums are kept in the processor's memory. Autocast is the caller's.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        view: PrunableView,
+        batches: Callable[[], Iterable[Any]],
+        order: Sequence[Sequence[str]],
+        *,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        dense: bool = False,
+        budget: int | None = None,
+        spill: Path | None = None,
+        offload: bool = False,
+    ):
+        self._view, self._batches, self._reduce, self._dense = view, batches, reduce, dense
+        self._progress, self._offload = progress or (lambda batches: batches), offload
+        self._device = next(iter(view.weights.values())).parameter.device
+        self._store = Store(budget, spill)
+        self._states: list[State] = []
+        self._position = -1  # the stage that was measured last
+        self._trace = self._traced()
+        self.order = self._agreed([list(names) for names in order])
+        self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
+        stages = {name: number for number, names in enumerate(self.order) for name in names}
+        self._calls = Calls(view, self._trace, stages, self._store, self._device)
+
+    def __enter__(self) -> "Replayed":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything that is captured."""
+        self._forget()
+        self._store.close()
+
+    def measure(self, names: Sequence[str], statistics: Sequence[str]) -> Sums:
+        """Return the statistics of the weights of a stage: "input_norms", "gram", "hessian"
+        (`sparsity.statistics.passes`).
+
+        Raises ValueError for names that are no stage of `order`, and UserError for a layer that saw no real token, or
+        NaN or Inf.
+        """
+        if tuple(names) not in self._numbers:
+            raise ValueError(f"{names[0]!r} and what comes with it are not a stage")
+        number = self._numbers[tuple(names)]
+        torch.clear_autocast_cache()  # weights have changed under it
+        try:
+            found = self._replayed(number, names, statistics) if self._trace.unfit is None else None
+        except UnfitError as reason:
+            self._give_up(str(reason))
+            found = None
+        if found is None:
+            found = self._gathered(names, statistics, ((batch, None) for batch in self._over()))
+        torch.clear_autocast_cache()
+        self._position = number
+        return self._reduced(found, statistics)
+
+    def _replayed(self, number: int, names: Sequence[str], statistics: Sequence[str]) -> list[Statistics]:
+        """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
+        self._go_on(number)
+        with self._quiet():
+            for state in self._states:
+                self._calls.settle(state, number)
+            if not self._ready(names):
+                self._capture(number)
+        if self._ready(names):
+            settled_before = number + 1 if self._dense else 0
+            runs = ((s, partial(self._calls.evaluate, s, names, settled_before)) for s in self._states)
+            return self._gathered(names, statistics, runs)
+        logger.info("%s: measured in a pass through the model: what feeds it is not there before", names[0])
+        pairs = zip(self._states, self._over(), strict=True)
+        runs = ((batch, partial(self._calls.live, state, batch, names)) for state, batch in pairs)
+        return self._gathered(names, statistics, runs)
+
+    def _ready(self, names: Sequence[str]) -> bool:
+        """Return whether replayed calls are all that uses these weights."""
+        if not self._states or not self._calls.numbers(names) or self._trace.between.intersection(names):
+            return False
+        return all(self._calls.ready(state, names) for state in self._states)
+
+    def _go_on(self, number: int) -> None:
+        """Begin anew for an earlier stage, and after weights that code between blocks reads."""
+        passed = {name for names in self.order[max(self._position, 0) : number] for name in names}
+        if number < self._position or (self._dense and number == self._position) or passed & self._trace.between:
+            self._forget()
+
+    def _capture(self, number: int) -> None:
+        fresh = not self._states
+        for place, batch in enumerate(self._over()):
+            if fresh:
+                self._states.append(self._calls.state(batch))
+            self._calls.capture(self._states[place], batch, number)
+        there = [set(state.captured) | set(state.results) for state in self._states]
+        logger.info(
+            "captured up to %d of %d calls, %.3g MB in memory",
+            len(set.union(*there)) if there else 0,
+            len(self._trace.calls),
+            self._store.held / 1e6,
+        )
+
+    def _gathered(
+        self,
+        names: Collection[str],
+        statistics: Sequence[str],
+        runs: Iterable[tuple[Any, Callable[[], Any] | None]],
+    ) -> list[Statistics]:
+        """Return the sums for each kind of statistic. runs: (batch or its state, what is run in place of the model)."""
+        with self._quiet(), ExitStack() as stack:
+            made = [
+                Statistics(_Recalled(self._view), kind, names, offload=self._offload) for kind in _kinds(statistics)
+            ]
+            found = [stack.enter_context(sums) for sums in made]
+            for batch, run in runs:
+                for sums in found:
+                    run = partial(sums.add, batch, run)  # each runs the one before it
+                assert run is not None, "there is a statistic"
+                run()
+        return found
+
+    def _reduced(self, found: Sequence[Statistics], statistics: Sequence[str]) -> Sums:
+        sums = dict(zip(_kinds(statistics), found, strict=True))
+        if self._reduce is not None:
+            for one in found:
+                one.reduce(self._reduce)
+        result: Sums = {}
+        for statistic in statistics:
+            one = sums[_kind(statistic)]
+            values = one.result()
+            if statistic == "hessian":
+                values = {name: value * (2 / one.tokens[name]) for name, value in values.items()}
+            result[statistic] = values
+        return result
+
+    def _traced(self) -> Trace:
+        batch = next(iter(self._batches()), None)
+        if batch is None:
+            return Trace(unfit="there are no batches")
+        try:
+            with self._quiet():
+                found = trace(self._view, batch, self._device)
+        except Exception as error:  # models do what they like; without the trace an error of their own comes again
+            found = Trace(unfit=f"the traced forward pass failed: {type(error).__name__}: {error}")
+        logger.info("order of blocks: %s", found.describe())
+        if found.unfit:
+            logger.warning("sequential calibration runs the whole model for each block: %s", found.unfit)
+        return found
+
+    def _agreed(self, order: list[list[str]]) -> list[list[str]]:
+        """Return the stages as they are executed, where all ranks have seen the same; else as they are given."""
+        found = executed(order, self._trace) if self._trace.calls else order
+        if self._reduce is None:
+            return found
+        place = {name: (number, k) for number, names in enumerate(found) for k, name in enumerate(names)}
+        mine = [place[name][0] for names in order for name in names] + [1]
+        seen = torch.tensor(mine, dtype=torch.float64, device=self._device) * bool(self._trace.calls)
+        total, squares = self._reduce(seen), self._reduce(seen.square())
+        if torch.equal(total[-1] * squares, total.square()):  # equality of Cauchy and Schwarz: all are the same
+            return found if self._trace.calls else _sorted(order, total / total[-1].clamp(min=1))
+        logger.warning("blocks are called in another order on another rank: they are pruned as they are registered")
+        return order
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("sequential calibration runs the whole model for each block from here on: %s", reason)
+        self._trace.unfit = reason
+        self._forget()
+
+    def _forget(self) -> None:
+        for state in self._states:
+            self._calls.forget(state)
+        self._states = []
+
+    def _over(self) -> Iterable[Any]:
+        return self._progress(self._batches())
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """The model in eval(), without gradients and without caches of keys and values."""
+        model = self._view.model
+        with untouched(model), eager(model), _uncached(self._view), torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+class _Recalled(PrunableView):
+    """The view, which also knows of captured batches what tokens are real."""
+
+    def __init__(self, view: PrunableView):
+        self.__dict__.update(view.__dict__)
+
+    def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
+        return batch.tokens[key] if isinstance(batch, State) else super().valid_tokens(key, batch)
+
+
+@contextmanager
+def _uncached(view: PrunableView) -> Iterator[None]:
+    """Models with a configuration of transformers' kind keep no keys and values, which no calibration reads."""
+    configs: list[Any] = [vars(module).get("config") for module in view.model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+def _kind(statistic: str) -> str:
+    return "gram" if statistic == "hessian" else statistic
+
+
+def _kinds(statistics: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(_kind(statistic) for statistic in statistics))
+
+
+def _sorted(order: Sequence[Sequence[str]], stages: Tensor) -> list[list[str]]:
+    """The stages as other ranks have them. stages: number of the stage of each weight."""
+    found: dict[int, list[str]] = {}
+    for name, stage in zip((name for names in order for name in names), stages.tolist(), strict=False):
+        found.setdefault(round(stage), []).append(name)
+    return [names for _, names in sorted(found.items())]
