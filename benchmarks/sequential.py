@@ -23,9 +23,9 @@ from models.blip import model as blip
 from models.external.model import prunable_view
 from models.parts.bert import TextConfig
 from sparsity.pattern import NM
-from sparsity.run.replay import Replayed
+from sparsity.replay.replayed import Replayed
 from sparsity.run.sequential import Deferred, Progress, by_blocks, stages
-from sparsity.run.trace import units
+from sparsity.replay.trace import units
 from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 

@@ -16,7 +16,7 @@ from models.xvlm import model as xvlm
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct
-from sparsity.run.replay import Replayed
+from sparsity.replay.replayed import Replayed
 from sparsity.run.sequential import Deferred, Done, Progress, by_blocks, replaced, stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import factor

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.run.capture import Calls, State
-from sparsity.run.store import Store
-from sparsity.run.trace import Trace, UnfitError, executed, trace
+from sparsity.replay.capture import Calls, State
+from sparsity.replay.store import Store
+from sparsity.replay.trace import Trace, UnfitError, executed, trace
 from sparsity.statistics.inputs import Statistics, untouched
 from sparsity.view import PrunableView, eager
 

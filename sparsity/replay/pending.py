@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sparsity.run.trace import Output
+from sparsity.replay.trace import Output
 
 
 class StopPass(BaseException):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sparsity.run.pending import Pending, ReadPending, StopPass
-from sparsity.run.store import Kept, Store
-from sparsity.run.trace import (
+from sparsity.replay.pending import Pending, ReadPending, StopPass
+from sparsity.replay.store import Kept, Store
+from sparsity.replay.trace import (
     Call,
     Forward,
     Handler,
