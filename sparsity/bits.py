@@ -1,13 +1,62 @@
 """Bits in bytes, from the lowest on, as mask files and packed weights store them; and digests of tensors."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
+
+_SET_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # of each byte
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A bool tensor on the CPU, held as one bit an element: row by row in uint8 (ceil(n / 8),), padded with zeros."""
+
+    packed: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, binary: Tensor) -> "Bits":
+        """Pack a bool tensor of any shape and device."""
+        return cls(to_bytes(binary.cpu().contiguous().numpy()), tuple(binary.shape))
+
+    @classmethod
+    def read(cls, packed: Tensor, shape: Sequence[int]) -> "Bits":
+        """Take bytes from a file. UserError unless they have as many bits as the shape says, and zeros behind them."""
+        _check(packed, math.prod(shape))
+        return cls(packed.reshape(-1).clone(), tuple(shape))  # a mapped file may change
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def count(self) -> int:
+        """Return how many elements are True."""
+        return int(_SET_BITS[self.packed.numpy()].sum(dtype=np.int64))
+
+    def tensor(self) -> Tensor:
+        """Return the bool tensor, in memory of its own."""
+        return torch.from_numpy(to_bits(self.packed, self.numel)).view(torch.bool).reshape(self.shape)
+
+
+class ShapedTensors(Mapping[str, Tensor]):
+    """Base of mappings from names to tensors that are not all held: each is made when it is asked for."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without making it."""
+
+
+def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return the shape of one of these tensors, without making it where it is not held."""
+    return tensors.shape(name) if isinstance(tensors, ShapedTensors) else tuple(tensors[name].shape)
 
 
 def to_bytes(binary: np.ndarray) -> Tensor:
@@ -17,11 +66,15 @@ def to_bytes(binary: np.ndarray) -> Tensor:
 
 def to_bits(packed: Tensor, count: int) -> np.ndarray:
     """The first `count` bits, (count,) uint8. UserError unless there are so many, and only zeros fill the last byte."""
+    _check(packed, count)
+    return np.unpackbits(packed.numpy(), count=count, bitorder="little")
+
+
+def _check(packed: Tensor, count: int) -> None:
     if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
         raise UserError("there are more or fewer bits than the shape says")
     if count % 8 and int(packed.reshape(-1)[-1]) >> count % 8:
         raise UserError("there are more bits than the shape says")
-    return np.unpackbits(packed.numpy(), count=count, bitorder="little")
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

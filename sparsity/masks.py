@@ -22,11 +22,10 @@ Digest and checksum, or those of the archive that `torch.save` writes, are verif
 """
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from sparsity.bits import tensors_digest, to_bits, to_bytes
+from sparsity.bits import Bits, ShapedTensors, shape_in, tensors_digest
 from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import check_archive, reading, write_atomic
 from sparsity.mask_file import (
@@ -61,57 +60,64 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-
 
 
 class Masks(Mapping[str, Tensor]):
-    """masks: name -> bool tensor, in prunable order. provenance: whatever can be written as JSON. aliases: name -> all
-    keys of a tied weight. weights: name -> what the kept weights become, in the parameter's layout, from methods that
-    update them; they are put in wherever the masks are applied, and are no part of the mask file.
+    """Masks by name, held packed: each is unpacked, on the CPU, when it is asked for.
+
+    masks: name -> bool tensor, in prunable order, or such pairs one by one. provenance: whatever can be written as
+    JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
+    layout, from methods that update them, held or read one at a time (`ShapedTensors`); they are put in wherever the
+    masks are applied, and are no part of the mask file.
     """
 
     def __init__(
         self,
-        masks: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         provenance: Mapping[str, Any] | None = None,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ):
-        for name, mask in masks.items():
+        self._bits: dict[str, Bits] = {}
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             if mask.dtype != torch.bool:
                 raise UserError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
-        for name, weight in (weights or {}).items():
-            if name not in masks or weight.shape != masks[name].shape:
-                raise UserError(f"there is no mask of the shape {tuple(weight.shape)} for the weights of {name!r}")
-        self._masks = dict(masks)
+            self._bits[name] = Bits.of(mask)
+        self.weights = weights if isinstance(weights, ShapedTensors) else dict(weights or {})
+        for name in self.weights:
+            shape = shape_in(self.weights, name)
+            if name not in self._bits or shape != self._bits[name].shape:
+                raise UserError(f"there is no mask of the shape {shape} for the weights of {name!r}")
         self.provenance = dict(provenance or {})
         self.aliases = {name: tuple(keys) for name, keys in (aliases or {}).items() if len(keys) > 1}
-        self.weights = dict(weights or {})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+        return self._bits[name].tensor()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
+        return iter(self._bits)
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._bits)
 
     @property
     def total(self) -> int:
-        return sum(mask.numel() for mask in self.values())
+        return sum(bits.numel for bits in self._bits.values())
 
     @property
     def kept(self) -> int:
-        return sum(int(mask.count_nonzero()) for mask in self.values())
+        return sum(bits.count() for bits in self._bits.values())
 
     def digest(self) -> str:
         """SHA-256 of names, shapes and bits: equal for equal masks, whatever their provenance."""
-        return _sha(self._shapes(), {name: _pack(mask) for name, mask in self.items()}).hexdigest()
+        return _sha(self._shapes(), self._packed()).hexdigest()
 
     def _shapes(self) -> list[list]:
-        return [[name, list(mask.shape)] for name, mask in self.items()]
+        return [[name, list(bits.shape)] for name, bits in self._bits.items()]
+
+    def _packed(self) -> dict[str, Tensor]:
+        return {name: bits.packed for name, bits in self._bits.items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file that the module describes, whole or not at all."""
-        packed = {name: _pack(mask) for name, mask in self.items()}
-        shapes = self._shapes()
+        packed, shapes = self._packed(), self._shapes()
         digest = _sha(shapes, packed).hexdigest()
         # One entry: the order in which safetensors writes several is not fixed.
         description = write_description(shapes, self.aliases, TIES, digest, self.provenance)
@@ -136,11 +142,12 @@ class Masks(Mapping[str, Tensor]):
             return cls._read_public(tensors)
         shapes = description["shapes"]
         check_digest(_sha(shapes, tensors), description)
+        masks = cls({}, description["provenance"], description["aliases"])
         try:
-            masks = {name: _unpack(tensors[name], shape) for name, shape in shapes}
+            masks._bits = {name: Bits.read(tensors[name], shape) for name, shape in shapes}
         except UserError as error:
             raise BadFileError(str(error)) from error
-        return cls(masks, description["provenance"], description["aliases"])
+        return masks
 
     @classmethod
     def _read_public(cls, content: Any) -> "Masks":
@@ -160,60 +167,65 @@ class Masks(Mapping[str, Tensor]):
         return cls(masks)
 
     def resolve(self, view: PrunableView) -> dict[str, Tensor]:
-        """The masks under the names that this model gives its weights, in its order.
+        """The masks under the names that this model gives its weights, in its order: all of them unpacked.
 
         A tied weight is found under any of its names. Masks of layers that the view keeps dense (momentum copies,
         heads) are left out. Raises one UserError that lists what is missing, unknown or misshapen.
         """
-        known = self._known(self)
+        return {name: self[own] for name, own in self._names(view).items()}
+
+    def _names(self, view: PrunableView) -> dict[str, str]:
+        """The names that this model gives its weights -> those of their masks; errors as `resolve`."""
+        known, bits = self._known(self), self._bits
         used: set[str] = set()
-        resolved: dict[str, Tensor] = {}
+        resolved: dict[str, str] = {}
         missing, misshapen = [], []
         for weight in view.weights.values():
             names = list(dict.fromkeys(known[alias] for alias in weight.aliases if alias in known))
             used.update(names)
             if not names:
                 missing.append(weight.name)
-            elif self[names[0]].shape != weight.parameter.shape:
-                misshapen.append(f"{weight.name} {tuple(self[names[0]].shape)} for {tuple(weight.parameter.shape)}")
-            elif any(not torch.equal(self[names[0]], self[name]) for name in names[1:]):
+            elif bits[names[0]].shape != weight.parameter.shape:
+                misshapen.append(f"{weight.name} {bits[names[0]].shape} for {tuple(weight.parameter.shape)}")
+            elif any(not torch.equal(bits[names[0]].packed, bits[name].packed) for name in names[1:]):
                 misshapen.append(f"{weight.name} (tied to {names[1]}, with another mask)")
             else:
-                resolved[weight.name] = self[names[0]]
+                resolved[weight.name] = names[0]
         ignored = [name for name in self if name in view.dense and name not in used]
         unknown = [name for name in self if name not in used and name not in view.dense]
         problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
         if any(problems.values()):
             lists = "; ".join(f"{len(names)} {kind}: {listed(names, 3)}" for kind, names in problems.items() if names)
             raise UserError(f"the masks do not fit this model: {lists}")
-        if any(not self[name].all() for name in ignored):
+        if any(bits[name].count() < bits[name].numel for name in ignored):
             logger.warning("masks of layers that this model keeps dense are not used: %s", listed(ignored, 3))
         return resolved
 
     def check(self, view: PrunableView) -> None:
         """Raises one UserError that lists what is missing, unknown or misshapen for this model."""
-        self.resolve(view)
+        self._names(view)
 
     def apply(self, view: PrunableView) -> None:
         """Zeroes the pruned weights in place, under all their names, and puts in those that the method has updated.
 
         Nothing is changed when the masks do not fit.
         """
-        updated = self._updated(view)
-        with torch.no_grad():
-            for name, mask in self.resolve(view).items():
-                parameter = view.weights[name].parameter
-                if name in updated:
-                    parameter.copy_(updated[name])
-                parameter.masked_fill_(~mask.to(parameter.device), 0)
+        names, updated = self._names(view), self._updated(view)
+        for name, own in names.items():
+            self._change(view.weights[name].parameter, own, updated.get(name))
 
-    def _updated(self, view: PrunableView) -> dict[str, Tensor]:
-        """The updated weights under the names that this model gives them."""
+    @torch.no_grad()
+    def _change(self, parameter: Tensor, own: str, updated: str | None) -> None:
+        """Prune one weight in place. own, updated: the names of its mask and, where there is one, of its update."""
+        if updated is not None:
+            parameter.copy_(self.weights[updated])
+        parameter.masked_fill_(~self[own].to(parameter.device), 0)
+
+    def _updated(self, view: PrunableView) -> dict[str, str]:
+        """The names that this model gives its weights -> those of their updates."""
         known = self._known(self.weights)
-        found = {
-            weight.name: [known[key] for key in weight.aliases if key in known] for weight in view.weights.values()
-        }
-        return {name: self.weights[own[0]] for name, own in found.items() if own}
+        found = {name: [known[key] for key in weight.aliases if key in known] for name, weight in view.weights.items()}
+        return {name: own[0] for name, own in found.items() if own}
 
     def _known(self, names: Iterable[str]) -> dict[str, str]:
         """Every key of a weight -> which of these names it goes by here."""
@@ -221,18 +233,28 @@ class Masks(Mapping[str, Tensor]):
 
     @contextmanager
     def applied(self, view: PrunableView) -> Iterator[None]:
-        """The pruned model inside the block; afterwards every weight is what it was, also after an exception."""
-        parameters = {name: view.weights[name].parameter for name in view.weights}
-        changed: dict[str, Any] = {n: ~mask.to(parameters[n].device) for n, mask in self.resolve(view).items()}
-        changed |= dict.fromkeys(self._updated(view), ...)  # all of the weight
-        before = {name: parameters[name].detach()[where].clone() for name, where in changed.items()}
-        self.apply(view)
-        try:
+        """The pruned model inside the block; afterwards every weight is what it was, also after an exception.
+
+        Weights change in place: whatever shares their memory sees it. What they were is held on the CPU, of a weight
+        that is updated all, else the pruned values alone.
+        """
+        names, updated = self._names(view), self._updated(view)
+        with ExitStack() as stack:
+            for name, own in names.items():
+                parameter = view.weights[name].parameter
+                where = None if name in updated else own
+                before = parameter.detach() if where is None else parameter.detach()[~self[own].to(parameter.device)]
+                stack.callback(self._put_back, parameter, where, before.to("cpu", copy=where is None))
+                self._change(parameter, own, updated.get(name))
             yield
-        finally:
-            with torch.no_grad():
-                for name, values in before.items():
-                    parameters[name][changed[name]] = values
+
+    @torch.no_grad()
+    def _put_back(self, parameter: Tensor, own: str | None, before: Tensor) -> None:
+        """Undo `_change`. own: the name of the mask whose pruned weights `before` holds; None: it holds all."""
+        if own is None:
+            parameter.copy_(before)
+        else:
+            parameter[~self[own].to(parameter.device)] = before.to(parameter.device)
 
     def hold(self, view: PrunableView, optimizer: torch.optim.Optimizer) -> "Hold":
         """Applies the masks, and returns what keeps the zeros in training."""
@@ -242,9 +264,8 @@ class Masks(Mapping[str, Tensor]):
     def report(self, view: PrunableView) -> "Report":
         """Kept and total weights per layer and group, with warnings where one collapses."""
         report = Report()
-        for name, mask in self.resolve(view).items():
-            group = view.weights[name].group
-            kept, total = int(mask.count_nonzero()), mask.numel()
+        for name, own in self._names(view).items():
+            group, kept, total = view.weights[name].group, self._bits[own].count(), self._bits[own].numel
             report.layers[name] = Count(kept, total)
             before = report.groups.get(group, Count(0, 0))
             report.groups[group] = Count(before.kept + kept, before.total + total)
@@ -342,15 +363,6 @@ def model_digest(view: PrunableView) -> str:
 def state_digest(model: nn.Module) -> str:
     """SHA-256 over all that a model holds: what is kept dense decides its gradients and results, too."""
     return tensors_digest(model.state_dict())
-
-
-def _pack(mask: Tensor) -> Tensor:
-    return to_bytes(mask.cpu().contiguous().numpy())
-
-
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = to_bits(packed, math.prod(shape))
-    return torch.from_numpy(bits).view(torch.bool).reshape(shape)
 
 
 def _sha(shapes: list[list], packed: Mapping[str, Tensor]) -> Any:

@@ -2,20 +2,63 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from sparsity.bits import tensors_digest
+from sparsity.bits import ShapedTensors, tensors_digest
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
 _DIGEST = "digest"
+
+
+class StoredTensors(ShapedTensors):
+    """Tensors in safetensors files, one of which is read at a time, into memory of its own.
+
+    Files are opened when they are added, and stay open: what they held then can be read as long as this lives, also
+    after they were removed or replaced (whole, as `save_kept` does).
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[Any, str, tuple[int, ...]]] = {}  # name -> open file, key, shape
+
+    def add(self, path: Path, keys: Mapping[str, str]) -> None:
+        """Add the tensors of a file that is whole: name -> key in the file.
+
+        Raises MissingFileError where there is no such file, and UserError where it is damaged or lacks a key.
+        """
+        if not path.is_file():
+            raise MissingFileError(f"{path}: file not found")
+        try:
+            file = safe_open(path, framework="pt")
+        except Exception as error:  # safetensors raises several kinds
+            raise UserError(f"{path}: damaged, or cannot be read ({error})") from error
+        missing = [key for key in keys.values() if key not in file.keys()]  # noqa: SIM118 (not a dict)
+        if missing:
+            raise UserError(f"{path}: has no tensor {missing[0]!r}")
+        for name, key in keys.items():
+            self._places[name] = file, key, tuple(file.get_slice(key).get_shape())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name][2]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key, _ = self._places[name]
+        return file.get_tensor(key).clone()  # tensors of a file share memory: who writes to one would change the next
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def save_kept(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

@@ -345,6 +345,41 @@ def test_applied_is_undone(view, masks):
     assert all(torch.equal(before[name], tensor) for name, tensor in view.model.state_dict().items())
 
 
+def test_applied_is_undone_to_the_bit_where_weights_share_memory(view, masks):
+    """Two parameters on one storage, which no mask can tell from two weights; and a NaN with a payload."""
+    model = view.model
+    model.k.weight = nn.Parameter(model.q.weight.data)
+    model.v.weight.data.view(torch.int32)[0, :] = 0x7FC01234
+    shared = view_of(model, keep_dense=["head"])
+    before = {name: tensor.view(torch.int32).clone() for name, tensor in model.state_dict().items()}
+    addresses = {name: weight.parameter.data_ptr() for name, weight in shared.weights.items()}
+    updated = {"q.weight": torch.full((8, 8), 2.0), "up.weight": torch.full((16, 8), 3.0)}
+    carried = Masks(dict(masks), aliases=masks.aliases, weights=updated)
+    with carried.applied(shared):
+        assert torch.equal(model.again.weight, 3.0 * masks["up.weight"]) and model.again.weight is model.up.weight
+        assert model.v.weight[~masks["v.weight"]].count_nonzero() == 0
+    assert all(torch.equal(before[name], tensor.view(torch.int32)) for name, tensor in model.state_dict().items())
+    assert addresses == {name: weight.parameter.data_ptr() for name, weight in shared.weights.items()}
+
+
+def test_masks_are_packed_and_come_out_as_they_went_in(view, masks):
+    given = {name: mask for name, mask in random_masks(view, seed=3).items()}
+    streamed = Masks((name, mask) for name, mask in given.items())
+    assert equal(streamed, given) and streamed.digest() == Masks(given).digest()
+    assert sum(bits.packed.nbytes for bits in streamed._bits.values()) * 8 == streamed.total
+    assert streamed.kept == sum(int(mask.sum()) for mask in given.values())
+    streamed["q.weight"].logical_not_()  # what is asked for is in memory of its own
+    assert torch.equal(streamed["q.weight"], given["q.weight"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 1), (2, 8), (0, 4)])
+def test_packed_masks_of_any_size(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    masks = Masks({"a": mask})
+    assert torch.equal(masks["a"], mask) and masks["a"].shape == mask.shape
+    assert (masks.kept, masks.total) == (int(mask.sum()), mask.numel())
+
+
 def test_report_counts_and_warns(view, masks):
     report = masks.report(view)
     assert report.overall.kept == masks.kept and report.overall.total == masks.total == view.numel

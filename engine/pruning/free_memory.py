@@ -1,0 +1,37 @@
+"""How much memory there is for a run: on the model's device, and on the host, whose limits of a container count."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from sparsity.run.memory import Memory
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> Memory:
+    """Return what is free, in bytes; for a model on the CPU the device's are 0, as `preflight_bytes` has it."""
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return Memory(on_device, int(min(_system(), _container())))
+
+
+def _system() -> int:
+    """What the system can give without swapping (Linux), else all of the memory."""
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container() -> float:
+    """What the limit of the container leaves (cgroup v2); infinite where there is none. Cached files can be freed."""
+    limit, used, details = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
+    try:
+        most = int(limit.read_text())  # "max": no limit
+        facts = dict(line.split() for line in details.read_text().splitlines())
+        return most - int(used.read_text()) + int(facts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return float("inf")

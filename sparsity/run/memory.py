@@ -1,0 +1,151 @@
+"""What a plan takes in memory beside the model, from shapes alone: before anything is read, and refused where it does
+not fit.
+
+With n prunable weights of w bytes, the largest layer of t weights and i inputs, and for Gram matrices g = the sum of
+4 i (i + i / 8) over the layers that are measured together (strips of the upper triangle in float64; that layers which
+read the same inputs share one is not counted on), all in bytes:
+
+| part | place | all weights | largest layer |
+|---|---|---|---|
+| masks: unpacked while one set is made, packed in two sets and the file | host | 1.5 n | |
+| masks while they are chosen | device | n | |
+| scores, comparison with the threshold, keys near it | device | | 32 t + 2^26 a sparsity |
+| scores that are computed once and held | device | as said | |
+| input_norms, input_means: float64 | device, or host with offload | 8 i over all layers | |
+| hessian: of all layers, or sequential of the largest block | device, or host with offload | g | |
+| mean_gradient: in float32 or better | device | max(w, 4) n | max(w, 4) t |
+| learned_scores: score, gradient, moments, masked weight | device | 18 n | 8 t |
+| gradient_rows: sum of the rows | device | 4 n | 12 t |
+| gradient_rows: those held in memory, by `gradient_rows.fit` | host | as said | |
+| a solver: factor, weights as columns, their changes | device | | 12 i^2 + 28 t |
+| updated weights, unless they go to files | host | w n | |
+| sequential: pruned weights of the largest block b, beside the originals | device | w b | |
+
+Where the model is on the CPU, both places are the host. Activations and captured calls are not in it.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from sparsity.errors import UserError
+from sparsity.run.sequential import stages
+from sparsity.statistics.gradient_rows import human
+from sparsity.statistics.hessian import strips
+from sparsity.view import PrunableView, PrunableWeight
+
+_WIDE, _DOUBLE = 4, 8
+_MASKS, _CHOSEN = 1.5, 1.0  # bytes a weight, on the host and on the device
+_SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
+_KEYS = 1 << 26  # of scores near one threshold
+_LEARNED, _ROW_SUM = 18, 4
+_TRANSIENT = {"mean_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What of a plan decides its memory.
+
+    statistics: of all axes. sparsities: how many are asked for at once. scores: bytes a weight that are computed once
+    and held. solver: whether a reconstruction runs; stored: whether what it makes goes to files block by block.
+    sequential: block by block. offload: sums lie on the host. rows: bytes of gradient rows that are held in memory.
+    """
+
+    statistics: Collection[str] = ()
+    sparsities: int = 1
+    scores: float = 0.0
+    solver: bool = False
+    stored: bool = True
+    sequential: bool = False
+    offload: bool = False
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the model's device and on the host; without an accelerator, `device` is 0."""
+
+    device: int
+    host: int
+
+
+def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
+    """Return what the plan takes at most beside the model, as the module's table says."""
+    weights = list(view.weights.values())
+    largest = max(weight.numel for weight in weights)
+    width = max(weight.parameter.element_size() for weight in weights)
+    device = _CHOSEN * view.numel + demand.scores * view.numel + _largest_layer(demand, weights, largest)
+    host = _MASKS * view.numel + demand.rows
+    # Sums of what is measured: on the device, or on the host where they are offloaded.
+    sums = _sums(demand, view)
+    device, host = (device, host + sums) if demand.offload else (device + sums, host)
+    if "mean_gradient" in demand.statistics:
+        device += max(width, _WIDE) * view.numel
+    if "learned_scores" in demand.statistics:
+        device += _LEARNED * view.numel
+    if "gradient_rows" in demand.statistics:
+        device += _ROW_SUM * view.numel
+    block = max(sum(view.weights[name].numel for name in names) for names in stages(view))
+    if demand.sequential:
+        device += width * block
+    if demand.solver:
+        host += width * (block if demand.stored else view.numel)
+    if weights[0].parameter.is_cpu:
+        return Memory(0, int(device + host))
+    return Memory(int(device), int(host))
+
+
+def _largest_layer(demand: Demand, weights: Iterable[PrunableWeight], largest: int) -> float:
+    """Bytes on the device while the largest layer is worked on."""
+    taken = _SELECTION * largest + _KEYS * demand.sparsities
+    taken += largest * max((_TRANSIENT.get(statistic, 0) for statistic in demand.statistics), default=0)
+    if "hessian" in demand.statistics:
+        taken += max(_FACTOR * weight.shape[1] ** 2 + _SOLVER * weight.numel for weight in weights)
+    return taken
+
+
+def _sums(demand: Demand, view: PrunableView) -> int:
+    """Bytes of the sums over the layers' inputs that are held at a time."""
+    together = stages(view) if demand.sequential else [list(view.weights)]
+    total = 0
+    for statistic in demand.statistics:
+        if statistic in ("input_norms", "input_means"):
+            total += max(sum(_DOUBLE * view.weights[name].shape[1] for name in names) for names in together)
+        elif statistic == "hessian":
+            total += max(sum(_gram(view.weights[name].shape[1]) for name in names) for names in together)
+    return total
+
+
+def _gram(inputs: int) -> int:
+    """Bytes of a Gram matrix as strips."""
+    *_, (_, last) = strips(inputs)
+    return _DOUBLE * last.stop
+
+
+def check_fits(needed: Memory, free: Memory, demand: Demand) -> None:
+    """UserError, in one line that says what would make it fit, where a plan needs more memory than is free.
+
+    free: as read before the run, after the model was loaded.
+    """
+    places = (("the device", needed.device, free.device), ("the host", needed.host, free.host))
+    short = [(place, wanted, there) for place, wanted, there in places if wanted > there]
+    if not short:
+        return
+    told = " and ".join(f"{human(wanted)} on {place}, where {human(there)} are free" for place, wanted, there in short)
+    remedies = _remedies(demand, device=needed.device > free.device)
+    raise UserError(f"pruning needs {told}, besides the model and its activations: {', or '.join(remedies)}")
+
+
+def _remedies(demand: Demand, *, device: bool) -> list[str]:
+    """What the user can do, the least costly first."""
+    found = []
+    if device and not demand.offload and {"hessian", "input_norms", "input_means"} & set(demand.statistics):
+        found.append("give --offload, which holds statistics on the host")
+    if "hessian" in demand.statistics and not demand.sequential:
+        found.append("--calibration_mode sequential, which holds those of one block")
+    if demand.rows:
+        found.append("a lower --memory_budget or --row_dtype bfloat16")
+    if demand.sparsities > 1:
+        found.append("fewer --sparsities at once")
+    if "learned_scores" in demand.statistics or "mean_gradient" in demand.statistics:
+        found.append("a method without gradients")
+    return [*found, "a machine with more memory"]
