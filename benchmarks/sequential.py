@@ -24,8 +24,8 @@ from models.external.model import prunable_view
 from models.parts.bert import TextConfig
 from sparsity.pattern import NM
 from sparsity.replay.replayed import Replayed
-from sparsity.run.sequential import Deferred, Progress, by_blocks, stages
 from sparsity.replay.trace import units
+from sparsity.run.sequential import Deferred, Progress, by_blocks, stages
 from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 

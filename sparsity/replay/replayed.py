@@ -9,7 +9,7 @@ as stubs where the trace can be trusted; the log says which stages, and why.
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sparsity.replay.capture import Calls, State
 from sparsity.replay.store import Store
 from sparsity.replay.trace import Trace, UnfitError, executed, trace
 from sparsity.statistics.inputs import Statistics, untouched
+from sparsity.statistics.passes import measures_of, scaled
 from sparsity.view import PrunableView, eager
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,7 @@ class Replayed:
         self._store.close()
 
     def measure(self, names: Sequence[str], statistics: Sequence[str]) -> Sums:
-        """Return the statistics of the weights of a stage: "input_norms", "gram", "hessian"
-        (`sparsity.statistics.passes`).
+        """Return the statistics of the weights of a stage, of those that `sparsity.statistics.passes` makes of inputs.
 
         Raises ValueError for names that are no stage of `order`, and UserError for a layer that saw no real token, or
         NaN or Inf.
@@ -99,7 +99,7 @@ class Replayed:
         self._position = number
         return self._reduced(found, statistics)
 
-    def _replayed(self, number: int, names: Sequence[str], statistics: Sequence[str]) -> list[Statistics]:
+    def _replayed(self, number: int, names: Sequence[str], statistics: Sequence[str]) -> Statistics:
         """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
         self._go_on(number)
         with self._quiet():
@@ -147,33 +147,18 @@ class Replayed:
         names: Collection[str],
         statistics: Sequence[str],
         runs: Iterable[tuple[Any, Callable[[], Any] | None]],
-    ) -> list[Statistics]:
-        """Return the sums for each kind of statistic. runs: (batch or its state, what is run in place of the model)."""
-        with self._quiet(), ExitStack() as stack:
-            made = [
-                Statistics(_Recalled(self._view), kind, names, offload=self._offload) for kind in _kinds(statistics)
-            ]
-            found = [stack.enter_context(sums) for sums in made]
+    ) -> Statistics:
+        """Return the sums over this rank's batches. runs: (batch or its state, what is run in place of the model)."""
+        kinds = measures_of(statistics)
+        with self._quiet(), Statistics(_Recalled(self._view), kinds, names, offload=self._offload) as sums:
             for batch, run in runs:
-                for sums in found:
-                    run = partial(sums.add, batch, run)  # each runs the one before it
-                assert run is not None, "there is a statistic"
-                run()
-        return found
+                sums.add(batch, run)
+        return sums
 
-    def _reduced(self, found: Sequence[Statistics], statistics: Sequence[str]) -> Sums:
-        sums = dict(zip(_kinds(statistics), found, strict=True))
+    def _reduced(self, found: Statistics, statistics: Sequence[str]) -> Sums:
         if self._reduce is not None:
-            for one in found:
-                one.reduce(self._reduce)
-        result: Sums = {}
-        for statistic in statistics:
-            one = sums[_kind(statistic)]
-            values = one.result()
-            if statistic == "hessian":
-                values = {name: value * (2 / one.tokens[name]) for name, value in values.items()}
-            result[statistic] = values
-        return result
+            found.reduce(self._reduce)
+        return scaled(found.results(), found.tokens, statistics)
 
     def _traced(self) -> Trace:
         batch = next(iter(self._batches()), None)
@@ -246,14 +231,6 @@ def _uncached(view: PrunableView) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-
-
-def _kind(statistic: str) -> str:
-    return "gram" if statistic == "hessian" else statistic
-
-
-def _kinds(statistics: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_kind(statistic) for statistic in statistics))
 
 
 def _sorted(order: Sequence[Sequence[str]], stages: Tensor) -> list[list[str]]:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from sparsity.masks import Masks
 from sparsity.reconstruction.base import Problem
+from sparsity.replay.replayed import Replayed
 from sparsity.run.outcome import alive_of, as_masks
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota, keep_pattern
-from sparsity.run.sequential import Progress, by_blocks, device_of
+from sparsity.run.sequential import Progress, by_blocks, device_of, stages
 from sparsity.selection import check_finite
 from sparsity.statistics.gradient_rows import Scratch
-from sparsity.statistics.passes import OF_INPUTS, collect
+from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
@@ -55,18 +56,40 @@ class Layers:
         method = [self.facts, kept and Masks({name: mask.cpu() for name, mask in kept.items()}).digest()]
         progress = Progress(self.origin, self.reading.reduce, label, method, device_of(self.view))
         prune = partial(self._prune_layer, score, kept or {})
-        done = by_blocks(self.view, self._measure, prune, progress, sequential=self.plan.sequential)
+        with self._replayed() as replayed:
+            measure = partial(self._measure, replayed)
+            how = {"sequential": self.plan.sequential, "order": replayed.order}
+            done = by_blocks(self.view, measure, prune, progress, **how)
         updated = {name: what.updated for name, what in done.items() if what.updated is not None}
         masks = as_masks(self.view, {name: what.kept for name, what in done.items()}, self.facts, updated)
         progress.forget()
         return masks
 
-    def _measure(self, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    def _replayed(self) -> Replayed:
+        """What measures one block after another."""
+        reading, plan = self.reading, self.plan
+        with reading.arithmetic():  # of the traced pass
+            return Replayed(
+                self.view,
+                lambda: reading.batches or (),
+                stages(self.view),
+                progress=reading.progress,
+                reduce=reading.reduce,
+                dense=not plan.sequential,
+                budget=reading.capture_budget,
+                spill=reading.scratch and reading.scratch.path.parent,
+                offload=plan.offload,
+            )
+
+    def _measure(self, replayed: Replayed, names: list[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
-        wanted = [name for name in self.plan.statistics if name in OF_INPUTS]
+        pattern = self.target.pattern
+        fitting = [name for name in names if not pattern or pattern.fits(self.view.weights[name].shape[1])]
+        wanted = [statistic for statistic in self.plan.statistics if statistic in OF_INPUTS]
+        if not fitting:
+            return {}
         with self.reading.arithmetic():
-            sums = {"reduce": self.reading.reduce, "names": names, "offload": self.plan.offload}
-            return collect(self.view, wanted, self.reading.over(), **sums)
+            return replayed.measure(names, wanted)
 
     def _prune_layer(
         self,

@@ -50,21 +50,23 @@ def collect(
     for statistic in wanted:
         if statistic not in PASSES:
             raise UserError(f"there is no statistic {statistic!r}; there are: {', '.join(PASSES)}")
-    measures = list(dict.fromkeys(_measure(statistic) for statistic in wanted if statistic != GRADIENT))
+    measures = measures_of(wanted)
     nobody = names is not None and not names
     inputs = Statistics(view, measures, names, offload=offload) if measures and not nobody else None
     gradients = Gradients(view, generators or partial(batch_generator, 42)) if GRADIENT in wanted else None
     found: dict[str, dict[str, Tensor]] = {statistic: {} for statistic in wanted}
     _read(inputs, gradients, batches, reduce, announced)
     if inputs:
-        found |= _scaled(inputs.results(), inputs.tokens, wanted)
+        found |= scaled(inputs.results(), inputs.tokens, wanted)
     if gradients:
         found[GRADIENT] = gradients.means(reduce)
     return found[statistics] if isinstance(statistics, str) else found
 
 
-def _measure(statistic: str) -> str:
-    return _SCALED[statistic][0] if statistic in _SCALED else statistic
+def measures_of(statistics: Sequence[str]) -> list[str]:
+    """Return the measures of inputs that add up to these statistics."""
+    of_inputs = (statistic for statistic in statistics if statistic != GRADIENT)
+    return list(dict.fromkeys(_SCALED[name][0] if name in _SCALED else name for name in of_inputs))
 
 
 def _read(
@@ -96,10 +98,12 @@ def _read(
         inputs.reduce(reduce)
 
 
-def _scaled(
+def scaled(
     sums: dict[str, dict[str, Tensor]], tokens: dict[str, int], wanted: Sequence[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The statistics that are made of sums: in place, once for all layers that share one, where none asks for it."""
+    """Return the statistics that are made of sums: in place where no one asks for the sums, and once for all layers that
+    share one.
+    """
     found = {}
     for statistic in wanted:
         if statistic not in _SCALED:

@@ -24,6 +24,7 @@ class CalibrationPass:
     batches. generators: number of a batch -> the generator of what the loss draws there. rounds: for each round of
     batches that belong together, how many of them come here. scratch: where what is computed is kept for a run that is
     killed, and what is too large for memory. arithmetic: a context in which the model runs, such as autocast.
+    capture_budget: bytes of captured calls that are held in memory; more go to a file (None: all are held).
     """
 
     batches: Iterable[Any] | None = None
@@ -33,6 +34,7 @@ class CalibrationPass:
     rounds: Sequence[int] | None = None
     scratch: Scratch | None = None
     arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
+    capture_budget: int | None = None
 
     def over(self) -> Iterable[Any]:
         """Return the batches, with their progress shown. UserError where there are none."""
