@@ -1,12 +1,15 @@
 """Input norms against the naive sum, for every way in which a layer can be called; and that nothing is left behind."""
 
+import copy
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
 
 from sparsity.statistics import inputs as module
 from sparsity.statistics.inputs import Statistics, input_norms, untouched
-from tests.toys import Attention, Conv1D, view_of
+from tests.toys import Attention, Conv1D, Ranks, view_of
 
 
 def gather(view, batches):
@@ -185,10 +188,24 @@ def test_ranks_add_up():
 
 
 def test_a_rank_without_data_takes_part():
-    idle = gather(view_of(Attention()), [])
-    shapes = []
-    idle.reduce(lambda tensor: shapes.append(tuple(tensor.shape)) or tensor)
-    assert shapes[:2] == [(8,), (2,)] and len(shapes) == 12
+    """It gives as many tensors, of the same shapes, as the rank that has read some, and gets what that one gets."""
+    torch.manual_seed(0)
+    model, data, reduce = Attention(), torch.randn(3, 8), Ranks(2)
+    alone, shapes = gather(view_of(model), [data]), ([], [])
+    ranks = [gather(view_of(copy.deepcopy(model)), read) for read in ([], [data])]
+
+    def work(rank):
+        ranks[rank].reduce(lambda tensor: shapes[rank].append(tuple(tensor.shape)) or reduce(tensor))
+
+    threads = [Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shapes[0] == shapes[1] != []
+    for gathered in ranks:
+        assert gathered.samples == alone.samples and gathered.tokens == alone.tokens
+        assert all(torch.equal(value, alone.result()[name]) for name, value in gathered.result().items())
 
 
 class Restless(nn.Module):
