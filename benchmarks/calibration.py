@@ -20,6 +20,7 @@ from torch import Tensor
 import pruners
 from configs.loading import load_config
 from models.xvlm import model as xvlm
+from sparsity.run.engine import Measured
 from sparsity.selection import keep, thresholds
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.inputs import Statistics
@@ -153,7 +154,7 @@ def time_lamp(view: PrunableView, repeats: int) -> None:
     plain = [seconds(lambda: plain_lamp(weights)) for _ in range(repeats)]
     floor = [seconds(lambda: [w.abs().flatten().sort(stable=True) for w in weights]) for _ in range(repeats)]
     torch.set_num_threads(threads)
-    ours = [seconds(lambda: [None for _ in lamp.scores(view, {})]) for _ in range(repeats)]
+    ours = [seconds(lambda: [None for _ in lamp.scores(view, Measured())]) for _ in range(repeats)]
     compare("LAMP scores", "sort + cumsum + scatter in one thread", ours, plain, goal=0.33)
     compare("LAMP scores", "its sort alone in one thread", ours, floor, goal=1.0)
 

@@ -22,8 +22,9 @@ import pruners
 from benchmarks.calibration import anonymous_megabytes, peak, seconds
 from sparsity.allocation.budget import budget
 from sparsity.reconstruction.blockwise import cut, objective, solve
-from sparsity.run.request import CalibrationPass, Request
+from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Rows, Scratch, gradient_rows
+from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
 GOALS = {"memory": 1536, "speed": 3.0}  # MB above the model and its gradients; times as fast
@@ -68,8 +69,8 @@ def read(view: PrunableView, batches: RandomBatches, folder: Path) -> Rows:
 def prune(view: PrunableView, batches: RandomBatches, folder: Path, sparsity: str) -> None:
     """What prune.py does with `--memory_budget 0`."""
     pruner = pruners.build("chita", memory_budget=0)
-    statistics = pruner.measure(view, batches, CalibrationPass(scratch=Scratch(folder / "rows", "benchmark")))
-    for _ in pruner.masks(view, statistics, Request([sparsity])):
+    measured = pruner.measure(view, CalibrationPass(batches, scratch=Scratch(folder / "rows", "benchmark")))
+    for _ in pruner.masks(view, measured, Request([sparsity])):
         pass
 
 

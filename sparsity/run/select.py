@@ -79,20 +79,20 @@ def _rest(sparsity: Sparsity, numel: int, lost: int, rest: int) -> Fraction:
 def select(parts: Sequence[Budget], allocation: Allocation, scope: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
     """Return the masks for each sparsity, (name, bool (out, in)), with exactly the budget of each part False.
 
-    They are made while they are read, one layer at a time; the scores of a part are computed several times.
+    They are made while they are read, one layer at a time, in whatever order; the scores of a part are computed several
+    times.
     """
     found = [
         (part, contest, shares, _limits(part, contest, scope))
         for part, shares in parts
         for contest in allocation.contests(part, shares)
     ]
-    count = len(parts[0][1])
-    for i in range(count):
-        yield (
-            each
-            for part, contest, shares, limits in found
-            for each in _keep(part, contest, scope, contest.counts[i], shares[i], limits[i] if limits else None)
-        )
+
+    def of(i: int) -> Iterator[tuple[str, Tensor]]:
+        for part, contest, shares, limits in found:
+            yield from _keep(part, contest, scope, contest.counts[i], shares[i], limits[i] if limits else None)
+
+    return (of(i) for i in range(len(parts[0][1])))
 
 
 def _limits(part: Part, contest: Contest, scope: str) -> list[Threshold] | None:

@@ -17,7 +17,7 @@ from models.checkpoint import read_weights
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.packing import pack, unpack
-from sparsity.run.sequential import Deferred, Done, Progress
+from sparsity.run.sequential import Done, Progress
 from sparsity.run.steps import Trail
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
@@ -268,7 +268,7 @@ def test_steps_that_are_resumed(folder, data):
 @fuzzed
 @given(data=st.data())
 def test_blocks_that_are_resumed(folder, data):
-    progress = Progress(Deferred(Scratch(folder / "seq", "data and model")), "0.5", {"pruner": "sparsegpt"}, "cpu")
+    progress = Progress(Scratch(folder / "seq", "data and model"), None, "0.5", {"pruner": "sparsegpt"}, "cpu")
     progress.save(0, {"a.weight": Done(KEPT_BITS["a.weight"], UPDATED["a.weight"])})
     progress.save(1, {"b.weight": Done(KEPT_BITS["b.weight"], None)})
     path = folder / "seq_0.5.block1"

@@ -10,9 +10,10 @@ from torch import nn
 import pruners
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget, step_sparsity
-from sparsity.run.request import CalibrationPass, Request
+from sparsity.run.request import Request
 from sparsity.selection import keep, thresholds
 from sparsity.statistics.gradients import batch_generator, mean_gradients
+from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 from tests.conftest import SMALL
 
@@ -27,14 +28,14 @@ def test_snip_mask_with_the_recorded_negatives(small_xvlm, in_lockstep):
     view = xvlm.prunable_view(small_xvlm)
     stream = torch.Generator().manual_seed(42)
     snip = pruners.build("snip")
-    statistics = snip.measure(view, in_lockstep, CalibrationPass(generators=lambda number: stream))
-    ((_, masks),) = snip.masks(view, statistics, Request(["0.63"]))
+    measured = snip.measure(view, CalibrationPass(in_lockstep, generators=lambda number: stream))
+    ((_, masks),) = snip.masks(view, measured, Request(["0.63"]))
     expected = load_file(SMALL / "masks_63" / "snip.safetensors")
     differing = sum(int((masks[name] != expected[name].bool()).sum()) for name in expected)
     assert differing <= 0.001 * masks.total
     recorded = json.loads((SMALL / "masks_63" / "snip.json").read_text())
     assert abs(masks.kept - recorded["kept"]) <= 0.001 * masks.total
-    assert sum(float(score.sum()) for _, score in snip.scores(view, statistics)) == pytest.approx(1.0, rel=1e-4)
+    assert sum(float(score.sum()) for _, score in snip.scores(view, measured)) == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.fixture
@@ -135,8 +136,9 @@ def test_itersnip_equals_a_naive_loop(toy, schedule):
         weight.matrix().copy_(dense[name])
 
     pruner = pruners.build("itersnip", epochs=epochs, schedule=schedule)
-    again = lambda epoch: pruner.measure(view, fresh[epoch])  # noqa: E731
-    ((_, masks),) = pruner.masks(view, pruner.measure(view, fresh[0]), Request([sparsity]), again)
+    calibrations = [CalibrationPass(batches) for batches in fresh]
+    measured = pruner.measure(view, calibrations[0])
+    ((_, masks),) = pruner.masks(view, measured, Request([sparsity]), calibrations.__getitem__)
     assert all(torch.equal(masks[name], naive[name]) for name in naive)
     assert masks.total - masks.kept == budget(sparsity, view.numel)
     assert all(torch.equal(weight.matrix(), dense[name]) for name, weight in view.weights.items())

@@ -15,12 +15,13 @@ from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from sparsity.run.request import CalibrationPass, Request
+from sparsity.run.request import Request
 from sparsity.run.sequential import stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import triangle
 from sparsity.statistics.inputs import Statistics
 from sparsity.statistics.passes import collect
+from sparsity.statistics.reading import CalibrationPass
 from tests.sparsity.statistics.test_hessian import naive
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused  # noqa: F401
 from tests.toys import Conv1D, Ranks, layers, view_of
@@ -82,9 +83,8 @@ def batches():
 
 def once(name, view, data, sparsity=None, **options):
     pattern = None if sparsity else PATTERN
-    pool = options.pop("pool", None)
     targets = [sparsity] if sparsity else None
-    ((_, masks),) = pruners.build(name, **options).prune(view, data, targets, pattern=pattern, pool=pool)
+    ((_, masks),) = pruners.build(name, **options).prune(view, data, targets, pattern=pattern)
     return masks
 
 
@@ -135,14 +135,14 @@ def test_wanda_with_inputs_that_are_always_zero(view, batches):
 def test_offloaded_statistics_give_the_same_masks(view, batches, monkeypatch, pruner, options, device):
     view.model.to(device)
     batches = [batch.to(device) for batch in batches]
-    kept, places = Statistics.result, []
+    kept, places = Statistics.results, []
 
     def watched(self):
         found = kept(self)
-        places.extend(sums.device.type for sums in found.values())
+        places.extend(sums.device.type for of_all in found.values() for sums in of_all.values())
         return found
 
-    monkeypatch.setattr(Statistics, "result", watched)
+    monkeypatch.setattr(Statistics, "results", watched)
     masks = once(pruner, view, batches, **options, offload=True)
     assert set(places) == {"cpu"}
     plain = once(pruner, view, batches, **options)
@@ -202,9 +202,11 @@ def test_the_model_is_what_it_was_also_after_an_exception(view, batches, name, o
     once(name, view, batches, **options)
     assert untouched() and not any(module._forward_pre_hooks for module in view.model.modules())
     calls = iter(range(100))
+    plan = pruners.build(name, **options).plan
+    in_blocks = plan.sequential or plan.reconstruction is not None
 
     def failing(batch):
-        if next(calls) == (13 if pruners.build(name, **options).mode == "sequential" else 3):
+        if next(calls) == (13 if in_blocks else 3):
             raise KilledError  # in the third block, where there are blocks
         view.model(batch)
 
@@ -233,6 +235,18 @@ def test_layers_that_do_not_divide_are_reported_and_stay_as_they_are(caplog):
 
 
 # Block by block
+
+
+def watch(monkeypatch):
+    """A list of the names of each pass, which grows as passes begin."""
+    held, before = [], Statistics.__init__
+
+    def spy(self, view, measures, names=None, **options):
+        held.append(list(names))
+        before(self, view, measures, names, **options)
+
+    monkeypatch.setattr(Statistics, "__init__", spy)
+    return held
 
 
 def test_stages_are_blocks_in_order_with_what_is_around_them(view):
@@ -267,14 +281,7 @@ def test_each_block_reads_what_the_pruned_blocks_before_it_put_out(view, batches
 
 
 def test_one_block_at_a_time_is_held(view, batches, monkeypatch):
-    held = []
-    before = Statistics.__init__
-
-    def spy(self, view, measure, names=None, **options):
-        held.append(list(names))
-        before(self, view, measure, names, **options)
-
-    monkeypatch.setattr(Statistics, "__init__", spy)
+    held = watch(monkeypatch)
     once("sparsegpt", view, batches)
     assert held == stages(view)
 
@@ -338,28 +345,27 @@ def test_ranks_add_up(view, batches):
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_update": True}], ids=str)
-def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_path, options):
-    def run(limit=99, seen=None):
-        pruner, passes = pruners.build("sparsegpt", **options), []
-        scratch = Scratch(tmp_path / "run", "data")
+def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_path, options, monkeypatch):
+    passes = watch(monkeypatch)
 
-        def again(epoch, *, names):
-            if len(passes) == limit:
+    def run(limit=99):
+        passes.clear()
+
+        def shown(batches):
+            if len(passes) > limit:
                 raise KilledError
-            passes.append(names)
-            return pruner.measure(view, batches, CalibrationPass(scratch=scratch, names=names))
+            return batches
 
-        if seen is not None:
-            seen.append(passes)
-        first = pruner.measure(view, batches, CalibrationPass(scratch=scratch))
-        return list(pruner.masks(view, first, Request(["0.5", "0.75"]), again))
+        pruner = pruners.build("sparsegpt", **options)
+        reading = CalibrationPass(batches, shown, scratch=Scratch(tmp_path / "run", "data"))
+        measured = pruner.measure(view, reading)
+        return list(pruner.masks(view, measured, Request(["0.5", "0.75"]), lambda epoch: reading))
 
-    passes = []
     with pytest.raises(KilledError):
         run(limit=3)
     assert len(list(tmp_path.iterdir())) == 3
-    resumed = run(seen=passes)
-    assert passes[0] == stages(view)[3:] + stages(view)
+    resumed = run()
+    assert passes == stages(view)[3:] + stages(view)
     assert not list(tmp_path.iterdir()), "files of blocks are removed at the end"
     whole = run()
     assert all(same(a, b) for (_, a), (_, b) in zip(resumed, whole, strict=True))
@@ -367,8 +373,8 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
         run(limit=3)
     with torch.no_grad():
         view.model.embed.weight += 0.1  # another model: nothing of the old one is used
-    run(seen=passes)
-    assert passes[1] == stages(view) * 2
+    run()
+    assert passes == stages(view) * 2
 
 
 # The command line
@@ -391,8 +397,7 @@ def test_blocks_one_after_the_other_by_command(tmp_path, options):
 @pytest.mark.script
 def test_pools_and_scores_that_cannot_be(tmp_path):
     for options, told in (
-        (["--pool", "global", "-s", "50"], "take layer, row, block, or calibration_mode dense"),
-        (["--enable_update", "--pool", "layer", "-s", "50"], "leave pool 'layer' out"),
+        (["--pool", "global", "-s", "50"], "take allocation layer, or calibration_mode dense"),
         (["--save_scores", "-s", "50"], "--save_scores"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 import pruners
+from pruners.snip import SNIP
 from sparsity.pattern import parse_pattern
-from sparsity.run.request import PLAIN_PASS, CalibrationPass, Request
+from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import gradient_rows
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.passes import collect
+from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 from tests.toys import Conv1D
 
@@ -59,7 +61,7 @@ def test_no_pruner_changes_the_model_or_its_batches_by_a_bit(name, dtype):
     view, batches = view_of(model), batches_of(dtype)
     before, read = copy.deepcopy(model.state_dict()), copy.deepcopy(batches)
     choices = [{"sparsities": [0.5]}, {"sparsities": None, "pattern": parse_pattern("2:4")}]
-    options = [{}, *({option: True} for option in pruners.options(name) if option == "enable_update")]
+    options = [{}, {"enable_update": True}] if name in pruners.UPDATES else [{}]
     for given in options:
         for choice in choices:
             pruner = pruners.build(name, **given)
@@ -151,19 +153,27 @@ def agreement(one, other):
     return same / one.total
 
 
-class Exact(pruners.build("snip").__class__):
-    """SNIP whose gradients, of the same batches in the same arithmetic, add up in float64."""
+class InFloat64:
+    """Mean gradients of the same batches in the same arithmetic, that add up in float64."""
 
-    def measure(self, view, batches, reading=PLAIN_PASS):
-        each = [mean_gradients(view, [batch]) for batch in batches]
+    name = "mean_gradient_in_float64"
+
+    def collect(self, view, reading, target):
+        each = [mean_gradients(view, [batch]) for batch in reading.over()]
         return {name: sum(gradients[name].double() for gradients in each) / len(each) for name in each[0]}
+
+
+class Exact(SNIP):
+    """SNIP whose gradients add up in float64."""
+
+    statistic = InFloat64()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_snip_of_half_precision_adds_up_a_hundred_batches_as_float64_does(dtype):
     view, batches = view_of(Net(width=64).to(dtype)), batches_of(dtype, count=100, width=64)
     ((_, masks),) = pruners.build("snip").prune(view, batches, [0.63])
-    ((_, exact),) = Exact().prune(view, batches, [0.63])
+    ((_, exact),) = pruners.build(Exact).prune(view, batches, [0.63])
     assert agreement(masks, exact) >= 0.999
     for name, gradient in mean_gradients(view, batches).items():
         assert gradient.dtype == torch.float32, name
@@ -195,6 +205,8 @@ def test_tamt_steps_along_sums_in_float32():
     for model in (Net().bfloat16(), Net().bfloat16().double()):
         data = [(x.to(model.head.weight.dtype), y) for x, y in batches]
         pruner = pruners.build("tamt", mask_lr=1e-3)
-        learned.append(pruner.measure(view_of(model), data, CalibrationPass(rounds=[200], request=Request([0.5]))))
+        reading = CalibrationPass(data, rounds=[200])
+        found = pruner._learned(view_of(model), pruner.plan.score.statistic, Request([0.5]), reading, None)
+        learned.append(found["learned_scores"])
     same = [(a.double() - b).abs() < 1e-4 for a, b in zip(*(each.values() for each in learned), strict=True)]
     assert torch.cat([each.flatten() for each in same]).double().mean() > 0.98

@@ -13,8 +13,11 @@ from pruners.base import Pruner
 from sparsity.allocation.budget import budget
 from sparsity.errors import UserError
 from sparsity.pattern import NM
-from sparsity.run.request import CalibrationPass, Request
-from sparsity.selection import magnitude_counts
+from sparsity.run.axes import POOLS
+from sparsity.run.engine import Measured
+from sparsity.run.registry import Registry
+from sparsity.run.request import Request
+from sparsity.statistics.reading import CalibrationPass
 from tests.toys import Attention, Conv1D, layers, view_of
 
 SPARSITIES = ["0.3", "0.57", "0.9"]
@@ -98,8 +101,9 @@ NAIVE = {
 @pytest.mark.parametrize("name", NAIVE)
 def test_scores_are_the_formula(view, batches, name):
     pruner = pruners.build(name)
-    statistics = pruner.measure(view, batches)
-    scores = dict(pruner.scores(view, statistics))
+    measured = pruner.measure(view, CalibrationPass(batches))
+    statistics = measured.statistics.get("input_norms", {})
+    scores = dict(pruner.scores(view, measured))
     assert list(scores) == list(view.weights)
     for layer, score in scores.items():
         expected = NAIVE[name](view.weights[layer].matrix(), statistics.get(layer))
@@ -121,9 +125,13 @@ def test_localmp_prunes_each_layer_alone(view):
 
 def test_multiflow_prunes_what_magnitude_takes_from_each_layer(view, batches):
     pruner = pruners.build("multiflow")
-    statistics = pruner.measure(view, batches)
-    counts = magnitude_counts(view, SPARSITIES)
-    for count, (sparsity, masks) in zip(counts, pruner.prune(view, batches, SPARSITIES), strict=True):
+    statistics = pruner.measure(view, CalibrationPass(batches)).statistics["input_norms"]
+    for sparsity, masks in pruner.prune(view, batches, SPARSITIES):
+        count = {}
+        for names in view.groups.values():
+            magnitudes = {layer: view.weights[layer].matrix().abs() for layer in names}
+            numel = sum(view.weights[layer].numel for layer in names)
+            count |= pruned(lowest(magnitudes, budget(sparsity, numel)))
         assert pruned(masks) == count
         for layer, weight in view.weights.items():
             score = naive_multiflow(weight.matrix(), statistics[layer])
@@ -135,10 +143,11 @@ def test_multiflow_prunes_what_magnitude_takes_from_each_layer(view, batches):
 
 def test_a_constant_factor_per_layer_changes_nothing_for_multiflow(view, batches):
     pruner = pruners.build("multiflow")
-    statistics = pruner.measure(view, batches)
-    scaled = {name: value * 4.0 ** (i + 1) for i, (name, value) in enumerate(statistics.items())}
-    ((_, one),) = pruner.masks(view, statistics, Request(["0.63"]))
-    ((_, other),) = pruner.masks(view, scaled, Request(["0.63"]))
+    measured = pruner.measure(view, CalibrationPass(batches))
+    norms = measured.statistics["input_norms"]
+    scaled = {name: value * 4.0 ** (i + 1) for i, (name, value) in enumerate(norms.items())}
+    ((_, one),) = pruner.masks(view, measured, Request(["0.63"]))
+    ((_, other),) = pruner.masks(view, Measured({"input_norms": scaled}), Request(["0.63"]))
     assert same(one, other)
 
 
@@ -146,7 +155,7 @@ def test_the_last_lamp_score_is_exactly_one_and_zeros_score_zero():
     model = layers((30, 40), (4, 4), (3, 5))
     model["b"].weight.data.zero_()
     model["c"].weight.data[1] = 0
-    scores = dict(pruners.build("lamp").scores(view_of(model), {}))
+    scores = dict(pruners.build("lamp").scores(view_of(model), Measured()))
     assert scores["a.weight"].max() == 1.0 and scores["c.weight"].max() == 1.0
     assert scores["a.weight"].flatten()[model["a"].weight.abs().argmax()] == 1.0
     assert torch.equal(scores["b.weight"], torch.zeros(4, 4, dtype=torch.float64))
@@ -156,31 +165,42 @@ def test_the_last_lamp_score_is_exactly_one_and_zeros_score_zero():
 def test_lamp_breaks_ties_by_index():
     model = layers((1, 4))
     model["a"].weight.data[:] = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    (score,) = dict(pruners.build("lamp").scores(view_of(model), {})).values()
+    (score,) = dict(pruners.build("lamp").scores(view_of(model), Measured())).values()
     torch.testing.assert_close(score, torch.tensor([[1 / 4, 1 / 3, 1 / 2, 1.0]], dtype=torch.float64))
 
 
 OWN_POOL = {"chita"}  # its solver says how many weights each block keeps
-WITHIN = {"sparsegpt"}  # prunes block by block, so that layers cannot compete
+BETWEEN = {"global", "group", "magnitude"}  # layers compete, which no order of blocks allows
 
 
 @pytest.mark.parametrize("name", sorted(OWN_POOL))
-def test_a_pool_that_is_not_the_pruners_own_is_refused(view, batches, name):
+def test_a_pool_that_is_not_the_pruners_own_is_refused(name):
     with pytest.raises(ValueError, match="leave pool 'layer' out"):
-        next(iter(pruners.build(name).prune(view, batches, SPARSITIES, pool="layer")))
+        pruners.build(name, pool="layer")
 
 
 @pytest.mark.parametrize("name", pruners.available())
 def test_totals_are_exact(view, batches, name):
-    pools = ("global", None) if name in OWN_POOL else ("global", "layer", "group", "row", "block", None)
-    pools = ("layer", "row", "block", None) if name in WITHIN else pools
-    for pool in pools:
-        for sparsity, masks in pruners.build(name).prune(view, batches, SPARSITIES, pool=pool):
-            count = sum(pruned(masks).values())
+    for pool in ("global", None) if name in OWN_POOL else (*POOLS, None):
+        sequential = pruners.build(name).plan.sequential
+        dense = {"calibration_mode": "dense"} if sequential and pool in BETWEEN else {}
+        if dense:
+            with pytest.raises(UserError, match="take allocation layer, or calibration_mode dense"):
+                next(pruners.build(name, pool=pool).prune(view, batches, SPARSITIES))
+        for sparsity, masks in pruners.build(name, pool=pool, **dense).prune(view, batches, SPARSITIES):
+            count, lost = sum(pruned(masks).values()), pruned(masks)
             if pool == "global":
                 assert count == budget(sparsity, view.numel)
             if pool == "layer":
-                assert pruned(masks) == {n: budget(sparsity, w.numel) for n, w in view.weights.items()}
+                assert lost == {n: budget(sparsity, w.numel) for n, w in view.weights.items()}
+            if pool == "row":
+                assert lost == {n: w.shape[0] * budget(sparsity, w.shape[1]) for n, w in view.weights.items()}
+            if pool == "block":  # narrower than 128 columns: one block is the layer
+                assert lost == {n: budget(sparsity, w.numel) for n, w in view.weights.items()}
+            if pool in ("group", "magnitude"):
+                for names in view.groups.values():
+                    numel = sum(view.weights[n].numel for n in names)
+                    assert sum(lost[n] for n in names) == budget(sparsity, numel)
             assert masks.total == view.numel and masks.total - masks.kept == count
 
 
@@ -228,16 +248,20 @@ def test_random_masks_depend_on_the_seed_and_the_name_only(view):
     ((_, one),) = pruners.build("rand").prune(view, None, ["0.5"], seed=1)
     ((_, two),) = pruners.build("rand").prune(view, None, ["0.5"], seed=2)
     assert not same(one, two)
-    scores = dict(pruners.build("rand").scores(view, {}, seed=1))
-    ((name, alone),) = pruners.build("rand").scores(view, {}, seed=1, names=["c.weight"])
+    scores = dict(pruners.build("rand").scores(view, Measured(), seed=1))
+    ((name, alone),) = pruners.build("rand").scores(view, Measured(), seed=1, names=["c.weight"])
     assert torch.equal(scores[name], alone)
     assert 0.4 < torch.cat([score.flatten() for score in scores.values()]).mean() < 0.6
 
 
 def test_provenance_is_recorded(view):
-    ((_, masks),) = pruners.build("omp").prune(view, None, ["0.63"], seed=3, pool="group")
+    ((_, masks),) = pruners.build("omp", pool="group").prune(view, None, ["0.63"], seed=3)
     recorded = masks.provenance
     assert (recorded["pruner"], recorded["pool"], recorded["sparsity"], recorded["seed"]) == ("omp", "group", "0.63", 3)
+    assert (recorded["allocation"], recorded["scope"], recorded["reconstruction"]) == ("group", "layer", "none")
+    assert (recorded["epochs"], recorded["schedule"]) == (1, "exp")
+    ((_, masks),) = pruners.build("omp", allocation="group", scope="row").prune(view, None, ["0.63"])
+    assert "pool" not in masks.provenance and masks.provenance["scope"] == "row"
     assert len(recorded["model"]) == 64 and recorded["versions"]["torch"] == torch.__version__
 
 
@@ -263,7 +287,7 @@ class Feature(Pruner):
     """A new pruner: score = abs(w_ij) * ||X_j||^2, compared within each layer."""
 
     statistic = "input_norms"
-    pool = "layer"
+    allocation = "layer"
 
     def __init__(self, power: float = 1.0):
         self.power = power
@@ -274,7 +298,7 @@ class Feature(Pruner):
 
 def test_a_new_pruner_is_a_class_with_a_score(view, batches):
     pruner = pruners.build(Feature, power=2.0)
-    statistics = pruner.measure(view, batches)
+    statistics = pruner.measure(view, CalibrationPass(batches)).statistics["input_norms"]
     for sparsity, masks in pruner.prune(view, batches, SPARSITIES):
         for layer, weight in view.weights.items():
             score = weight.matrix().abs() ** 2 * statistics[layer].float()
@@ -289,11 +313,17 @@ class Broken(Pruner):
 
 
 @pytest.mark.parametrize(
-    "how", [{"sparsities": ["0.5"]}, {"sparsities": ["0.5"], "pool": "row"}, {"pattern": NM(2, 4)}]
+    ("options", "how"),
+    [
+        ({}, {"sparsities": ["0.5"]}),
+        ({"pool": "row"}, {"sparsities": ["0.5"]}),
+        ({"allocation": "global", "scope": "row"}, {"sparsities": ["0.5"]}),
+        ({}, {"sparsities": None, "pattern": NM(2, 4)}),
+    ],
 )
-def test_nan_or_inf_in_a_score_names_the_layer(view, how):
+def test_nan_or_inf_in_a_score_names_the_layer(view, options, how):
     with pytest.raises(ValueError, match="layer 'b.weight' hold NaN or Inf"):
-        list(pruners.build(Broken).prune(view, None, **{"sparsities": None, **how}))
+        list(pruners.build(Broken, **options).prune(view, None, **how))
 
 
 def test_data_is_read_once_for_all_sparsities_and_only_when_needed(view, batches):
@@ -310,8 +340,8 @@ def test_data_is_read_once_for_all_sparsities_and_only_when_needed(view, batches
 
 def test_progress_wraps_the_batches(view, batches):
     seen = []
-    shown = CalibrationPass(progress=lambda items: seen.append(len(items)) or items)
-    pruners.build("multiflow").measure(view, batches, shown)
+    shown = CalibrationPass(batches, progress=lambda items: seen.append(len(items)) or items)
+    pruners.build("multiflow").measure(view, shown)
     assert seen == [2]
 
 
@@ -320,9 +350,11 @@ def test_progress_wraps_the_batches(view, batches):
     [
         ({"sparsities": None}, "at least one sparsity"),
         ({"sparsities": ["0.5"], "pattern": NM(2, 4)}, "pattern 2:4 decides"),
-        ({"sparsities": None, "pattern": NM(2, 4), "pool": "layer"}, "pattern 2:4 decides"),
-        ({"sparsities": ["0.5"], "pool": "column"}, "pool must be one of"),
+        ({"sparsities": None, "pattern": NM(2, 4), "groups": {"text": 0.5}}, "pattern 2:4 decides what each group"),
+        ({"sparsities": None, "pattern": NM(1, 5)}, "5 divides the inputs of no layer, which are 4, 6, 8, 12: choose"),
         ({"sparsities": ["63"]}, "fraction between 0 and 1"),
+        ({"sparsities": ["0.5"], "groups": {"audio": 0.5}}, "--group_sparsity audio: the model has the groups vision"),
+        ({"sparsities": ["0.5"], "groups": {"vision": 0.99}}, "which leaves -?[0-9]+ for the other"),
     ],
 )
 def test_options_that_cannot_be_are_errors_before_data_is_read(view, options, message):
@@ -340,6 +372,8 @@ def test_the_list_of_pruners_is_the_list_of_files():
         assert pruners.build(name).name == name
     with pytest.raises(ValueError, match="no pruner 'multflow', did you mean 'multiflow'"):
         pruners.build("multflow")
+    with pytest.raises(ValueError, match="pool must be one of"):
+        pruners.build("omp", pool="column")
     with pytest.raises(ValueError, match="pruner 'omp' has no option 'lambda_'"):
         pruners.build("omp", lambda_=1)
 
@@ -353,12 +387,12 @@ def test_a_file_has_one_pruner(monkeypatch, bases):
     for name, base in bases.items():
         setattr(module, name, type(name, (base,), {"name": "own", "__module__": module.__name__}))
     monkeypatch.setitem(sys.modules, "pruners.own", module)
-    monkeypatch.setattr(pruners, "available", lambda: ["own"])
+    monkeypatch.setattr(Registry, "names", lambda registry: ["own", "global"])
     if bases == {"Own": Pruner, "Helper": object}:
-        assert pruners.options("own") == []
+        assert pruners.options_of_method("own") == [] and pruners.build("own").name == "own"
         return
     found = "Own, Two" if "Two" in bases else "none"
     with pytest.raises(
         UserError, match=f"pruners/own.py: expected one subclass of pruners.base.Pruner, it has {found}"
     ):
-        pruners.options("own")
+        pruners.build("own")

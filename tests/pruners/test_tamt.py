@@ -14,8 +14,10 @@ from engine.pruning.comparison import sharing
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
-from sparsity.run.request import CalibrationPass, Request
+from sparsity.run.engine import Measured
+from sparsity.run.request import Request
 from sparsity.statistics.gradients import batch_generator
+from sparsity.statistics.reading import CalibrationPass
 from tests.test_scripts import CONFIGS, SMALL, mask_files, no_pictures, prune_options, pruned, same_but_for_sums, script  # noqa: F401
 
 pytestmark = pytest.mark.script
@@ -35,17 +37,20 @@ def in_lockstep(small_batches):
     return [batch for pair in pairs for batch in pair][: sum(ROUNDS)]
 
 
-def tamt(view, batches, sparsities, *, pattern=None, pool=None, reads=None, **options):
+def tamt(view, batches, sparsities, *, pattern=None, reads=None, **options):
     """Masks from rounds of two batches."""
     pruner = pruners.build("tamt", **options)
 
-    def again(epoch, *, request):
-        if reads is not None:
-            reads.append(epoch)
-        return pruner.measure(view, batches, CalibrationPass(rounds=ROUNDS, request=request))
+    def reading(epoch):
+        def shown(batches):
+            if reads is not None:
+                reads.append(epoch)
+            return batches
 
-    request = Request(sparsities or (), pattern, pool)
-    return dict(pruner.masks(view, pruner.measure(view, batches), request, again))
+        return CalibrationPass(batches, shown, rounds=ROUNDS)
+
+    measured = pruner.measure(view, reading(0))
+    return dict(pruner.masks(view, measured, Request(sparsities or (), pattern), reading))
 
 
 def pruned_of(masks):
@@ -109,21 +114,21 @@ def test_batches_of_the_python_call(view, in_lockstep):
         next(pruner.prune(view, iter(in_lockstep), ["0.5"]))
     with pytest.raises(ValueError, match="'tamt' needs calibration data"):
         next(pruner.prune(view, None, ["0.5"]))
-    with pytest.raises(ValueError, match="reads the batches anew"):
-        next(pruner.masks(view, {}, Request(["0.5"])))
-    assert pruner.measure(view, in_lockstep) == {}
+    with pytest.raises(ValueError, match="reads the batches again"):
+        next(pruner.masks(view, Measured(), Request(["0.5"])))
+    assert pruner.measure(view, CalibrationPass(in_lockstep)) == Measured()
     seen = []
     list(pruner.prune(view, in_lockstep[:2], ["0.5", "0.6"], progress=lambda b: seen.append(len(b)) or b))
     assert seen == [2, 2]
-    with pytest.raises(ValueError, match="other scores for each sparsity"):
-        dict(pruner.scores(view, {}))
+    with pytest.raises(ValueError, match="other scores for each target"):
+        dict(pruner.scores(view, Measured()))
 
 
 def test_nothing_is_shared_with_others():
     chosen = {name: pruners.build(name) for name in ("omp", "tamt", "snip")}
     assert ["tamt"] in sharing(chosen)
-    assert not pruners.one_shot("tamt") and not pruners.one_shot("itersnip")
-    assert all(pruners.one_shot(name) for name in ("omp", "snip", "multiflow", "rand"))
+    assert not chosen["tamt"].plan.one_pass and not pruners.build("itersnip", epochs=2).plan.one_pass
+    assert all(pruners.build(name).plan.one_pass for name in ("omp", "snip", "itersnip", "multiflow", "rand"))
 
 
 @pytest.mark.script

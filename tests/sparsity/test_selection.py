@@ -5,7 +5,10 @@ import torch
 
 from sparsity import selection
 from sparsity.allocation.budget import budget
-from sparsity.selection import ascending, keep, keep_rows, magnitude_counts, select, thresholds
+from sparsity.allocation.base import Part
+from sparsity.run.axes import ALLOCATIONS, POOLS
+from sparsity.run.select import budgets, select
+from sparsity.selection import ascending, counts_by_name, keep, keep_exactly, keep_rows, thresholds
 from tests.toys import layers, view_of
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -91,16 +94,23 @@ def test_ascending_is_a_stable_sort(dtype):
     assert torch.equal(ascending(values), values.argsort(stable=True))
 
 
-@pytest.mark.parametrize("pool", ["global", "layer", "group", "row", "block", "magnitude"])
+def selected(view, allocation, scope, sparsities, scores=None):
+    """The masks of each sparsity, by magnitude."""
+
+    def magnitudes(names):
+        return ((name, view.weights[name].matrix().abs()) for name in names)
+
+    whole = Part(view, list(view.weights), scores or magnitudes)
+    parts = budgets(whole, sparsities, {})
+    return [dict(kept) for kept in list(select(parts, ALLOCATIONS.find(allocation)(), scope))]
+
+
+@pytest.mark.parametrize("pool", POOLS)
 def test_each_pool_loses_its_budget(pool):
     view = view_of(layers((6, 300), (5, 3), (9, 4)), group_of=lambda name: "late" if name[0] == "c" else "early")
     sparsities = ["0.13", "0.57", "0.9"]
-
-    def scores(names):
-        return ((name, view.weights[name].matrix().abs()) for name in names)
-
     sizes = {name: weight.numel for name, weight in view.weights.items()}
-    masks = [dict(kept) for kept in list(select(view, scores, pool, sparsities))]
+    masks = selected(view, *POOLS[pool], sparsities)
     for sparsity, kept in zip(sparsities, masks, strict=True):
         pruned = {name: mask.numel() - int(mask.sum()) for name, mask in kept.items()}
         if pool == "global":
@@ -124,7 +134,8 @@ def test_each_pool_loses_its_budget(pool):
 
 def test_magnitude_counts_are_those_of_a_selection_over_the_group():
     view = view_of(layers((6, 7), (5, 3), (9, 4)), group_of=lambda name: "late" if name[0] == "c" else "early")
-    (counts,) = magnitude_counts(view, ["0.4"])
+    (masks,) = selected(view, "magnitude", "layer", ["0.4"])
+    counts = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
     magnitudes = {name: view.weights[name].matrix().abs() for name in view.groups["early"]}
     kept = naive(magnitudes, budget("0.4", 42 + 15))
     assert counts == {
@@ -132,3 +143,44 @@ def test_magnitude_counts_are_those_of_a_selection_over_the_group():
         "b.weight": 15 - int(kept[42:].sum()),
         "c.weight": budget("0.4", 36),
     }
+
+
+@pytest.mark.parametrize("allocation", ["global", "group", "magnitude"])
+@pytest.mark.parametrize("scope", ["row", "block"])
+def test_what_layers_lose_is_spread_evenly_over_rows_and_blocks(allocation, scope):
+    """A layer loses as many as it does when its weights compete freely: rows lose equal numbers, the first one more."""
+    view = view_of(layers((6, 300), (5, 3), (9, 4)), group_of=lambda name: "late" if name[0] == "c" else "early")
+    free, even = (selected(view, allocation, each, ["0.13", "0.57"]) for each in ("layer", scope))
+    for one, other in zip(free, even, strict=True):
+        for name, mask in other.items():
+            count = mask.numel() - int(mask.sum())
+            assert count == one[name].numel() - int(one[name].sum())
+            units = mask.split(128, dim=1) if scope == "block" else mask.unbind()
+            lost = [int((~unit).sum()) for unit in units]
+            exact = [count * unit.numel() / mask.numel() for unit in units]
+            assert all(abs(found - share) < 1 for found, share in zip(lost, exact, strict=True))
+            scores = view.weights[name].matrix().abs()
+            for unit, loses, score in zip(
+                units, lost, scores.split(128, dim=1) if scope == "block" else scores.unbind(), strict=True
+            ):
+                assert torch.equal(unit.flatten(), naive({name: score}, loses))
+
+
+def test_counts_of_names_are_those_of_the_k_lowest_of_all():
+    scores = {"a": torch.tensor([[1.0, 5.0], [2.0, 2.0]]), "b": torch.tensor([[2.0, 0.0, 9.0]])}
+    assert counts_by_name(scores, [0, 3, 4, 7]) == [
+        {"a": 0, "b": 0},
+        {"a": 2, "b": 1},  # of the ties at 2 the first
+        {"a": 3, "b": 1},
+        {"a": 4, "b": 3},
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20, 59, 60])
+def test_an_exact_count_within_rows_goes_to_the_first(count):
+    score = torch.randint(0, 4, (6, 10), generator=GENERATOR).float()
+    kept = keep_exactly("a", score, "row", count)
+    lost = (~kept).sum(dim=1).tolist()
+    assert lost == [count // 6 + (row < count % 6) for row in range(6)]
+    for row, mask, loses in zip(score, kept, lost, strict=True):
+        assert torch.equal(mask, naive({"row": row}, loses))

@@ -5,12 +5,13 @@ import pytest
 import pruners
 from engine.reports.pictures import Pictures
 from sparsity.masks import Masks
+from sparsity.run.engine import Measured
 from sparsity.run.request import Request
 from tests.toys import layers, view_of
 
 
 def masks_of(view, pruner, sparsity="0.63", seed=42):
-    ((_, masks),) = pruners.build(pruner).masks(view, {}, Request([sparsity], seed=seed))
+    ((_, masks),) = pruners.build(pruner).masks(view, Measured(), Request([sparsity], seed=seed))
     return masks
 
 

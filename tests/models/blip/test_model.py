@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 import pruners
 from models.blip import model as blip
 from sparsity.masks import Masks
+from sparsity.run.engine import Measured
 from sparsity.run.request import Request
 from sparsity.statistics.gradients import mean_gradients
+from sparsity.statistics.passes import collect
+from sparsity.statistics.reading import CalibrationPass
 from tests.conftest import BLIP_CONFIG, SMALL_BLIP
 
 KEYS = json.loads(Path("tests/data/checkpoints/BLIPPretrain.json").read_text())
@@ -68,10 +71,10 @@ def test_masks(small_blip, blip_batches, pruner, allowed):
     before = {name: t.clone() for name, t in small_blip.state_dict().items()}
     chosen = pruners.build(pruner)
     torch.manual_seed(42)
-    measured = {}
-    if chosen.statistic:  # the published code draws from the global stream
+    measured = Measured()
+    if chosen.plan.statistics:  # the published code draws from the global stream
         view._loss = lambda batch, _: small_blip(batch, gather=False)["loss"]
-        measured = chosen.measure(view, batches)
+        measured = chosen.measure(view, CalibrationPass(batches))
     ((_, masks),) = chosen.masks(view, measured, Request(["0.63"]))
     expected = load_file(SMALL_BLIP / "masks_63" / f"{pruner}.safetensors")
     assert set(masks) == set(expected)
@@ -96,7 +99,7 @@ def test_a_loss_that_fails_leaves_the_momentum_copies_as_they_were(small_blip, b
 
 def test_statistics_of_tied_weights_add_up_over_encoder_and_decoder(small_blip, blip_batches):
     view, batch = blip.prunable_view(small_blip), blip_batches["general"][0]
-    norms = pruners.build("multiflow").measure(view, [batch])
+    norms = collect(view, "input_norms", [batch])
     seen = []
     layers = [m.encoder.layer[1].intermediate.dense for m in (small_blip.text_encoder, small_blip.text_decoder.bert)]
     for layer in layers:

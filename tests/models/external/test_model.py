@@ -15,6 +15,7 @@ from sparsity.pattern import parse_pattern
 from sparsity.run.request import Request
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.inputs import Statistics
+from sparsity.statistics.reading import CalibrationPass
 from tests import tiny_models
 from tests.tiny_models import TEXT, TIMM, TRANSFORMERS, VISION, batch_for, make_timm, side, words
 
@@ -58,7 +59,7 @@ def prune_and_check(view, batches, reload):
     before = {name: t.clone() for name, t in view.model.state_dict().items()}
     for name in ("omp", "lamp", "multiflow"):
         pruner = pruners.build(name)
-        statistics = pruner.measure(view, batches)
+        statistics = pruner.measure(view, CalibrationPass(batches))
         ((_, masks),) = pruner.masks(view, statistics, Request([0.5]))
         check_half(view, masks, view.groups.values() if name == "multiflow" else [list(view.weights)])
         check_applied(view, masks, before, reload)
@@ -458,7 +459,7 @@ def test_a_layer_without_a_gradient_is_named():
     torch.manual_seed(0)
     model = tiny_models.llava().eval()
     with pytest.raises(ValueError, match="vision_tower.encoder.layers.1.* got no gradient .*--exclude"):
-        pruners.build("snip").measure(external.prunable_view(model), [batch_for("llava")])
+        pruners.build("snip").measure(external.prunable_view(model), CalibrationPass([batch_for("llava")]))
     view = external.prunable_view(model, exclude=["*.vision_tower.encoder.layers.1"])
     ((_, masks),) = pruners.build("snip").prune(view, [batch_for("llava")], [0.5])
     check_half(view, masks, [list(view.weights)])

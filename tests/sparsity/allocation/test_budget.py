@@ -8,7 +8,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from sparsity.allocation.budget import SCHEDULES, budget, check_schedule, parse_sparsities, pools, step_sparsity
+import pruners
+from sparsity.allocation.base import Part
+from sparsity.allocation.budget import SCHEDULES, budget, check_schedule, parse_sparsities, step_sparsity
+from sparsity.errors import UserError
+from sparsity.run.axes import ALLOCATIONS
+from tests.toys import layers, view_of
 
 
 @pytest.mark.parametrize("sparsity", ["0.57", 0.57, Decimal("0.57"), Fraction(57, 100), np.float64(0.57)])
@@ -64,13 +69,26 @@ def test_an_unknown_schedule_is_one_clear_line():
             call()
 
 
-def test_pools_cover_all_weights_in_order():
-    groups = {"a": "x", "b": "y", "c": "x"}
-    assert pools(groups, "global") == [["a", "b", "c"]]
-    assert pools(groups, "group") == [["a", "c"], ["b"]]
-    assert pools(groups, "layer") == [["a"], ["b"], ["c"]]
-    with pytest.raises(ValueError, match="pool must be one of"):
-        pools(groups, "rows")
+@pytest.mark.parametrize("name", ["global", "group", "layer", "magnitude"])
+def test_contests_cover_all_weights_in_order(name):
+    """With the budget of each, which is exact for whatever competes."""
+    view = view_of(layers((6, 7), (5, 3), (9, 4)), group_of=lambda name: "y" if name[0] == "b" else "x")
+    part = Part(view, list(view.weights), lambda names: pytest.fail("scores were read"))
+    contests = ALLOCATIONS.find(name)().contests(part, ["0.4", "0.57"])
+    expected = {"global": ["abc"], "group": ["ac", "b"]}.get(name, ["a", "b", "c"])
+    assert [contest.names for contest in contests] == [[f"{letter}.weight" for letter in each] for each in expected]
+    sizes = {name: weight.numel for name, weight in view.weights.items()}
+    for i, sparsity in enumerate(("0.4", "0.57")):
+        if name == "magnitude":
+            assert sum(contest.counts[i] for contest in contests) == budget(sparsity, 42 + 36) + budget(sparsity, 15)
+        else:
+            numbers = [sum(sizes[name] for name in contest.names) for contest in contests]
+            assert [contest.counts[i] for contest in contests] == [budget(sparsity, numel) for numel in numbers]
+
+
+def test_a_pool_that_does_not_exist_is_one_clear_line():
+    with pytest.raises(UserError, match="pool must be one of global, group, .*, got 'rows'"):
+        pruners.build("omp", pool="rows")
 
 
 def test_arguments_are_parsed_without_torch():

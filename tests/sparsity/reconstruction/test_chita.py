@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity.pattern import NM
-from sparsity.reconstruction import chita
+from sparsity.reconstruction import blockwise
 from sparsity.reconstruction.blockwise import cut, objective, solve
 from sparsity.statistics.gradient_rows import Rows
 
@@ -135,8 +135,8 @@ def test_the_search_over_the_whole_problem(monkeypatch):
     """Gradients so flat that the best step would exchange weights already there."""
     rows, weights = problem(scale=0.03, size=0.1)
     blocks, values = blocks_of(weights, 50), []
-    value = chita._Problem.value
-    monkeypatch.setattr(chita._Problem, "value", lambda *given: values.append(value(*given)) or values[-1])
+    value = blockwise._Problem.value
+    monkeypatch.setattr(blockwise._Problem, "value", lambda *given: values.append(value(*given)) or values[-1])
     kept, new = solved(rows, weights, 90, blocks=blocks)
     expected, weights_expected, _ = naive(rows, weights, 90, 1e-2, blocks)
     assert len(values) > 2 and values[1] < values[0] and (kept != top(flat(weights), 90)).any()
@@ -205,8 +205,8 @@ def test_no_block_is_lost_and_none_gets_worse(scale, seed):
     """Each block keeps as many as it was given, and is no worse than where its search began."""
     rows, weights = problem(4, seed=seed, scale=scale)
     blocks, mu = blocks_of(weights, 40), 4 * 1e-2
-    whole = chita._Problem(rows, weights, 1e-2, None)
-    step, given = chita._choose(whole, 80)
+    whole = blockwise._Problem(rows, weights, 1e-2, None)
+    step, given = blockwise._choose(whole, 80)
     begun = torch.cat([whole.moved(piece, step) * piece.of(given) for piece in whole.pieces()]).double().numpy()
     given = flat(given)
     kept, new = solved(rows, weights, 80, blocks=blocks)
