@@ -6,7 +6,7 @@ a pruned weight is judged too, and comes back when its score grows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,6 +19,16 @@ from sparsity.allocation.budget import Sparsity, budget
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import Named, keep_within, thresholds
+from sparsity.statistics.checks import (
+    IDLE,
+    NO_BATCHES,
+    finite,
+    not_finite,
+    not_reached,
+    summed,
+    warn_ended_early,
+    warn_not_reached,
+)
 from sparsity.statistics.gradients import batch_generator, nothing, only_prunable, summed_gradients, wide
 from sparsity.statistics.inputs import untouched
 from sparsity.statistics.reading import CalibrationPass, Target
@@ -73,8 +83,12 @@ def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | N
         )
     tau = threshold.value if pruned else 0.0
     masks = ((name, _keep(name, score, sparsity, pattern)) for name, score in magnitudes())
-    # Half precision would lose the steps of the optimizer.
-    return {name: kept.to(wide(view.weights[name].parameter.dtype)).mul_(2 * tau) for name, kept in masks}
+    # Half precision would lose the steps of the optimizer. Allocated together: between what is computed for single
+    # layers they would leave holes in memory.
+    scores = {n: w.parameter.new_empty(w.shape, dtype=wide(w.parameter.dtype)) for n, w in view.weights.items()}
+    for name, kept in masks:
+        torch.mul(kept, 2 * tau, out=scores[name])
+    return scores
 
 
 def _keep(name: str, score: Tensor, sparsity: Sparsity, pattern: NM | None) -> Tensor:
@@ -99,31 +113,43 @@ def learn(
     """Name -> score (out, in), trained by AdamW for as many steps as there are rounds; lr goes linearly to 0.
 
     The model trains: in training mode, on the mean loss of each round's batches, with dropout that is a function of the
-    batch's generator. Memory: score, gradient, two moments and the masked weight, for each prunable weight.
+    batch's generator. Memory, for each prunable weight: score, two moments and the masked weight, and the sum of the
+    gradients where a round has several batches or there are several ranks; else each gradient is used as it arrives.
 
-    scores: the first ones, which are overwritten. rounds: for each round, how many of its batches come here. generators
-    and reduce: as in `sparsity.statistics.gradients`; ranks that share the rounds out get the scores that one alone
-    gets.
+    scores: the first ones, which are overwritten. rounds: for each round, how many of its batches come here; fewer are
+    used, with a warning. generators and reduce: as in `sparsity.statistics.gradients`; ranks that share the rounds out
+    get the scores that one alone gets.
 
-    Raises UserError without batches, for a weight that gets no gradient, and for NaN or Inf, naming the layer.
+    Raises UserError without batches, and, naming all layers concerned, for weights that get no gradient from any batch
+    (a warning after the first step) and for NaN or Inf, in the step where they come.
     """
     generators = generators or (lambda number: batch_generator(42, number))
-    numbered, trained = enumerate(batches), False
-    moved = view.moved_by_loss
-    with untouched(view.model, moved), only_prunable(view), summed_gradients(view) as sums:
+    numbered, count = enumerate(batches), 0
+    with untouched(view.model, view.moved_by_loss), only_prunable(view), summed_gradients(view) as sums:
         view.model.train()
-        training = _Training(view, scores, choose, lr, weight_decay, sums)
+        training = _Training(view, scores, choose, weight_decay, sums, reduce)
         for step, own in enumerate(rounds):
-            training.mask()
+            training.begin(lr * (1 - step / len(rounds)), at_once=own == 1 and reduce is None)
             for number, batch in islice(numbered, own):
                 training.backward(batch, generators(number))
-            trained |= training.step(1 - step / len(rounds), reduce)
-    if not trained:
-        raise UserError("there are no calibration batches")
-    idle = [] if reduce else [name for name in scores if name in training.idle]
-    if idle:
-        raise UserError(f"layer {idle[0]!r} got no gradient from the loss")
+                count += 1
+            training.step()
+    warn_ended_early(count, sum(rounds))
+    if not training.steps:
+        raise UserError(NO_BATCHES)
+    if training.idle:
+        raise not_reached(IDLE, training.idle)
     return dict(scores)
+
+
+def _adamw(score: Tensor, **options: Any) -> torch.optim.AdamW:
+    """AdamW of one tensor, whose moments are there from the start: in the first step they would be allocated between
+    gradients, and leave holes in memory.
+    """
+    optimizer = torch.optim.AdamW([score], **options)
+    moments = {name: torch.zeros_like(score) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[score] = {"step": torch.zeros((), dtype=torch.float32, device=score.device), **moments}
+    return optimizer
 
 
 class _Training:
@@ -131,7 +157,8 @@ class _Training:
 
     The parameters of the model stand on other storage, which holds the masked weights, until `untouched` gives them
     their own back: so every use of a tied weight sees the mask, and the model's own weights are never written to. sums:
-    of the gradients since the last step, see `summed_gradients`.
+    of the gradients since the last step, see `summed_gradients`. A score is moved by an optimizer of its own, so that
+    its gradient is freed before the next one comes.
     """
 
     def __init__(
@@ -139,15 +166,19 @@ class _Training:
         view: PrunableView,
         scores: Mapping[str, Tensor],
         choose: Choice,
-        lr: float,
         weight_decay: float,
         sums: dict[str, Tensor],
+        reduce: Callable[[Tensor], Tensor] | None,
     ):
-        self.view, self.scores, self.choose, self.lr, self.sums = view, scores, choose, lr, sums
+        self.view, self.scores, self.choose, self.sums, self.reduce = view, scores, choose, sums, reduce
         first = next(iter(view.weights.values())).parameter
         self.device, self.forked = first.device, [first.device] if first.is_cuda else []
-        self.idle, self.count = set(view.weights), 0  # layers without gradient so far, batches since the last step
-        self.optimizer = torch.optim.AdamW(list(scores.values()), lr=lr, weight_decay=weight_decay, fused=True)
+        self.idle = list(view.weights)  # layers without gradient on any rank so far
+        self.count, self.steps = 0, 0  # batches since the last step, steps
+        self.moved: set[str] = set()  # scores that have made this step already
+        self.bad: list[str] = []
+        options = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
+        self.optimizers = {name: _adamw(score, **options) for name, score in scores.items()}
         self.dense = {name: weight.matrix() for name, weight in view.weights.items()}  # (out, in)
         self.masked = {}  # (out, in)
         for name, weight in view.weights.items():
@@ -156,42 +187,70 @@ class _Training:
             self.masked[name] = masked.t() if weight.transposed else masked
 
     @torch.no_grad()
-    def mask(self) -> None:
-        """The masks of the scores as they are now."""
+    def begin(self, lr: float, at_once: bool) -> None:
+        """Mask the weights by the scores as they are now, for a step at this rate. at_once: one batch makes the step,
+        so that a gradient moves its score as soon as it is there.
+        """
         for name, kept in self.choose(lambda names: ((each, self.scores[each].abs()) for each in names)):
             torch.mul(self.dense[name], kept, out=self.masked[name])
         torch.clear_autocast_cache()  # it holds the weights of the step before in half precision
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+        self.at_once = at_once
 
     def backward(self, batch: Any, generator: torch.Generator) -> None:
-        """Adds the gradients of a batch to those of the masked weights."""
-        with torch.enable_grad(), _seeded(generator, self.forked):
+        """Adds the gradients of a batch to those of the masked weights, or moves the scores at once."""
+        with ExitStack() as stack:
+            if self.at_once:  # after the hooks that have put the gradient into the sums
+                for name, weight in self.view.weights.items():
+                    hook = partial(self._arrived, name)
+                    stack.callback(weight.parameter.register_post_accumulate_grad_hook(hook).remove)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_seeded(generator, self.forked))
             self.view.loss(batch, generator).backward()
         self.count += 1
 
+    def _arrived(self, name: str, _: Tensor) -> None:
+        if name in self.moved:  # the score has moved along a part of its gradient
+            raise UserError(f"layer {name!r} gets its gradient in parts: use checkpointing with use_reentrant=False")
+        self._move(name, self.sums.pop(name), 1)
+        self.moved.add(name)
+
     @torch.no_grad()
-    def step(self, rate: float, reduce: Callable[[Tensor], Tensor] | None) -> bool:
-        """One step along the mean gradient of the batches since the last one, at this share of lr; False where there
-        were none on any rank, since none of their images could be read.
+    def _move(self, name: str, gradient: Tensor, count: float) -> None:
+        """Move a score along the sum of the gradients of its masked weight over `count` batches, which is given up."""
+        if not finite(gradient):
+            self.bad.append(name)
+        score, matrix = self.scores[name], self.view.weights[name].as_matrix(gradient)
+        of_mask = matrix.to(score.dtype).mul_(self.dense[name]).div_(count)
+        score.grad = torch.where(score < 0, -of_mask, of_mask)  # the sign of 0 is +1
+        self.optimizers[name].step()
+        score.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Finish the step along the mean gradient of the batches since the last one; there is none where there were no
+        batches on any rank, since none of their images could be read.
         """
-        count, self.count = self.count, 0
-        total = float(reduce(torch.tensor(float(count), device=self.device))) if reduce else count
+        own = [self.count, *(int(name in self.sums or name in self.moved) for name in self.view.weights)]
+        total, *ranks = summed([[number] for number in own], self.device, self.reduce)[0].tolist()
+        self.count = 0
         if not total:
-            return False
+            return
+        reached = {name for name, number in zip(self.view.weights, ranks, strict=True) if number}
+        self.idle = [name for name in self.idle if name not in reached]
         for name, weight in self.view.weights.items():
+            if name in self.moved:
+                continue
             gradient = self.sums.pop(name, None)
-            if gradient is None:
-                gradient = nothing(weight)
-            else:
-                self.idle.discard(name)
-            gradient = reduce(gradient) if reduce else gradient
-            score, matrix = self.scores[name], weight.as_matrix(gradient)
-            of_mask = matrix.to(score.dtype).mul(self.dense[name]).div_(total)
-            score.grad = torch.where(score < 0, -of_mask, of_mask)  # the sign of 0 is +1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return True
+            gradient = nothing(weight) if gradient is None else gradient
+            self._move(name, self.reduce(gradient) if self.reduce else gradient, total)
+        self.moved.clear()
+        if self.bad:
+            raise not_finite("gradient", [name for name in self.view.weights if name in self.bad])
+        self.steps += 1
+        if self.steps == 1 and self.idle:
+            warn_not_reached(IDLE, self.idle)
 
 
 @contextmanager

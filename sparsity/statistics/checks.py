@@ -69,7 +69,12 @@ def look(
         raise not_finite(holding, [name for name, ranks in zip(names, bad, strict=True) if ranks])
     missing = [name for name, ranks in zip(names, reached, strict=True) if not ranks]
     if missing and any(reached):  # without any batch the end says it
-        logger.warning("%s %s in the first batch: an error unless a later one changes it", _layers(missing), what)
+        warn_not_reached(what, missing)
+
+
+def warn_not_reached(what: str, names: Sequence[str]) -> None:
+    """Warn of layers that the first batch has not reached on any rank. what: UNSEEN or IDLE."""
+    logger.warning("%s %s in the first batch: an error unless a later one changes it", _layers(names), what)
 
 
 def summed(rows: Sequence[Sequence[int]], device: torch.device, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
