@@ -233,7 +233,7 @@ class _Training:
         batches on any rank, since none of their images could be read.
         """
         own = [self.count, *(int(name in self.sums or name in self.moved) for name in self.view.weights)]
-        total, *ranks = summed([[number] for number in own], self.device, self.reduce)[0].tolist()
+        total, *ranks = summed(own, self.device, self.reduce)
         self.count = 0
         if not total:
             return

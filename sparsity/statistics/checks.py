@@ -62,9 +62,9 @@ def look(
     facts: layer -> whether this rank has reached it, and whether what it has is finite. what: UNSEEN or IDLE. holding:
     "inputs" or "gradient". Raises UserError for NaN and Inf on any rank; layers that no rank has reached are logged.
     """
-    mine = [[int(reached), int(not fine)] for reached, fine in facts.values()]
-    reached, bad = summed(mine, device, reduce).tolist()
-    names = list(facts)
+    names, mine = list(facts), [int(reached) for reached, _ in facts.values()]
+    both = summed(mine + [int(not fine) for _, fine in facts.values()], device, reduce)
+    reached, bad = both[: len(names)], both[len(names) :]
     if any(bad):
         raise not_finite(holding, [name for name, ranks in zip(names, bad, strict=True) if ranks])
     missing = [name for name, ranks in zip(names, reached, strict=True) if not ranks]
@@ -77,10 +77,9 @@ def warn_not_reached(what: str, names: Sequence[str]) -> None:
     logger.warning("%s %s in the first batch: an error unless a later one changes it", _layers(names), what)
 
 
-def summed(rows: Sequence[Sequence[int]], device: torch.device, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return the sums over ranks of some numbers, which each rank gives in the same order: (n, k) -> (k, n)."""
-    numbers = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device)
-    return (reduce(numbers) if reduce else numbers).cpu()
+def summed(numbers: Sequence[int], device: torch.device, reduce: Callable[[Tensor], Tensor] | None) -> list[int]:
+    """Return the sums over ranks of some numbers, of which each rank gives as many, on the device."""
+    return reduce(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist() if reduce else list(numbers)
 
 
 def watched(

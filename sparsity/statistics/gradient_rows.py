@@ -147,8 +147,8 @@ def gradient_rows(
     else:
         assert origin is not None, "`fit` refuses rows that find no room"
         store = File(origin, view.numel, kind)
-    announced = summed([[count] for count in rounds], device, reduce)[0]
-    shares = [(rounds[number], int(announced[number])) for number in own] if len(store.images) < len(own) else []
+    announced = summed(rounds, device, reduce)
+    shares = [(rounds[number], announced[number]) for number in own] if len(store.images) < len(own) else []
     _collect(view, enumerate(batches), store, shares, generators, reduce)
     read = own[: len(store.images)]
     warn_ended_early(sum(store.batches), sum(rounds))
@@ -157,7 +157,7 @@ def gradient_rows(
     batches_of = dict(zip(read, store.batches, strict=True))
     here = [batches_of.get(number, 0) for number in range(len(rounds))]
     numbers = [*here, *(int(name in store.reached) for name in view.weights), sum(store.images)]
-    *counts, images = summed([[number] for number in numbers], device, reduce)[0].tolist()
+    *counts, images = summed(numbers, device, reduce)
     came, ranks = counts[: len(rounds)], counts[len(rounds) :]
     if not images:
         raise UserError(NO_BATCHES)
@@ -165,7 +165,7 @@ def gradient_rows(
     if idle:
         raise not_reached(IDLE, idle)
     there = [number for number, count in enumerate(came) if count]  # rounds of which no rank read anything are no rows
-    factors = torch.tensor([float(announced[number]) / came[number] for number in read])
+    factors = torch.tensor([announced[number] / came[number] for number in read])
     place = {"device": device, "reduce": reduce, "forget": store.remove, "origin": origin}
     place["factors"] = None if (factors == 1).all() else factors
     return Rows(store.rows(), [there.index(number) for number in read], len(there), images, **place)

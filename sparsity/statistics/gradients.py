@@ -80,7 +80,7 @@ class Gradients:
     def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """Return name -> mean gradient (out, in) over the batches of all ranks; the sums are given up for it."""
         reached = [int(name in self._sums) for name in self._view.weights]
-        total, *ranks = summed([[number] for number in (self._count, *reached)], self._device, reduce)[0].tolist()
+        total, *ranks = summed([self._count, *reached], self._device, reduce)
         if not total:
             raise UserError(NO_BATCHES)
         idle = [name for name, count in zip(self._view.weights, ranks, strict=True) if not count]

@@ -1,8 +1,8 @@
 """Sums over calibration batches, one for all layers that have read the very same inputs (query, key and value).
 
-Nothing is said beforehand about who shares: all layers of one width begin with one sum of nothing. A layer that reads
-something else than those which it shares a sum with takes a copy of it from then on, so each layer has at any time the
-sum that it would have alone, to the bit.
+Nothing is said beforehand about who shares: all layers of one width begin with one sum of nothing. Layers that read
+something else than those which they share a sum with take a copy of it from then on, so each layer has after each batch
+the sum that it would have alone, to the bit.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,28 +24,32 @@ class Measured:
 
 
 @dataclass(eq=False)
-class Sum:
-    """What some layers have seen, all the same, in the same order.
+class Branch:
+    """An input that some of the layers which share a sum have read, and that is not yet added for them."""
 
-    values: statistic -> sum. given: an input that some of the layers have read, `ahead`, and the others have yet to
-    read; it is added once all have.
+    measured: Measured
+    names: list[str]
+
+
+@dataclass(eq=False)
+class Sum:
+    """What some layers have seen, all the same, in the same order. values: statistic -> sum.
+
+    A layer is in one branch at most. Once each is in one, the sum becomes as many sums.
     """
 
     names: list[str]
     values: dict[str, Tensor]
     samples: int = 0
     tokens: int = 0
-    given: Measured | None = None
-    ahead: list[str] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
 
-    def take(self) -> None:
-        """Add the input that was given."""
-        assert self.given is not None, "there is an input"
-        for statistic, measured in self.given.values.items():
-            add(self.values[statistic], measured)
-        self.samples += self.given.samples
-        self.tokens += self.given.tokens
-        self.given, self.ahead = None, []
+    def take(self, measured: Measured) -> None:
+        """Add an input."""
+        for statistic, value in measured.values.items():
+            add(self.values[statistic], value)
+        self.samples += measured.samples
+        self.tokens += measured.tokens
 
 
 class SharedSums:
@@ -65,30 +69,40 @@ class SharedSums:
     def add(self, name: str, measured: Measured) -> None:
         """Add an input to the sum of a layer; layers that give the same object share what it adds to."""
         self._read, shared = True, self._of[name]
-        if shared.given is not None and (shared.given is not measured or name in shared.ahead):
-            self._part(shared, shared.ahead)
+        before = next((branch for branch in shared.branches if name in branch.names), None)
+        if before:  # it reads once more, before others have read at all
+            self._leave(shared, before)
             shared = self._of[name]
-        shared.given = measured
-        shared.ahead.append(name)
-        if len(shared.ahead) == len(shared.names):
-            shared.take()
+        branch = next((branch for branch in shared.branches if branch.measured is measured), None)
+        if branch is None:
+            branch = Branch(measured, [])
+            shared.branches.append(branch)
+        branch.names.append(name)
+        if sum(len(each.names) for each in shared.branches) == len(shared.names):
+            *others, last = shared.branches
+            for other in others:
+                self._leave(shared, other)
+            shared.branches = []
+            shared.take(last.measured)
 
     def settle(self) -> None:
-        """Add what was given: layers that have not read it by the end of a batch do not share it."""
+        """Add what was given: layers that have read nothing by the end of a batch do not share it."""
         for shared in self.all():
-            if shared.given is not None:
-                self._part(shared, shared.ahead)
+            for branch in list(shared.branches):
+                self._leave(shared, branch)
 
-    def _part(self, shared: Sum, names: list[str]) -> None:
-        """Give these layers a copy of their sum, with what they alone have read."""
+    def _leave(self, shared: Sum, branch: Branch) -> None:
+        """Give the layers of a branch a sum of their own."""
+        shared.branches.remove(branch)
+        self._part(shared, branch.names).take(branch.measured)
+
+    def _part(self, shared: Sum, names: list[str]) -> Sum:
+        """Give these layers a copy of their sum."""
         values = {statistic: value.clone() for statistic, value in shared.values.items()}
-        new = Sum(names, values, shared.samples, shared.tokens, shared.given, names)
+        new = Sum(names, values, shared.samples, shared.tokens)
         shared.names = [name for name in shared.names if name not in names]
-        shared.given, shared.ahead = None, []
-        if new.given is not None:
-            new.take()
-        new.ahead = []
         self._of |= dict.fromkeys(names, new)
+        return new
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Add the sums of all ranks, each of which has settled: a tensor for each sum and statistic."""

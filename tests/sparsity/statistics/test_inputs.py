@@ -1,12 +1,18 @@
 """Input norms against the naive sum, for every way in which a layer can be called; and that nothing is left behind."""
 
+import re
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsity.statistics import inputs as module
+from sparsity.statistics.checks import check_weights
 from sparsity.statistics.inputs import Statistics, input_norms, untouched
-from tests.toys import Attention, Conv1D, view_of
+from sparsity.statistics.passes import PASSES, collect
+from tests.toys import Attention, Conv1D, Ranks, view_of
 
 
 def gather(view, batches):
@@ -185,10 +191,210 @@ def test_ranks_add_up():
 
 
 def test_a_rank_without_data_takes_part():
-    idle = gather(view_of(Attention()), [])
-    shapes = []
-    idle.reduce(lambda tensor: shapes.append(tuple(tensor.shape)) or tensor)
-    assert shapes[:2] == [(8,), (2,)] and len(shapes) == 12
+    """It cannot know which layers share their inputs, and takes part in the sums of those that do all the same."""
+    batch = torch.randn(2, 8)
+    found = on_ranks(lambda: view_of(Attention(), keep_dense=["head"]), [[batch], []], ["input_norms"])
+    for rank in found:
+        norms = rank["input_norms"]
+        torch.testing.assert_close(norms["q.weight"], naive([batch]))
+        assert norms["q.weight"] is norms["k.weight"] is norms["v.weight"]
+        assert norms["up.weight"] is not norms["q.weight"]
+
+
+# Layers that read the same input share its sum
+
+
+def on_ranks(make, shares, statistics, **options):
+    """What each rank gets from `collect` over its share of the batches, or the message of its error."""
+    reduce, results = Ranks(len(shares)), {}
+
+    def work(rank, batches):
+        try:
+            results[rank] = collect(make(), statistics, batches, reduce=reduce, **options)
+        except ValueError as error:
+            results[rank] = str(error)
+
+    threads = [Thread(target=work, args=item) for item in enumerate(shares)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[rank] for rank in range(len(shares))]
+
+
+class Turning(nn.Module):
+    """Layers that all read one tensor, or every second one another, as the batch says."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(width, 3) for _ in range(4))
+
+    def forward(self, batch):
+        kind, x = batch
+        other = x if kind == "same" else x + 1
+        self.a(x), self.b(other), self.c(x), self.d(other)
+        if kind == "twice":
+            self.a(x), self.c(other)
+
+
+def alone(model, batches, measure):
+    """The sums that each layer has with a view of itself alone."""
+    found = {}
+    for name in ("a", "b", "c", "d"):
+        with Statistics(view_of(model), measure, [f"{name}.weight"]) as statistics:
+            for batch in batches:
+                statistics.add(batch)
+        found |= statistics.result()
+    return found
+
+
+@pytest.mark.parametrize("measure", ["gram", "input_norms", "input_sums"])
+@pytest.mark.parametrize(
+    ("kinds", "sums"),
+    [(["same"] * 3, 1), (["same", "other"], 2), (["other", "same", "other"], 2), (["same", "twice", "same"], 3)],
+)
+def test_layers_share_a_sum_as_long_as_their_inputs_are_the_same(measure, kinds, sums):
+    model, generator = Turning(), torch.Generator().manual_seed(1)
+    batches = [(kind, torch.randn(5, 6, generator=generator)) for kind in kinds]
+    with Statistics(view_of(model), measure) as statistics:
+        for batch in batches:
+            statistics.add(batch)
+    found = statistics.result()
+    assert len({id(total) for total in found.values()}) == sums
+    for name, expected in alone(model, batches, measure).items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("shares", "sums"),
+    [
+        ([["same"], ["same"], []], 1),
+        ([["other"], ["other", "same"], []], 2),
+        ([["same", "same"], ["twice"]], 4),
+    ],
+)
+def test_ranks_share_what_all_of_them_share(shares, sums):
+    generator = torch.Generator().manual_seed(1)
+    given = [[(kind, torch.randn(5, 6, generator=generator)) for kind in kinds] for kinds in shares]
+    expected = collect(view_of(Turning()), "hessian", [batch for share in given for batch in share])
+    for found in on_ranks(lambda: view_of(Turning()), given, ["hessian", "input_means"]):
+        assert len({id(total) for total in found["hessian"].values()}) == sums
+        for name, hessian in expected.items():
+            torch.testing.assert_close(found["hessian"][name], hessian, rtol=1e-12, atol=1e-12)
+
+
+def test_several_statistics_come_from_one_pass_and_are_those_of_one_each():
+    def batches():
+        for batch in torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2)).unbind():
+            read.append(batch)
+            yield batch
+
+    read, model = [], Attention()
+    view = view_of(model, loss=lambda batch, _: model(batch).square().mean())
+    found = collect(view, PASSES, batches())
+    assert list(found) == list(PASSES) and len(read) == 3
+    for statistic in PASSES:
+        expected = collect(view, statistic, batches())
+        assert list(expected) == list(view.weights)
+        for name in expected:
+            assert torch.equal(found[statistic][name], expected[name]), (statistic, name)
+    tokens = torch.cat(read[:3]).double()
+    torch.testing.assert_close(found["input_means"]["q.weight"], tokens.mean(0), rtol=1e-12, atol=1e-15)
+    assert collect(view, ["hessian"], batches(), names=[]) == {"hessian": {}}
+
+
+def test_a_part_of_the_model_takes_the_place_of_its_forward():
+    model, batch = Attention(), torch.randn(3, 8)
+    with Statistics(view_of(model), "input_norms", ["down.weight"]) as statistics:
+        statistics.add(None, run=lambda: model.down(torch.ones(5, 16)))
+        statistics.add(batch, run=lambda: model.down(torch.ones(2, 16)))
+    assert torch.equal(statistics.result()["down.weight"], torch.full((16,), 7.0, dtype=torch.float64))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, each of which is about one launch on an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("measure", ["input_norms", "input_sums"])
+@pytest.mark.parametrize("shape", [(4, 8), (23424, 11008)])
+def test_an_accelerator_takes_one_reduction_an_input(measure, shape):
+    rows = torch.empty(shape, device="meta", dtype=torch.bfloat16)  # as any device but the CPU
+    with Launches() as launches:
+        result = module.MEASURES[measure](rows)
+    assert launches.count <= 6 and result.dtype == torch.float64
+
+
+# Errors are early and complete
+
+
+def sometimes():
+    """A batch says which of two layers reads it."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+
+    def forward(batch):
+        for name in batch[0]:
+            model[name](batch[1])
+
+    return view_of(model, forward=forward)
+
+
+def test_layers_that_nothing_reaches_are_all_named_first_in_a_warning(caplog):
+    def batches():
+        yield "a", torch.ones(2, 4)
+        assert "layers 'b.weight', 'c.weight' saw no calibration sample in the first batch" in caplog.text
+        yield "ab", torch.ones(2, 4)
+
+    with pytest.raises(ValueError, match="^layer 'c.weight' saw no calibration sample; keep it dense"):
+        collect(sometimes(), "input_norms", batches())
+
+
+@pytest.mark.parametrize("shares", [[["a"], ["b"]], [["a", "b"], []], [["b"], ["b", "a"]]])
+def test_what_any_rank_has_seen_is_seen(shares):
+    given = [[(names, torch.ones(2, 4)) for names in share] for share in shares]
+    for found in on_ranks(sometimes, given, "input_norms", names=["a.weight", "b.weight"]):
+        assert set(found) == {"a.weight", "b.weight"}
+    message = "layer 'c.weight' saw no calibration sample; keep it dense (keep_dense, --exclude)"
+    assert on_ranks(sometimes, given, "input_norms") == [message] * 2
+
+
+def test_nan_is_an_error_after_the_first_batch_on_every_rank():
+    def batches():
+        yield "ac", torch.full((2, 4), float("nan"))
+        raise AssertionError("the second batch is not read")
+
+    message = "the inputs of layer 'a.weight' hold NaN or Inf (also of c.weight)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        collect(sometimes(), "gram", batches())
+    fine = [("b", torch.ones(2, 4))]
+    assert on_ranks(sometimes, [batches(), fine], "input_norms") == [message] * 2
+
+
+def test_weights_that_are_not_finite_are_all_named():
+    view = view_of(Attention())
+    check_weights(view)
+    with torch.no_grad():
+        view.model.k.weight[0, 0], view.model.down.weight[1, 1] = float("nan"), float("-inf")
+    with pytest.raises(ValueError, match=r"^the weights of layer 'k.weight' hold NaN or Inf \(also of down.weight\)$"):
+        check_weights(view)
+
+
+@pytest.mark.parametrize("statistic", ["input_norms", "mean_gradient"])
+def test_data_that_ends_early_is_used_and_said(caplog, statistic):
+    model, batches = Attention(), list(torch.randn(5, 2, 8).unbind())
+    view = view_of(model, loss=lambda batch, _: model(batch).square().mean())
+    expected = collect(view, statistic, batches)
+    assert not caplog.records
+    found = collect(view, statistic, iter(batches), announced=8)
+    assert "5 of 8 batches came" in caplog.text
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class Restless(nn.Module):
