@@ -5,12 +5,12 @@ from threading import Thread
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import multiprocessing
 
 from sparsity.learned.scores import choice, learn, start_from_magnitude
 from sparsity.statistics.gradient_rows import Scratch, gradient_rows
 from sparsity.statistics.passes import collect
-from tests.toys import Ranks, view_of
+from tests.toys import Ranks, layers, view_of
 
 IDLE = "layers 'c.weight', 'd.weight' got no gradient from the loss; keep them dense (keep_dense, --exclude)"
 UNSEEN = "layers 'c.weight', 'd.weight' saw no calibration sample; keep them dense (keep_dense, --exclude)"
@@ -18,8 +18,7 @@ UNSEEN = "layers 'c.weight', 'd.weight' saw no calibration sample; keep them den
 
 def view_on(names):
     """Four layers, those of `names` prunable; a batch says which of them read it."""
-    torch.manual_seed(0)
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})
+    model = layers(*[(4, 4)] * 4)  # "a" to "d"; nothing here draws from the global state, which threads share
 
     def loss(batch, generator=None):
         return sum(model[name](batch[0]).square().mean() for name in batch[1])
