@@ -11,6 +11,7 @@ from sparsity.pattern import parse_pattern
 from sparsity.run.request import PLAIN_PASS, CalibrationPass, Request
 from sparsity.statistics.gradient_rows import gradient_rows
 from sparsity.statistics.gradients import mean_gradients
+from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 from tests.toys import Conv1D
 
@@ -69,6 +70,71 @@ def test_no_pruner_changes_the_model_or_its_batches_by_a_bit(name, dtype):
         assert torch.equal(tensor, before[key]), key
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(a, b) for old, new in zip(read, batches, strict=True) for a, b in zip(old, new, strict=True))
+
+
+class Float64:
+    """A float64 view on the very values of a model in another type: float64 arithmetic on the same numbers.
+
+    Its weights are the model's. Its layers read what the model's layers read, the gradient of its loss is the model's
+    on each batch, both widened and not computed anew: how a forward or backward rounds is the model's own affair.
+    Where the weights of the view are masked meanwhile, those of the model follow.
+    """
+
+    def __init__(self, model):
+        self.model, self.double = copy.deepcopy(model), copy.deepcopy(model).double()
+        self.view = view_of(self.double)
+        self.view.blocks, self.view._forward, self.view._loss = None, self.forward, self.loss
+        self.layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+
+    def follow(self):
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), self.double.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def forward(self, batch):
+        self.follow()
+        read, handles = [], []
+        for name in self.layers:
+            hook = lambda layer, args, name=name: read.append((name, args[0].detach().double()))  # noqa: E731
+            handles.append(self.model.get_submodule(name).register_forward_pre_hook(hook))
+        self.model(batch)
+        for handle in handles:
+            handle.remove()
+        for name, x in read:
+            self.double.get_submodule(name)(x)
+
+    def loss(self, batch, generator=None):
+        self.follow()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        nn.functional.cross_entropy(self.model(batch), batch[1]).backward()
+        gradients = {name: parameter.grad.double() for name, parameter in self.model.named_parameters()}
+        return sum((parameter * gradients[name]).sum() for name, parameter in self.double.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", pruners.available())
+def test_masks_are_those_of_float64_arithmetic_on_the_same_values(name, dtype):
+    """Of half precision, too: at least 999 of 1000 weights, in one pool and in groups."""
+    model = Net(width=64).to(dtype)
+    view, batches = view_of(model), batches_of(dtype, width=64)
+    view.blocks = None
+    options = [{}, *({option: True} for option in pruners.options(name) if option == "enable_update")]
+    for given in options:
+        for choice in ({"sparsities": [0.63]}, {"sparsities": None, "pattern": parse_pattern("2:4")}):
+            ((_, masks),) = pruners.build(name, **given).prune(view, batches, **choice)
+            ((_, exact),) = pruners.build(name, **given).prune(Float64(model).view, batches, **choice)
+            assert agreement(masks, exact) >= 0.999, (given, choice)
+
+
+def test_float64_views_have_the_inputs_and_gradients_of_the_model():
+    model, batches = Net().bfloat16(), batches_of(torch.bfloat16)
+    wide = Float64(model).view
+    for statistic in ("input_norms", "mean_gradient"):
+        found, expected = collect(wide, statistic, batches), collect(view_of(model), statistic, batches)
+        for name in expected:
+            assert found[name].dtype == torch.float64
+            torch.testing.assert_close(found[name], expected[name].double(), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
