@@ -135,14 +135,14 @@ def test_wanda_with_inputs_that_are_always_zero(view, batches):
 def test_offloaded_statistics_give_the_same_masks(view, batches, monkeypatch, pruner, options, device):
     view.model.to(device)
     batches = [batch.to(device) for batch in batches]
-    kept, places = Statistics.result, []
+    kept, places = Statistics.results, []
 
     def watched(self):
         found = kept(self)
-        places.extend(sums.device.type for sums in found.values())
+        places.extend(sums.device.type for sums_of in found.values() for sums in sums_of.values())
         return found
 
-    monkeypatch.setattr(Statistics, "result", watched)
+    monkeypatch.setattr(Statistics, "results", watched)
     masks = once(pruner, view, batches, **options, offload=True)
     assert set(places) == {"cpu"}
     plain = once(pruner, view, batches, **options)

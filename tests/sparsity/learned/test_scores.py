@@ -10,10 +10,11 @@ from torch import nn
 
 from sparsity.allocation.budget import budget
 from sparsity.learned import scores as learned_scores
-from sparsity.learned.scores import choice, learn, start_from_magnitude
+from sparsity.learned.scores import learn, start_from_magnitude
 from sparsity.masks import model_digest
 from sparsity.pattern import NM
 from sparsity.statistics.gradients import batch_generator
+from tests.sparsity.learned.choices import choice
 from tests.toys import Attention, Conv1D, Ranks, layers, view_of
 
 SPARSITY = "0.57"
@@ -45,10 +46,10 @@ def toy(dropout=0.0):
     return view_of(model, keep_dense=["attention.head"], loss=lambda batch, _: model(batch)), batches
 
 
-def trained(view, batches, sparsity=SPARSITY, *, pattern=None, pool="global", **options):
+def trained(view, batches, sparsity=SPARSITY, *, pattern=None, allocation="global", **options):
     scores = start_from_magnitude(view, sparsity, pattern)
     options = {"rounds": [1] * len(batches), "lr": 0.02, "weight_decay": 0.01} | options
-    return learn(view, scores, choice(view, sparsity, pattern=pattern, pool=pool), batches, **options)
+    return learn(view, scores, choice(view, sparsity, pattern=pattern, allocation=allocation), batches, **options)
 
 
 def lowest(scores, count):
@@ -164,7 +165,7 @@ def test_every_step_prunes_exactly_as_many(sparsity):
 
 def test_every_step_keeps_to_the_pool_and_to_the_pattern():
     view, batches = toy()
-    for step in zeros_at_each_step(view, batches, pool="layer"):
+    for step in zeros_at_each_step(view, batches, allocation="layer"):
         assert step == {name: budget(SPARSITY, weight.numel) for name, weight in view.weights.items()}
     view, batches = toy()
     for step in zeros_at_each_step(view, batches, sparsity="0.5", pattern=NM(2, 4)):
