@@ -139,7 +139,7 @@ def test_offloaded_statistics_give_the_same_masks(view, batches, monkeypatch, pr
 
     def watched(self):
         found = kept(self)
-        places.extend(sums.device.type for of_all in found.values() for sums in of_all.values())
+        places.extend(sums.device.type for sums_of in found.values() for sums in sums_of.values())
         return found
 
     monkeypatch.setattr(Statistics, "results", watched)
@@ -352,7 +352,7 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
         passes.clear()
 
         def shown(batches):
-            if len(passes) > limit:
+            if len(passes) == limit:
                 raise KilledError
             return batches
 

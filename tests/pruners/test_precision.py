@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 import pruners
-from pruners.snip import SNIP
+from sparsity.learned.scores import learn, start_from_magnitude
 from sparsity.pattern import parse_pattern
-from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import gradient_rows
 from sparsity.statistics.gradients import mean_gradients
 from sparsity.statistics.passes import collect
-from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
+from tests.sparsity.learned.choices import choice
 from tests.toys import Conv1D
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -61,12 +60,12 @@ def test_no_pruner_changes_the_model_or_its_batches_by_a_bit(name, dtype):
     view, batches = view_of(model), batches_of(dtype)
     before, read = copy.deepcopy(model.state_dict()), copy.deepcopy(batches)
     choices = [{"sparsities": [0.5]}, {"sparsities": None, "pattern": parse_pattern("2:4")}]
-    options = [{}, {"enable_update": True}] if name in pruners.UPDATES else [{}]
+    options = [{}, *([{"enable_update": True}] if name in pruners.UPDATES else [])]
     for given in options:
-        for choice in choices:
+        for wanted in choices:
             pruner = pruners.build(name, **given)
-            ((_, masks),) = pruner.prune(view, batches, **choice)
-            assert masks.total - masks.kept == masks.total // 2, (given, choice)
+            ((_, masks),) = pruner.prune(view, batches, **wanted)
+            assert masks.total - masks.kept == masks.total // 2, (given, wanted)
             assert all(weight.dtype == dtype for weight in masks.weights.values())
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
@@ -121,12 +120,12 @@ def test_masks_are_those_of_float64_arithmetic_on_the_same_values(name, dtype):
     model = Net(width=64).to(dtype)
     view, batches = view_of(model), batches_of(dtype, width=64)
     view.blocks = None
-    options = [{}, *({option: True} for option in pruners.options(name) if option == "enable_update")]
+    options = [{}, *([{"enable_update": True}] if name in pruners.UPDATES else [])]
     for given in options:
-        for choice in ({"sparsities": [0.63]}, {"sparsities": None, "pattern": parse_pattern("2:4")}):
-            ((_, masks),) = pruners.build(name, **given).prune(view, batches, **choice)
-            ((_, exact),) = pruners.build(name, **given).prune(Float64(model).view, batches, **choice)
-            assert agreement(masks, exact) >= 0.999, (given, choice)
+        for wanted in ({"sparsities": [0.63]}, {"sparsities": None, "pattern": parse_pattern("2:4")}):
+            ((_, masks),) = pruners.build(name, **given).prune(view, batches, **wanted)
+            ((_, exact),) = pruners.build(name, **given).prune(Float64(model).view, batches, **wanted)
+            assert agreement(masks, exact) >= 0.999, (given, wanted)
 
 
 def test_float64_views_have_the_inputs_and_gradients_of_the_model():
@@ -153,27 +152,12 @@ def agreement(one, other):
     return same / one.total
 
 
-class InFloat64:
-    """Mean gradients of the same batches in the same arithmetic, that add up in float64."""
-
-    name = "mean_gradient_in_float64"
-
-    def collect(self, view, reading, target):
-        each = [mean_gradients(view, [batch]) for batch in reading.over()]
-        return {name: sum(gradients[name].double() for gradients in each) / len(each) for name in each[0]}
-
-
-class Exact(SNIP):
-    """SNIP whose gradients add up in float64."""
-
-    statistic = InFloat64()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_snip_of_half_precision_adds_up_a_hundred_batches_as_float64_does(dtype):
-    view, batches = view_of(Net(width=64).to(dtype)), batches_of(dtype, count=100, width=64)
+    model = Net(width=64).to(dtype)
+    view, batches = view_of(model), batches_of(dtype, count=100, width=64)
     ((_, masks),) = pruners.build("snip").prune(view, batches, [0.63])
-    ((_, exact),) = pruners.build(Exact).prune(view, batches, [0.63])
+    ((_, exact),) = pruners.build("snip").prune(Float64(model).view, batches, [0.63])
     assert agreement(masks, exact) >= 0.999
     for name, gradient in mean_gradients(view, batches).items():
         assert gradient.dtype == torch.float32, name
@@ -204,9 +188,8 @@ def test_tamt_steps_along_sums_in_float32():
     learned = []
     for model in (Net().bfloat16(), Net().bfloat16().double()):
         data = [(x.to(model.head.weight.dtype), y) for x, y in batches]
-        pruner = pruners.build("tamt", mask_lr=1e-3)
-        reading = CalibrationPass(data, rounds=[200])
-        found = pruner._learned(view_of(model), pruner.plan.score.statistic, Request([0.5]), reading, None)
-        learned.append(found["learned_scores"])
+        view = view_of(model)
+        start, choose = start_from_magnitude(view, 0.5), choice(view, 0.5)
+        learned.append(learn(view, start, choose, data, rounds=[200], lr=1e-3, weight_decay=0.01))
     same = [(a.double() - b).abs() < 1e-4 for a, b in zip(*(each.values() for each in learned), strict=True)]
     assert torch.cat([each.flatten() for each in same]).double().mean() > 0.98

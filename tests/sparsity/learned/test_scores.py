@@ -8,16 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity.allocation.base import Part
 from sparsity.allocation.budget import budget
 from sparsity.learned import scores as learned_scores
-from sparsity.learned.scores import LearnedScores, learn, start_from_magnitude
+from sparsity.learned.scores import learn, start_from_magnitude
 from sparsity.masks import model_digest
 from sparsity.pattern import NM
-from sparsity.run.axes import ALLOCATIONS, POOLS
-from sparsity.run.select import budgets, follow, select
 from sparsity.statistics.gradients import batch_generator
-from sparsity.statistics.reading import CalibrationPass, Target
+from tests.sparsity.learned.choices import choice
 from tests.toys import Attention, Conv1D, Ranks, layers, view_of
 
 SPARSITY = "0.57"
@@ -49,24 +46,10 @@ def toy(dropout=0.0):
     return view_of(model, keep_dense=["attention.head"], loss=lambda batch, _: model(batch)), batches
 
 
-def choice(view, sparsity, pattern=None, pool="global"):
-    """What chooses from scores, as the engine does."""
-    allocation, scope = POOLS[pool]
-
-    def choose(scores):
-        if pattern:
-            return follow(pattern, scores(list(view.weights)))
-        parts = budgets(Part(view, list(view.weights), scores), [sparsity], {})
-        (kept,) = select(parts, ALLOCATIONS.find(allocation)(), scope)
-        return kept
-
-    return choose
-
-
-def trained(view, batches, sparsity=SPARSITY, *, pattern=None, pool="global", **options):
+def trained(view, batches, sparsity=SPARSITY, *, pattern=None, allocation="global", **options):
     scores = start_from_magnitude(view, sparsity, pattern)
     options = {"rounds": [1] * len(batches), "lr": 0.02, "weight_decay": 0.01} | options
-    return learn(view, scores, choice(view, sparsity, pattern, pool), batches, **options)
+    return learn(view, scores, choice(view, sparsity, pattern=pattern, allocation=allocation), batches, **options)
 
 
 def lowest(scores, count):
@@ -157,17 +140,6 @@ def test_the_sign_of_zero_is_plus():
     assert (start == 0).any() and (score[start == 0] < 0).any() and (score[start == 0] > 0).any()
 
 
-def test_the_statistic_of_a_target_is_what_is_learned_for_it():
-    """With the rounds and the generators of the pass; another sparsity is trained for by itself."""
-    view, batches = toy(dropout=0.3)
-    generators = partial(batch_generator, 7)
-    reading = CalibrationPass(batches, rounds=[2, 2, 2], generators=generators)
-    for sparsity, pattern in (("0.3", None), (SPARSITY, None), ("0.5", NM(2, 4))):
-        target = Target(sparsity, pattern, choice(view, sparsity, pattern))
-        found = LearnedScores(0.02, 0.01).collect(view, reading, target)
-        assert same(found, trained(view, batches, sparsity, pattern=pattern, rounds=[2, 2, 2], generators=generators))
-
-
 # How many go
 
 
@@ -193,7 +165,7 @@ def test_every_step_prunes_exactly_as_many(sparsity):
 
 def test_every_step_keeps_to_the_pool_and_to_the_pattern():
     view, batches = toy()
-    for step in zeros_at_each_step(view, batches, pool="layer"):
+    for step in zeros_at_each_step(view, batches, allocation="layer"):
         assert step == {name: budget(SPARSITY, weight.numel) for name, weight in view.weights.items()}
     view, batches = toy()
     for step in zeros_at_each_step(view, batches, sparsity="0.5", pattern=NM(2, 4)):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from sparsity.learned.scores import choice, learn, start_from_magnitude
+from sparsity.learned.scores import learn, start_from_magnitude
 from sparsity.statistics.gradient_rows import Scratch, gradient_rows
 from sparsity.statistics.passes import collect
+from tests.sparsity.learned.choices import choice
 from tests.toys import Ranks, layers, view_of
 
 IDLE = "layers 'c.weight', 'd.weight' got no gradient from the loss; keep them dense (keep_dense, --exclude)"
