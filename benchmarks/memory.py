@@ -9,9 +9,10 @@ which loads the model, says so, and waits; from then on this process reads the R
 count: what the operating system can take back is not needed) until it ends. The masks are read one sparsity after the
 other, and each is saved, as prune.py does without evaluation. Batches are small, so that activations are negligible.
 
-glibc keeps memory that was freed; the run returns what it can of it (malloc_trim) once, before the first reading, so
-that nothing of loading hides what pruning takes. Its settings are otherwise those that every user has: what it keeps in
-holes while the run goes on counts.
+glibc decides as it runs which blocks, up to 32 MB, it takes from a heap whose holes it keeps: with its defaults the
+slope of one plan differs by 3 bytes and more from run to run. So the processes are started with a threshold that stays
+(MALLOC_MMAP_THRESHOLD_): larger blocks go back as soon as they are freed, and the peak is what is held. `--threshold 0`
+leaves glibc alone; take --repeats then. What loading has left free is given back (malloc_trim) before the first reading.
 """
 
 import argparse
@@ -45,6 +46,7 @@ GOALS = {
     **{"snip": GRADIENT, "tamt": LEARNED, "chita": SOLVER},
 }
 ROWS = {"chita": 4.0 * BATCHES}  # bytes a weight that are taken off: gradient rows, float32
+THRESHOLD = 1 << 20  # bytes of the smallest block that goes back when it is freed
 INTERVAL = 0.004  # seconds between two readings
 
 
@@ -112,13 +114,14 @@ def anonymous(pid: int) -> int:
     return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
-def measured(plan: str, blocks: int, folder: Path) -> tuple[int, int]:
-    """Prunable weights, and the most bytes above the loaded model."""
+def measured(plan: str, blocks: int, folder: Path | None, threshold: int = THRESHOLD) -> tuple[int, int]:
+    """Prunable weights, and the most bytes above the loaded model. threshold: see the module; 0: glibc's own."""
+    environment = dict(os.environ) | ({"MALLOC_MMAP_THRESHOLD_": str(threshold)} if threshold else {})
     command = [sys.executable, "-m", "benchmarks.memory", "--run", plan, "--blocks", str(blocks)]
     with (
         tempfile.TemporaryDirectory(dir=folder) as place,
         subprocess.Popen(
-            [*command, "--folder", place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, "--folder", place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as process,
     ):
         assert process.stdin and process.stdout, "they are pipes"
@@ -134,11 +137,11 @@ def measured(plan: str, blocks: int, folder: Path) -> tuple[int, int]:
     return weights, highest - before
 
 
-def row(plan: str, sizes: list[int], repeats: int, folder: Path) -> str:
+def row(plan: str, sizes: list[int], repeats: int, folder: Path | None, threshold: int) -> str:
     """A line of the table; medians of the repeats."""
     found = []
     for blocks in sizes:
-        runs = [measured(plan, blocks, folder) for _ in range(repeats)]
+        runs = [measured(plan, blocks, folder, threshold) for _ in range(repeats)]
         found.append((runs[0][0], statistics.median(size for _, size in runs)))
     (small, least), (large, most) = found
     rows = ROWS.get(parsed(plan)[0], 0.0)
@@ -154,6 +157,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", type=int, default=[7, 36], help="of both models (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each size (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=None, help="on a disk, for what is saved (default: a temporary)")
+    parser.add_argument("--threshold", type=int, default=THRESHOLD, help="bytes; 0: glibc's own (default: %(default)s)")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -161,10 +165,13 @@ def main() -> None:
         return
     numbers = " and ".join(f"{2 * WIDTH * INNER * blocks / 1e6:.0f} M" for blocks in args.blocks)
     print(f"Bytes a prunable weight above the model; {numbers} weights, sparsities {', '.join(SPARSITIES)}", flush=True)
-    print(f"(OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})\n", flush=True)
+    print(
+        f"(OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, threshold {args.threshold or 'of glibc'})\n",
+        flush=True,
+    )
     print("| plan | small | large | slope | goal |\n|---|---|---|---|---|", flush=True)
     for plan in args.plans:
-        print(row(plan, args.blocks, args.repeats, args.folder), flush=True)
+        print(row(plan, args.blocks, args.repeats, args.folder, args.threshold), flush=True)
 
 
 if __name__ == "__main__":
