@@ -352,7 +352,7 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
         passes.clear()
 
         def shown(batches):
-            if len(passes) > limit:
+            if len(passes) == limit:
                 raise KilledError
             return batches
 
