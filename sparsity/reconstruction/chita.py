@@ -33,6 +33,10 @@ class Chita(WholeModel):
             raise UserError(f"row_dtype must be one of {', '.join(DTYPES)}, got {row_dtype!r}")
         self.lambda_, self.memory_budget, self.row_dtype = lambda_, memory_budget, row_dtype
 
+    def options(self) -> dict[str, Any]:
+        """Return the options that decide the masks; how much memory may be used is none."""
+        return {"lambda_": self.lambda_, "row_dtype": self.row_dtype}
+
     def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> None:
         held = _held(steps)
         inside = fit(view.numel, rounds, self.row_dtype, self.memory_budget, folder, held)
