@@ -21,8 +21,8 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification
 import pruners
 from benchmarks.calibration import anonymous_megabytes, peak, seconds
 from sparsity.allocation.budget import budget
-from sparsity.reconstruction.blockwise import cut, objective, solve
 from sparsity.run.request import Request
+from sparsity.solvers.blockwise import cut, objective, solve
 from sparsity.statistics.gradient_rows import Rows, Scratch, gradient_rows
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView

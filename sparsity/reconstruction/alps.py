@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sparsity.reconstruction.base import Problem, Reconstruction, check_problem, check_rounds
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations, inverse
 from sparsity.reconstruction.projection import SCOPES, project
 from sparsity.selection import check_finite
+from sparsity.solvers.conjugate import least_squares
 from sparsity.statistics.hessian import DAMPING
 
 _PENALTY = 0.1  # the first rho

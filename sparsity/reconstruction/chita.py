@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.base import WholeModel
-from sparsity.reconstruction.blockwise import solve
+from sparsity.solvers.blockwise import solve
 from sparsity.statistics.gradient_rows import DTYPES, Rows, fit, gradient_rows, human
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Chita(WholeModel):
-    """CHITA, arXiv 2302.14623, block-wise (Q of sparsity.reconstruction.blockwise): what is pruned is chosen together
+    """CHITA, arXiv 2302.14623, block-wise (Q of sparsity.solvers.blockwise): what is pruned is chosen together
     with what the other weights become, from the gradients of single mini-batches.
 
     lambda_: ridge penalty. memory_budget: bytes of gradient rows that are held in memory; more go to a file. row_dtype:

@@ -4,9 +4,9 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Problem
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.equations import equations, gram
 from sparsity.reconstruction.projection import project
+from sparsity.solvers.conjugate import least_squares
 
 Damp = float | str  # "auto"
 

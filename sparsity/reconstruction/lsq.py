@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from sparsity.reconstruction.base import Problem, Reconstruction, check_mask, check_problem
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations
 from sparsity.selection import check_finite
+from sparsity.solvers.conjugate import least_squares
 from sparsity.statistics.hessian import DAMPING
 
 

@@ -1,6 +1,7 @@
 """The nearest legal mask: what solvers that find one by themselves project on, again and again."""
 
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,4 +44,4 @@ def _keep(problem: Problem, scores: Tensor, sparsity: Sparsity) -> Tensor:
     if problem.scope == "row":
         counts = torch.full((len(scores),), budget(sparsity, scores.shape[1]))
         return keep_rows(problem.name, scores, counts.to(scores.device))  # a count each: the faster way
-    return keep_within(problem.name, scores, problem.scope, sparsity)
+    return keep_within(problem.name, scores, problem.scope, partial(budget, sparsity))

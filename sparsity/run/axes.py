@@ -12,7 +12,7 @@ RECONSTRUCTIONS = Registry(
     "reconstruction",
     "sparsity.reconstruction",
     "sparsity.reconstruction.base:Reconstruction",
-    ("base", "blockwise", "equations", "projection", "swaps", "held_out"),
+    ("base", "bias", "damping", "equations", "projection"),
 )
 SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
 CALIBRATIONS = ("dense", "sequential")

@@ -21,13 +21,13 @@ from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM
 from sparsity.reconstruction.base import WholeModel
+from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import budgets, follow, quotas, select
 from sparsity.run.sequential import origin_of
-from sparsity.run.steps import Trail
 from sparsity.selection import Named
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect

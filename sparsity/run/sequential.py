@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsity.masks import state_digest
-from sparsity.run.kept import load_kept, save_kept
+from sparsity.resume.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView

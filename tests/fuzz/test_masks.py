@@ -17,8 +17,8 @@ from models.checkpoint import read_weights
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.packing import pack, unpack
+from sparsity.resume.steps import Trail
 from sparsity.run.sequential import Done, Progress
-from sparsity.run.steps import Trail
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 from tests.fuzz.damage import (

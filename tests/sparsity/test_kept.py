@@ -5,7 +5,7 @@ import torch
 
 from sparsity.errors import MissingFileError, UserError
 from sparsity.masks import Masks
-from sparsity.run.kept import StoredTensors, load_kept, save_kept
+from sparsity.resume.kept import StoredTensors, load_kept, save_kept
 from tests.toys import Attention, view_of
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparsity import selection
-from sparsity.allocation.budget import budget
 from sparsity.allocation.base import Part
+from sparsity.allocation.budget import budget
 from sparsity.run.axes import ALLOCATIONS, POOLS
 from sparsity.run.select import budgets, select
 from sparsity.selection import ascending, counts_by_name, keep, keep_exactly, keep_rows, thresholds

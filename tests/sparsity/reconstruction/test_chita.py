@@ -9,7 +9,7 @@ import torch
 
 from sparsity.pattern import NM
 from sparsity.reconstruction import blockwise
-from sparsity.reconstruction.blockwise import cut, objective, solve
+from sparsity.solvers.blockwise import cut, objective, solve
 from sparsity.statistics.gradient_rows import Rows
 
 KNOWN = Path("tests/data/chita")  # the published solve, its rows in bfloat16 and its weights in float16
@@ -225,7 +225,7 @@ def test_how_many_blocks_are_solved_together_changes_nothing(monkeypatch):
     found = []
     for piece in (1, 500, 10**6):
         monkeypatch.setattr("sparsity.statistics.gradient_rows._PIECE", {"cpu": piece})
-        monkeypatch.setattr("sparsity.reconstruction.blockwise._PIECE", {"cpu": piece})
+        monkeypatch.setattr("sparsity.solvers.blockwise._PIECE", {"cpu": piece})
         found.append(solved(rows, weights, 100, blocks=blocks))
     for kept, new in found[1:]:
         assert (kept == found[0][0]).all()

@@ -10,11 +10,11 @@ from sparsity.reconstruction.admm import ADMM
 from sparsity.reconstruction.alps import ALPS
 from sparsity.reconstruction.base import Problem
 from sparsity.reconstruction.bias import bias_change, centred
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.damping import CHOICES, choose_damp, damping
 from sparsity.reconstruction.equations import equations, relative_error, symmetric
 from sparsity.reconstruction.lsq import LeastSquares
 from sparsity.reconstruction.sparsegpt import SparseGPT
+from sparsity.solvers.conjugate import least_squares
 from sparsity.statistics.hessian import gram
 from tests.sparsity.reconstruction.problems import (
     damped,

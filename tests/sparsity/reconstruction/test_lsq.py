@@ -5,10 +5,10 @@ import torch
 
 from sparsity.errors import UserError
 from sparsity.pattern import NM
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.equations import equations
 from sparsity.reconstruction.lsq import LeastSquares
 from sparsity.reconstruction.sparsegpt import SparseGPT
+from sparsity.solvers.conjugate import least_squares
 from tests.sparsity.reconstruction.problems import (
     damped,
     direct,

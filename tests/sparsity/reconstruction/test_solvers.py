@@ -8,9 +8,9 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.admm import ADMM
 from sparsity.reconstruction.alps import ALPS
-from sparsity.reconstruction.conjugate import least_squares
 from sparsity.reconstruction.lsq import LeastSquares
 from sparsity.reconstruction.sparsegpt import SparseGPT
+from sparsity.solvers.conjugate import least_squares
 from tests.sparsity.reconstruction.problems import (
     damped,
     direct,

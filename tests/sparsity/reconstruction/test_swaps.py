@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsity.pattern import NM
-from sparsity.reconstruction.swaps import swap
+from sparsity.solvers.swaps import swap
 from tests.sparsity.reconstruction.problems import damped, half_kept, inputs, row_errors, weights
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsity.masks import Masks
-from sparsity.run.kept import load_kept, save_kept
+from sparsity.resume.kept import load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 
