@@ -73,10 +73,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     for option in ("sparsities", "pool", "allocation", "scope"):
         if args.pattern and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    if args.group_sparsity and args.sparsities is None:
-        raise UserError("--group_sparsity: give -s, the sparsity of all weights together, with it")
-    given = SPARSITIES if args.sparsities is None else args.sparsities
-    args.sparsities = None if args.pattern else parse_sparsities(given)
+    args.sparsities = None if args.pattern else parse_sparsities(args.sparsities or SPARSITIES)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)

@@ -76,7 +76,8 @@ class Masks(Mapping[str, Tensor]):
         weights: Mapping[str, Tensor] | None = None,
     ):
         self._bits: dict[str, Bits] = {}
-        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
+        pairs: Iterable[tuple[str, Tensor]] = masks.items() if isinstance(masks, Mapping) else masks
+        for name, mask in pairs:
             if mask.dtype != torch.bool:
                 raise UserError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
             self._bits[name] = Bits.of(mask)

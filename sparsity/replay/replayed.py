@@ -78,28 +78,32 @@ class Replayed:
         self._forget()
         self._store.close()
 
-    def measure(self, names: Sequence[str], statistics: Sequence[str]) -> Sums:
+    def measure(self, names: Sequence[str], statistics: Sequence[str], only: Sequence[str] | None = None) -> Sums:
         """Return the statistics of the weights of a stage, of those that `sparsity.statistics.passes` makes of inputs.
+
+        only: of the stage, the weights whose statistics are wanted (default: all).
 
         Raises ValueError for names that are no stage of `order`, and UserError for a layer that saw no real token, or
         NaN or Inf.
         """
         if tuple(names) not in self._numbers:
             raise ValueError(f"{names[0]!r} and what comes with it are not a stage")
-        number = self._numbers[tuple(names)]
+        number, wanted = self._numbers[tuple(names)], names if only is None else only
         torch.clear_autocast_cache()  # weights have changed under it
         try:
-            found = self._replayed(number, names, statistics) if self._trace.unfit is None else None
+            found = self._replayed(number, names, statistics, wanted) if self._trace.unfit is None else None
         except UnfitError as reason:
             self._give_up(str(reason))
             found = None
         if found is None:
-            found = self._gathered(names, statistics, ((batch, None) for batch in self._over()))
+            found = self._gathered(wanted, statistics, ((batch, None) for batch in self._over()))
         torch.clear_autocast_cache()
         self._position = number
         return self._reduced(found, statistics)
 
-    def _replayed(self, number: int, names: Sequence[str], statistics: Sequence[str]) -> Statistics:
+    def _replayed(
+        self, number: int, names: Sequence[str], statistics: Sequence[str], wanted: Sequence[str]
+    ) -> Statistics:
         """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
         self._go_on(number)
         with self._quiet():
@@ -110,11 +114,11 @@ class Replayed:
         if self._ready(names):
             settled_before = number + 1 if self._dense else 0
             runs = ((s, partial(self._calls.evaluate, s, names, settled_before)) for s in self._states)
-            return self._gathered(names, statistics, runs)
+            return self._gathered(wanted, statistics, runs)
         logger.info("%s: measured in a pass through the model: what feeds it is not there before", names[0])
         pairs = zip(self._states, self._over(), strict=True)
         runs = ((batch, partial(self._calls.live, state, batch, names)) for state, batch in pairs)
-        return self._gathered(names, statistics, runs)
+        return self._gathered(wanted, statistics, runs)
 
     def _ready(self, names: Sequence[str]) -> bool:
         """Return whether replayed calls are all that uses these weights."""

@@ -29,6 +29,7 @@ from sparsity.run.request import Request
 from sparsity.run.select import budgets, follow, quotas, select
 from sparsity.run.sequential import origin_of
 from sparsity.selection import Named
+from sparsity.statistics.checks import check_weights
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
@@ -90,6 +91,7 @@ class Engine:
         rounds: of the calibration pass. folder: where what is too large for memory would be kept.
         """
         self.plan.check(request)
+        check_weights(view)
         if request.pattern:
             check_fits(view, request.pattern)
         else:
@@ -123,7 +125,12 @@ class Engine:
         if not wanted:
             return {}
         with reading.arithmetic():
-            sums = {"reduce": reading.reduce, "generators": reading.generators, "offload": self.plan.offload}
+            sums: dict[str, Any] = {
+                "reduce": reading.reduce,
+                "generators": reading.generators,
+                "offload": self.plan.offload,
+            }
+            sums["announced"] = None if reading.rounds is None else sum(reading.rounds)
             found: dict[str, Mapping[str, Tensor]] = collect(view, list(dict.fromkeys(wanted)), reading.over(), **sums)
         own = self.plan.statistic
         return found | ({own: self.plan.score.prepare(view, found[own])} if own in found else {})

@@ -89,7 +89,7 @@ class Layers:
         if not fitting:
             return {}
         with self.reading.arithmetic():
-            return replayed.measure(names, wanted)
+            return replayed.measure(names, wanted, fitting)
 
     def _prune_layer(
         self,

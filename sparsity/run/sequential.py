@@ -92,7 +92,7 @@ def by_blocks(
             statistics = measure(names)
             block = {}
             for name in names:
-                own = {statistic: found.pop(name) for statistic, found in statistics.items()}
+                own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
                 block[name] = Done(*prune(name, view.weights[name].matrix(), own))
             progress.save(number, block)
             if sequential:
