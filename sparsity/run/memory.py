@@ -21,7 +21,8 @@ read the same inputs share one is not counted on), all in bytes:
 | updated weights, unless they go to files | host | w n | |
 | sequential: pruned weights of the largest block b, beside the originals | device | w b | |
 
-Where the model is on the CPU, both places are the host, and masks that were chosen are those that are unpacked. Activations and captured calls are not in it.
+Where the model is on the CPU, both places are the host, and masks that were chosen are those that are unpacked.
+Activations and captured calls are not in it.
 """
 
 from collections.abc import Collection, Iterable
