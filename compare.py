@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{table}\n\nresults: {path}")
         return
     config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
-    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern)
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
     engines = {name: file.build(name, pruners.build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))

@@ -12,8 +12,7 @@ other, and each is saved, as prune.py does without evaluation. Batches are small
 glibc decides as it runs which blocks, up to 32 MB, it takes from a heap whose holes it keeps: with its defaults the
 slope of one plan differs by 3 bytes and more from run to run. So the processes are started with a threshold that stays
 (MALLOC_MMAP_THRESHOLD_): larger blocks go back as soon as they are freed, and the peak is what is held. `--threshold 0`
-leaves glibc alone; take --repeats then. What loading has left free is given back (malloc_trim) before the
-first reading.
+leaves glibc alone; take --repeats then. What loading has left free is given back (malloc_trim) before that.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern
+from sparsity.run.axes import AXES
 from sparsity.run.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,9 +51,27 @@ def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **option
         if kind.name not in UPDATES:
             raise UserError(f"--enable_update is for {', '.join(UPDATES)}: leave it out, or give --reconstruct")
         given = {"reconstruct": UPDATES[kind.name]} | given
-    own = inspect.signature(kind).parameters
+    own = _parameters(kind)
     score = kind(**{option: value for option, value in given.items() if option in own})
     return engine.Engine(plans.make_plan(score, **{o: v for o, v in given.items() if o not in own}))
+
+
+def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that are given which a pruner of this name reads, as it is published otherwise."""
+    plan = build(name, reconstruct=given.get("reconstruct")).plan
+    known = {
+        *AXES,
+        *_parameters(type(plan.score)),
+        *(_parameters(type(plan.reconstruction)) if plan.reconstruction else ()),
+    }
+    known |= {"enable_update"} if name in UPDATES else set()
+    known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
+    known -= {"pool", "allocation", "scope"} if plan.whole else set()
+    return {option: value for option, value in given.items() if option in known}
+
+
+def _parameters(kind: type) -> list[str]:
+    return list(inspect.signature(kind).parameters)
 
 
 def one_shot(name: str) -> bool:

@@ -76,11 +76,10 @@ class Masks(Mapping[str, Tensor]):
         weights: Mapping[str, Tensor] | None = None,
     ):
         self._bits: dict[str, Bits] = {}
-        pairs: Iterable[tuple[str, Tensor]] = masks.items() if isinstance(masks, Mapping) else masks
-        for name, mask in pairs:
+        for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
             if mask.dtype != torch.bool:
                 raise UserError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
-            self._bits[name] = Bits.of(mask)
+            self._bits[str(name)] = Bits.of(mask)
         self.weights = weights if isinstance(weights, ShapedTensors) else dict(weights or {})
         for name in self.weights:
             shape = shape_in(self.weights, name)

@@ -24,8 +24,10 @@ from engine.launch import run
 from engine.pruning.run import RECORDED
 from engine.training.loggers import CsvLog
 from models.xvlm import model as xvlm
-from sparsity.allocation.budget import budget, members, pools
+from sparsity.allocation.budget import budget
 from sparsity.masks import Masks, model_digest
+from sparsity.run.axes import POOLS
+from sparsity.view import members
 from tests.processes import PATIENCE, PLAIN, error_line, held, only_bars
 
 pytestmark = pytest.mark.script
@@ -91,7 +93,8 @@ def check_budget(masks, view, pool, sparsity):
             blocks = masks[name].split(128, dim=1)
             assert [int((~block).sum()) for block in blocks] == [budget(sparsity, b.numel()) for b in blocks]
         return
-    for names in members(groups).values() if pool == "magnitude" else pools(groups, pool):
+    contests = {"global": [list(groups)], "layer": [[name] for name in groups]}
+    for names in contests.get(pool, members(groups).values()):
         assert sum(gone[name] for name in names) == budget(sparsity, sum(view.weights[name].numel for name in names))
 
 
@@ -103,7 +106,13 @@ def test_every_pruner_is_exact_and_repeats_itself(tmp_path, view, pruner):
     for name, sparsity in zip(files, ("0.3", "0.63", "0.905"), strict=True):
         masks = Masks.load(first / name)
         masks.check(view)
-        check_budget(masks, view, pruners.build(pruner).pool, sparsity)
+        plan = pruners.build(pruner).plan
+        pool = (
+            "global"
+            if plan.whole
+            else next(p for p, both in POOLS.items() if both == (plan.allocation.name, plan.scope))
+        )
+        check_budget(masks, view, pool, sparsity)
     assert mask_files(pruned(tmp_path / "b", pruner, "-s", "90.5,63,30")) == files
 
 

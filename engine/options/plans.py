@@ -35,16 +35,24 @@ def plans_of(
     usual: Sequence[str],
     options: Mapping[str, Any],
     pattern: str | None,
+    own: Callable[[str, Mapping[str, Any]], dict[str, Any]],
 ) -> dict[str, PlanFile]:
-    """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with these options
-    and pattern. UserError where both are given.
+    """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with this pattern
+    and those of the options that it reads.
+
+    own: of a pruner's name and options, those that it reads. UserError where a file and options are given, and for an
+    option that no pruner reads.
     """
     given = [*(["pruners"] if names else []), *options, *(["pattern"] if pattern else [])]
     if file and given:
         raise UserError(f"--plans {file} says pruners, patterns and options: leave {', '.join(given)} out")
     if file:
         return read_plans(file)
-    return {name: PlanFile(name, options, parse_pattern(pattern)) for name in names or usual}
+    read = {name: own(name, options) for name in names or usual}
+    for option in options:
+        if not any(option in each for each in read.values()):
+            raise UserError(f"--{option}: none of {', '.join(read)} reads it: leave it out")
+    return {name: PlanFile(name, each, parse_pattern(pattern)) for name, each in read.items()}
 
 
 def read_plans(path: Path) -> dict[str, PlanFile]:

@@ -16,6 +16,8 @@ RECONSTRUCTIONS = Registry(
 )
 SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
 CALIBRATIONS = ("dense", "sequential")
+# Options of every plan; a score and a reconstruction add their own.
+AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")
 # One word for allocation and scope.
 POOLS = {
     "global": ("global", "layer"),

@@ -21,7 +21,8 @@ read the same inputs share one is not counted on), all in bytes:
 | updated weights, unless they go to files | host | w n | |
 | sequential: pruned weights of the largest block b, beside the originals | device | w b | |
 
-Where the model is on the CPU, both places are the host. Activations and captured calls are not in it.
+Where the model is on the CPU, both places are the host, and masks that were chosen are those that are unpacked.
+Activations and captured calls are not in it.
 """
 
 from collections.abc import Collection, Iterable
@@ -90,7 +91,7 @@ def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
     if demand.solver:
         host += width * (block if demand.stored else view.numel)
     if weights[0].parameter.is_cpu:
-        return Memory(0, int(device + host))
+        return Memory(0, int(device + host - _CHOSEN * view.numel))
     return Memory(int(device), int(host))
 
 

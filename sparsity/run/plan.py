@@ -23,8 +23,6 @@ from sparsity.statistics.reading import Statistic
 from sparsity.view import PrunableView
 
 NONE = "none"  # the reconstruction that leaves the kept weights as they are
-# Options of every plan; a score and a reconstruction add their own.
-AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")
 
 
 class Score(Protocol):

@@ -101,7 +101,7 @@ def _read(
 def scaled(
     sums: dict[str, dict[str, Tensor]], tokens: dict[str, int], wanted: Sequence[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the statistics that are made of sums: in place where no one asks for the sums, and once for all layers that
+    """Return the statistics that are made of sums: in place where no one asks for the sums, once for all layers that
     share one.
     """
     found = {}

@@ -389,7 +389,7 @@ def test_a_file_has_one_pruner(monkeypatch, bases):
     monkeypatch.setitem(sys.modules, "pruners.own", module)
     monkeypatch.setattr(Registry, "names", lambda registry: ["own", "global"])
     if bases == {"Own": Pruner, "Helper": object}:
-        assert pruners.options_of_method("own") == [] and pruners.build("own").name == "own"
+        assert pruners.build("own").name == "own"
         return
     found = "Own, Two" if "Two" in bases else "none"
     with pytest.raises(

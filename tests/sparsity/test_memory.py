@@ -47,7 +47,7 @@ def test_sequential_plans_hold_one_block():
     demand = Demand(["hessian"], solver=True, sequential=True)
     double = layers((64, 64), (64, 64), (64, 64), (64, 64), (64, 64), (64, 64))
     more = view_of(double, blocks=list(double.values()))
-    assert sizes(demand, more) - sizes(demand, one) == 2.5 * (more.numel - one.numel)  # masks alone
+    assert sizes(demand, more) - sizes(demand, one) == 1.5 * (more.numel - one.numel)  # masks alone
 
 
 def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity.pattern import NM
-from sparsity.reconstruction import blockwise
+from sparsity.solvers import blockwise
 from sparsity.solvers.blockwise import cut, objective, solve
 from sparsity.statistics.gradient_rows import Rows
 

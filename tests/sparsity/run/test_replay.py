@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Thread
 
 import pytest
@@ -17,7 +17,7 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct
 from sparsity.replay.replayed import Replayed
-from sparsity.run.sequential import Deferred, Done, Progress, by_blocks, replaced, stages
+from sparsity.run.sequential import Done, Progress, by_blocks, replaced, stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import factor
 from sparsity.statistics.passes import collect
@@ -28,31 +28,30 @@ from tests.toys import Ranks, view_of
 PATTERN, WIDTH = NM(2, 4), 8
 
 
-def wanda(name: str, weight: Tensor, norms: Tensor) -> tuple[Tensor, None]:
-    scores = weight.abs().double() * norms.sqrt()
+def wanda(name: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> tuple[Tensor, None]:
+    scores = weight.abs().double() * statistics["input_norms"].sqrt()
     return PATTERN.keep(scores) if PATTERN.fits(weight.shape[1]) else scores > scores.median(), None
 
 
-def sparsegpt(name: str, weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    return reconstruct(weight, factor(hessian, weight.shape[1], name), None, PATTERN)
+def sparsegpt(name: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return reconstruct(weight, factor(statistics["hessian"], weight.shape[1], name), None, PATTERN)
 
 
 METHODS: dict[str, Callable] = {"input_norms": wanda, "hessian": sparsegpt}
 
 
 def progress(view: PrunableView, scratch: Scratch | None = None) -> Progress:
-    return Progress(Deferred(scratch), "test", {}, "cpu")
+    return Progress(scratch, None, "test", {}, "cpu")
 
 
 def slowly(view: PrunableView, batches: Sequence, order: Sequence[Sequence[str]], statistic: str) -> dict[str, Done]:
-    return by_blocks(
-        view, lambda names: collect(view, statistic, batches, names=names), METHODS[statistic], progress(view), order
-    )
+    measure = lambda names: collect(view, [statistic], batches, names=names)  # noqa: E731
+    return by_blocks(view, measure, METHODS[statistic], progress(view), order=order)
 
 
 def replayed(view: PrunableView, calls: Replayed, statistic: str, files: Progress | None = None) -> dict[str, Done]:
-    measure = lambda names: calls.measure(names, [statistic])[statistic]  # noqa: E731
-    return by_blocks(view, measure, METHODS[statistic], files or progress(view), calls.order)
+    measure = lambda names: calls.measure(names, [statistic])  # noqa: E731
+    return by_blocks(view, measure, METHODS[statistic], files or progress(view), order=calls.order)
 
 
 def state_of(model: nn.Module) -> dict:
@@ -409,14 +408,14 @@ def test_goes_on_after_any_block(finished, batches, tmp_path):
         def measure(names):
             if next(left, None) is None:
                 raise KilledError
-            return calls.measure(names, ["hessian"])["hessian"]
+            return calls.measure(names, ["hessian"])
 
         before = state_of(view.model), {key: value.clone() for key, value in view.model.state_dict().items()}
         if finished < 3:
             with pytest.raises(KilledError):
-                by_blocks(view, measure, sparsegpt, progress(view, scratch), calls.order)
+                by_blocks(view, measure, sparsegpt, progress(view, scratch), order=calls.order)
         else:
-            by_blocks(view, measure, sparsegpt, progress(view, scratch), calls.order)
+            by_blocks(view, measure, sparsegpt, progress(view, scratch), order=calls.order)
     assert state_of(view.model) == before[0]
     assert all(torch.equal(value, before[1][key]) for key, value in view.model.state_dict().items())
     with Replayed(view, lambda: batches, stages(view)) as calls:
