@@ -67,6 +67,7 @@ class Allocation:
     name: ClassVar[str]  # on the command line
     statistics: Sequence[str] = ()  # that it reads besides the score's
     local: ClassVar[bool] = False  # a layer's share depends on no score and no other layer's pruning
+    even: ClassVar[bool] = False  # all of its contests are even
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -7,7 +7,7 @@ from sparsity.allocation.budget import Sparsity, budget
 class Layer(Allocation):
     """Every layer loses the same share, or every row or block of it where these are the scope."""
 
-    local = True
+    local = even = True
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
         sizes = {name: part.view.weights[name].numel for name in part.names}

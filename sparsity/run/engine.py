@@ -200,9 +200,14 @@ class Engine:
         return lambda names: ((name, held[name]) for name in names)
 
     def _select(
-        self, view: PrunableView, scores: Callable[[Sequence[str]], Named], request: Request, measured: Measured
+        self,
+        view: PrunableView,
+        scores: Callable[[Sequence[str]], Named],
+        request: Request,
+        measured: Measured,
+        before: Masks | None = None,
     ) -> Iterator[Named]:
-        whole = self._whole(view, scores, measured.statistics)
+        whole = self._whole(view, scores, measured.statistics, before)
         parts = budgets(whole, request.sparsities, request.groups)
         return select(parts, self.plan.allocation, self.plan.scope)
 
@@ -211,8 +216,10 @@ class Engine:
         view: PrunableView,
         scores: Callable[[Sequence[str]], Named],
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        before: Masks | None = None,
     ) -> Part:
-        return Part(view, list(view.weights), scores, statistics or {})
+        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
+        return Part(view, list(view.weights), scores, statistics or {}, pruned=pruned)
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -266,8 +273,10 @@ class Engine:
             return self._solve_all(plan.reconstruction, view, measured, target, before, facts)
         statistic = plan.score.statistic
         if statistic is not None and not isinstance(statistic, str):
-            measured = replace(measured, statistics=self._learned(view, statistic, target, reading, before))
-        layers = Layers(plan, view, target, reading, measured.origin, facts, before)
+            found = self._learned(view, measured, statistic, target, reading, before)
+            measured = replace(measured, statistics={**measured.statistics, **found})
+        counts = self._counts(view, measured, target, before) if plan.by_blocks(target) else None
+        layers = Layers(plan, view, target, reading, measured.origin, facts, before, counts)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         kept = dict(self._choose(view, measured, target, before))
@@ -278,12 +287,23 @@ class Engine:
         scores = self._scores_of(view, measured, target.seed, before)
         if target.pattern:
             return follow(target.pattern, scores(list(view.weights)))
-        (kept,) = self._select(view, scores, target, measured)
+        (kept,) = self._select(view, scores, target, measured, before)
         return kept
+
+    def _counts(
+        self, view: PrunableView, measured: Measured, target: Request, before: Masks | None
+    ) -> dict[str, int] | None:
+        """How many weights each layer loses, where that is said before any has scores."""
+        if target.pattern or self.plan.allocation.even:
+            return None
+        whole = self._whole(view, self._no_scores, measured.statistics, before)
+        contests = self.plan.allocation.contests(whole, target.sparsities)
+        return {name: contest.counts[0] for contest in contests for name in contest.names}
 
     def _learned(
         self,
         view: PrunableView,
+        measured: Measured,
         statistic: Statistic,
         target: Request,
         reading: CalibrationPass,
@@ -294,7 +314,7 @@ class Engine:
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            (kept,) = self._select(view, scores, target, Measured())
+            (kept,) = self._select(view, scores, target, measured, before)
             return kept
 
         with reading.arithmetic():

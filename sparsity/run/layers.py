@@ -15,7 +15,7 @@ from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import keep_pattern
 from sparsity.run.sequential import Progress, by_blocks, device_of
-from sparsity.selection import check_finite, keep_within
+from sparsity.selection import check_finite, keep_exactly, keep_within
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import OF_INPUTS, collect
 from sparsity.statistics.reading import CalibrationPass
@@ -27,7 +27,8 @@ Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic
 class Layers:
     """One set of masks, block by block.
 
-    before: the masks of the step before, whose zeros stay. facts: the provenance of the masks.
+    before: the masks of the step before, whose zeros stay. facts: the provenance of the masks. counts: name -> how many
+    of its weights are pruned; none where each loses the same share.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Layers:
         origin: Scratch | None,
         facts: Mapping[str, Any],
         before: Masks | None = None,
+        counts: Mapping[str, int] | None = None,
     ):
         self.plan, self.view, self.target, self.reading = plan, view, target, reading
         self.facts, self.before, self.origin = facts, before, origin
+        self.counts = counts or {}
 
     def run(self, score: Scorer | None, kept: Mapping[str, Tensor] | None = None) -> Masks:
         """Return the masks, with updated weights where the plan reconstructs.
@@ -99,4 +102,6 @@ class Layers:
             found = torch.where(alive_of(self.view, self.before, name), found, torch.finfo(found.dtype).min)
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
+        if name in self.counts:
+            return keep_exactly(name, found, self.plan.scope, self.counts[name])
         return keep_within(name, found, self.plan.scope, partial(budget, self.target.target))

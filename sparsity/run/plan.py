@@ -126,7 +126,8 @@ class Plan:
         solver = self.reconstruction
         if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
             return False
-        return request.pattern is not None or (self.local(request) and self.scope in solver.scopes)
+        even = self.local(request) and self.allocation.even
+        return request.pattern is not None or (even and self.scope in solver.scopes)
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
@@ -229,6 +230,9 @@ def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mappi
     given = score.reconstruction if given is None else given
     if given == NONE and score.reconstruction != NONE:
         raise UserError(f"{score.name} updates the weights that it keeps: leave --reconstruct none out")
+    name = given if isinstance(given, str) else given.name
+    if score.solver == score.reconstruction != name:
+        raise UserError(f"{score.name} has no scores without its own reconstruction: leave --reconstruct {name} out")
     if given == NONE:
         if own:
             raise unread(score, next(iter(own)), None)

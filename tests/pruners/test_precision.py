@@ -9,6 +9,7 @@ from torch import nn
 import pruners
 from pruners.snip import SNIP
 from sparsity.pattern import parse_pattern
+from sparsity.run.engine import Measured
 from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import gradient_rows
 from sparsity.statistics.gradients import mean_gradients
@@ -140,7 +141,7 @@ def test_tamt_steps_along_sums_in_float32():
         data = [(x.to(model.head.weight.dtype), y) for x, y in batches]
         pruner = pruners.build("tamt", mask_lr=1e-3)
         reading = CalibrationPass(data, rounds=[200])
-        found = pruner._learned(view_of(model), pruner.plan.score.statistic, Request([0.5]), reading, None)
+        found = pruner._learned(view_of(model), Measured(), pruner.plan.score.statistic, Request([0.5]), reading, None)
         learned.append(found["learned_scores"])
     same = [(a.double() - b).abs() < 1e-4 for a, b in zip(*(each.values() for each in learned), strict=True)]
     assert torch.cat([each.flatten() for each in same]).double().mean() > 0.98
