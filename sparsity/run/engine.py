@@ -104,14 +104,10 @@ class Engine:
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
         wanted = [*self.plan.allocation.statistics]
-        if isinstance(plan.score.statistic, str) and not (plan.sequential and plan.of_inputs and self._in_blocks):
+        in_blocks = plan.sequential and plan.scores_inputs and plan.allocation.local and not plan.scored
+        if isinstance(plan.score.statistic, str) and not in_blocks:
             wanted.insert(0, plan.score.statistic)
         return Measured(self._collect(view, wanted, reading), origin=origin)
-
-    @property
-    def _in_blocks(self) -> bool:
-        """Whether scores are measured block by block, and not in a pass of their own."""
-        return self.plan.allocation.local and not self.plan.scored
 
     def _collect(
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
@@ -279,6 +275,9 @@ class Engine:
         layers = Layers(plan, view, target, reading, measured.origin, facts, before, counts)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
+        if isinstance(statistic, str) and statistic not in measured.statistics:  # groups have made it no layer's own
+            found = self._collect(view, [statistic], reading)
+            measured = replace(measured, statistics={**measured.statistics, **found})
         kept = dict(self._choose(view, measured, target, before))
         return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
 

@@ -102,7 +102,7 @@ class Plan:
         """Whether single weights have scores, which serve all sparsities."""
         statistic = self.score.statistic
         anew = statistic is not None and not isinstance(statistic, str)
-        return not (self.whole or anew or self.steps > 1 or (self.sequential and self._scores_inputs))
+        return not (self.whole or anew or self.steps > 1 or (self.sequential and self.scores_inputs))
 
     @property
     def one_pass(self) -> bool:
@@ -110,7 +110,8 @@ class Plan:
         return self.scored and self.reconstruction is None
 
     @property
-    def _scores_inputs(self) -> bool:
+    def scores_inputs(self) -> bool:
+        """Whether the score's statistic is read from the inputs of layers."""
         return isinstance(self.score.statistic, str) and self.score.statistic in OF_INPUTS
 
     def local(self, request: Request) -> bool:
@@ -119,7 +120,7 @@ class Plan:
 
     def by_blocks(self, request: Request) -> bool:
         """Return whether weights are scored block by block, on the inputs that pruned blocks give."""
-        return self.sequential and self._scores_inputs and self.local(request)
+        return self.sequential and self.scores_inputs and self.local(request)
 
     def joint(self, request: Request) -> bool:
         """Return whether the reconstruction finds the mask together with the weights, in place of the score."""

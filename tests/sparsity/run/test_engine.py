@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import pruners
-import sparsity.allocation.base
 from pruners.base import Pruner
 from sparsity.allocation.base import Allocation, Contest
 from sparsity.allocation.budget import SCHEDULES, budget, step_sparsity
@@ -19,7 +18,7 @@ from sparsity.reconstruction.base import Reconstruction, check_mask, check_probl
 from sparsity.run.generic import generic_view
 from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Scratch
-from sparsity.statistics.hessian import symmetric
+from sparsity.statistics.hessian import triangle
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
@@ -386,7 +385,8 @@ class Rescaled(Reconstruction):
     def solve(self, problem):
         check_problem(self, problem)
         kept = check_mask(problem)
-        H = symmetric(problem.statistics["hessian"], problem.weight.shape[1])
+        H = triangle(problem.statistics["hessian"], problem.weight.shape[1])
+        H = H + H.triu(1).t()
         dense, sparse = problem.weight.double(), problem.weight.double() * kept
         of_sparse = sparse @ H
         scale = (of_sparse * dense).sum(1) / (of_sparse * sparse).sum(1).clamp_min(1e-30)
