@@ -125,7 +125,7 @@ def check_exact(view, masks, chosen):
     if chosen["pattern"]:
         assert all((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all() for mask in masks.values())
     elif chosen["allocation"] == "layer" and chosen["score"] != "chita":
-        for name, mask in masks.items():
+        for mask in masks.values():
             units = {"row": mask.unbind(), "block": mask.split(128, dim=1)}.get(chosen["scope"], [mask])
             assert all(int((~unit).sum()) == budget(SPARSITY, unit.numel()) for unit in units)
     elif chosen["allocation"] in ("group", "magnitude"):
