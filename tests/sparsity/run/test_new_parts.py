@@ -5,7 +5,7 @@ from sparsity.allocation.base import Allocation, Contest
 from sparsity.allocation.budget import budget
 from sparsity.reconstruction.base import Reconstruction, check_mask, check_problem
 from sparsity.statistics.hessian import triangle
-from tests.sparsity.run.test_engine import SPARSITY, batches_of, inputs_of, lost, once, view  # noqa: F401
+from tests.sparsity.run.test_engine import SPARSITY, Net, batches_of, inputs_of, lost, once, view_of
 
 
 class Shifted(Pruner):
@@ -53,7 +53,8 @@ class Rescaled(Reconstruction):
         return kept, (scale[:, None] * sparse).to(problem.weight.dtype)
 
 
-def test_new_parts_are_used_by_what_they_are(view):
+def test_new_parts_are_used_by_what_they_are():
+    view = view_of(Net().eval())
     data, rows = batches_of(), inputs_of(view, batches_of())
     plain = once(Shifted, view, data)
     for name, weight in view.weights.items():
