@@ -33,7 +33,8 @@ class Trail:
             return 0, None
         (tensors, facts), names = kept, list(view.weights)
         logger.info("%s: going on after step %s", self._path, facts["step"])
-        masks, weights = ({name: tensors[f"{kind} {name}"] for name in names} for kind in ("mask", "weight"))
+        masks = {name: tensors[f"mask {name}"] for name in names}
+        weights = {name: tensors[f"weight {name}"] for name in names if f"weight {name}" in tensors}
         aliases = {name: weight.aliases for name, weight in view.weights.items()}
         return int(facts["step"]), Masks(masks, self._provenance, aliases, weights)
 

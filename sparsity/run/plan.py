@@ -231,6 +231,8 @@ def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mappi
         if own:
             raise unread(score, next(iter(own)), None)
         return None
+    if score.reconstruction not in (NONE, given):
+        raise UserError(f"{score.name} is its own reconstruction: leave --reconstruct {given} out")
     if isinstance(given, Reconstruction):
         return given
     if given not in RECONSTRUCTIONS.names():

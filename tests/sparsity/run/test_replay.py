@@ -81,7 +81,12 @@ def check(view: PrunableView, batches: Sequence, statistics: Sequence[str] = tup
             for statistic, values in both.items():
                 expected = collect(view, statistic, batches, names=names)
                 assert all(torch.equal(values[name], expected[name]) for name in names), (statistic, names)
-            put({name: Done(*wanda(name, view.weights[name].matrix(), both["input_norms"][name])) for name in names})
+            put(
+                {
+                    name: Done(*wanda(name, view.weights[name].matrix(), {"input_norms": both["input_norms"][name]}))
+                    for name in names
+                }
+            )
     return calls
 
 
