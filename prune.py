@@ -38,8 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
-    groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
-    add("--group_sparsity", type=options.group_sparsity, default={}, metavar="GROUPS", help=groups)
+    options.add_group_sparsity(add)
     add("--evaluate", action="store_true", help="measure quality, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")

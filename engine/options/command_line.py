@@ -119,6 +119,12 @@ def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     return {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
 
 
+def add_group_sparsity(add: Callable[..., Any]) -> None:
+    """`--group_sparsity`."""
+    groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
+    add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
+
+
 def group_sparsity(text: str) -> dict[str, Decimal]:
     """argparse type: comma separated group=sparsity, in per cent or fractions."""
     found: dict[str, Decimal] = {}

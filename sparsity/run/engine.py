@@ -283,7 +283,7 @@ class Engine:
             return self._solve_all(plan.reconstruction, view, measured, target, before, facts)
         statistic = plan.score.statistic
         if statistic is not None and not isinstance(statistic, str):
-            measured = replace(measured, statistics=self._learned(view, statistic, target, reading, before))
+            measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
             whole = self._whole(view, self._no_scores, measured.statistics, before)
@@ -304,21 +304,23 @@ class Engine:
     def _learned(
         self,
         view: PrunableView,
+        measured: Measured,
         statistic: Statistic,
         target: Request,
         reading: CalibrationPass,
         before: Masks | None,
     ) -> dict[str, Mapping[str, Tensor]]:
-        """The statistic that is learned for one target."""
+        """What is measured, with the statistic that is learned for one target."""
 
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            (kept,) = self._select(view, scores, target, Measured())
+            (kept,) = self._select(view, scores, target, measured, before)
             return kept
 
         with reading.arithmetic():
-            return {statistic.name: statistic.collect(view, reading, Target(target.target, target.pattern, choose))}
+            learned = statistic.collect(view, reading, Target(target.target, target.pattern, choose))
+        return {**measured.statistics, statistic.name: learned}
 
     def _solve_all(
         self,
