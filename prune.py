@@ -2,8 +2,7 @@
 
     python prune.py -m xvlm -p multiflow
     python prune.py -m xvlm -p omp -s 50,75 --pool layer --evaluate
-    python prune.py -m xvlm -p multiflow --pattern 2:4
-    python prune.py -m xvlm -p multiflow --weights 4m-xvlm-vit-bert.pth
+    python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
 
@@ -37,8 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
     add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
-    add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
-    options.add_group_sparsity(add)
+    options.add_targets(add)
     add("--evaluate", action="store_true", help="measure quality, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")
@@ -72,7 +70,9 @@ def check(args: argparse.Namespace) -> PrunedModel:
     for option in ("sparsities", "pool", "allocation", "scope"):
         if args.pattern and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = None if args.pattern else parse_sparsities(args.sparsities or SPARSITIES)
+    args.sparsities = (
+        None if args.pattern else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
+    )
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)

@@ -57,7 +57,9 @@ def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **option
 
 
 def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the options that are given which a pruner of this name reads, as it is published otherwise."""
+    """Return those of the given options which a pruner reads that is otherwise as it is published; steps are for those
+    that are published with several.
+    """
     plan = build(name, reconstruct=given.get("reconstruct")).plan
     known = {
         *AXES,
@@ -66,6 +68,7 @@ def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     }
     known |= {"enable_update"} if name in UPDATES else set()
     known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
+    known -= set() if plan.score.in_steps else {"epochs", "schedule"}
     known -= {"pool", "allocation", "scope"} if plan.whole else set()
     return {option: value for option, value in given.items() if option in known}
 

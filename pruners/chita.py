@@ -9,3 +9,4 @@ class CHITA(Pruner):
     """
 
     reconstruction = solver = "chita"
+    in_steps = True

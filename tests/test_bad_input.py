@@ -126,6 +126,10 @@ BAD_VALUES = {
     },
     "snapshot": {"README.md/last.pt": "--snapshot README.md", "data": "--snapshot data: ", "": "--snapshot "},
     "experiment_name": {},  # whatever one likes
+    "plans": {
+        "absent.yaml": "absent.yaml: configuration file not found",
+        "data/xvlm_mini.safetensors": "data/xvlm_mini.safetensors: not valid YAML",
+    },
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},
     "config": {

@@ -49,8 +49,7 @@ def test_every_pruner_is_exact(tmp_path, view, pruner):
     prune.main(prune_options(tmp_path, pruner, "-s", "63"))
     masks = Masks.load(tmp_path / pruner / f"blip_{pruner}_63_seed42_pruning_masks.safetensors")
     masks.check(view)
-    pool = pruners.build(pruner).pool
-    if pool == "global":
+    if pruners.build(pruner).plan.allocation.name == "global":
         assert masks.total - masks.kept == budget("0.63", masks.total)
     alias = "text_decoder.bert.encoder.layer.1.crossattention.self.key.weight"
     assert alias in masks.aliases[alias.replace("text_decoder.bert.", "text_encoder.")]

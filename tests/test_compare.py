@@ -16,11 +16,10 @@ import yaml
 import compare
 import pruners
 from configs.loading import load_config
-from engine.pruning.comparison import ANY_SEED, DENSE, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
+from engine.pruning.comparison import ANY_SEED, DENSE, Entry, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
 from models.xvlm import model as xvlm
-from pruners import base
 from sparsity.allocation.budget import budget
-from sparsity.run.request import Request
+from sparsity.run import engine
 from tests.processes import PATIENCE, PLAIN, held, only_bars
 from tests.test_scripts import CONFIGS, SMALL, early, pruned, refused, without_torch  # noqa: F401
 
@@ -46,15 +45,14 @@ def without_times(rows):
 def calls(monkeypatch):
     """How often each statistic is collected, and the model evaluated."""
     counted = Counter()
-    collect, evaluate = base.collect, "engine.evaluation.retrieval.ZeroShot.__call__"
+    collect, evaluate = engine.collect, "engine.evaluation.retrieval.ZeroShot.__call__"
 
-    def counting(view, statistic, *arguments, **more):
-        counted[statistic] += 1
-        return collect(view, statistic, *arguments, **more)
+    def counting(view, statistics, *arguments, **more):
+        counted.update(statistics)
+        return collect(view, statistics, *arguments, **more)
 
     metrics = {f"{way}_r{k}": 50.0 for way in ("txt", "img") for k in (1, 5, 10)}
-    monkeypatch.setattr("pruners.base.collect", counting)
-    monkeypatch.setattr("pruners.layer_wise.collect", counting)
+    monkeypatch.setattr("sparsity.run.engine.collect", counting)
     monkeypatch.setattr(evaluate, lambda self: counted.update(["evaluate"]) or metrics)
     return counted
 
@@ -235,19 +233,20 @@ def test_table_is_the_mean_of_the_rows(whole):
 
 
 def test_what_is_shared():
-    chosen = {name: pruners.build(name) for name in ("omp", "snip", "multiflow", "itersnip", "lamp", "rand")}
+    names = ("omp", "snip", "multiflow", "itersnip", "lamp", "rand")
+    chosen = {name: Entry(pruners.build(name)) for name in names}
     assert sharing(chosen) == [["omp", "lamp", "rand"], ["snip", "itersnip"], ["multiflow"]]
     assert {name for name in chosen if seeds_of(chosen[name], [1, 2]) == [ANY_SEED]} == {"omp", "lamp"}
 
 
 @pytest.mark.parametrize("name", pruners.available())
 def test_what_draws_nothing_gives_the_same_masks_under_all_seeds(name):
-    pruner = pruners.build(name)
-    if pruner.statistic:
+    engine = pruners.build(name)
+    if engine.plan.statistics:
         return
     view = xvlm.prunable_view(xvlm.build(load_config(CONFIGS / "model.yaml", xvlm.Config)))
-    digests = {next(iter(pruner.masks(view, {}, Request(["0.5"], seed=seed))))[1].digest() for seed in (1, 2)}
-    assert len(digests) == (2 if pruner.draws else 1)
+    digests = {next(iter(engine.prune(view, None, ["0.5"], seed=seed)))[1].digest() for seed in (1, 2)}
+    assert len(digests) == (2 if engine.plan.score.draws else 1)
 
 
 def test_rows_that_another_version_wrote_are_left_alone(tmp_path):

@@ -585,7 +585,7 @@ def test_evaluation_data_is_opened_before_anything_is_computed(tmp_path, capsys,
     config = yaml.safe_load((CONFIGS / "prune.yaml").read_text())
     config["evaluation"] = {"files": {"annotations": str(tmp_path / "empty.json"), "images": str(tmp_path)}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("engine.pruning.run.calibrate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("sparsity.run.engine.Engine.measure", lambda *_: pytest.fail("too late"))
     options = prune_options(tmp_path / "out", "multiflow", "--evaluate", config=tmp_path / "c.yaml")
     assert "empty.json: no record in this file" in refused(capsys, prune.main, options)
 

@@ -88,12 +88,16 @@ PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update",
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     """The options of `PLAN`: the axes, and what single methods have."""
-    add = parser.add_argument_group("plan (default: as the pruner is published)").add_argument
-    add("--pool", choices=POOLS, help="weights that compete: one word for --allocation and --scope")
-    add("--allocation", choices=ALLOCATIONS.names(), help="how much each layer loses")
-    add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns over all rows")
+    add = parser.add_argument_group("plan").add_argument
+    add("--pool", choices=POOLS, help="one word for --allocation and --scope (default: the pruner's)")
+    add("--allocation", choices=ALLOCATIONS.names(), help="how much each layer loses (default: the pruner's)")
+    add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns (default: the pruner's)")
     updates = ("none", *RECONSTRUCTIONS.names())
-    add("--reconstruct", choices=updates, help="what happens to the weights that are kept")
+    add(
+        "--reconstruct",
+        choices=updates,
+        help="what updates the weights that are kept (default: the pruner's)",
+    )
     update = "--reconstruct sparsegpt, for -p sparsegpt: it chooses the mask on the way (default: no)"
     add("--enable_update", "--enable-update", action="store_true", help=update)
     mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
@@ -119,8 +123,9 @@ def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     return {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
 
 
-def add_group_sparsity(add: Callable[..., Any]) -> None:
-    """`--group_sparsity`."""
+def add_targets(add: Callable[..., Any]) -> None:
+    """`--pattern` and `--group_sparsity`."""
+    add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
 

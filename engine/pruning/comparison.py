@@ -156,8 +156,9 @@ def sharing(plans: Mapping[str, Entry]) -> list[list[str]]:
     together: dict[Any, list[str]] = {}
     for name, entry in plans.items():
         plan = entry.plan
-        one_pass = plan.scored and not (plan.reconstruction and plan.joint(entry.request([], 0)))
-        same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if one_pass else name
+        request = entry.request([], 0)
+        anew = plan.whole or plan.by_blocks(request) or plan.joint(request) or plan.learned
+        same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if not anew else name
         together.setdefault(same, []).append(name)
     return list(together.values())
 

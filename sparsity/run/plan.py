@@ -97,11 +97,14 @@ class Plan:
         return self.calibration == "sequential"
 
     @property
+    def learned(self) -> bool:
+        """Whether scores are learned for each target anew."""
+        return not isinstance(self.score.statistic, str | None)
+
+    @property
     def scored(self) -> bool:
         """Whether single weights have scores, which serve all sparsities."""
-        statistic = self.score.statistic
-        anew = statistic is not None and not isinstance(statistic, str)
-        return not (self.whole or anew or self.steps > 1 or (self.sequential and self._scores_inputs))
+        return not (self.whole or self.learned or self.steps > 1 or (self.sequential and self._scores_inputs))
 
     @property
     def one_pass(self) -> bool:

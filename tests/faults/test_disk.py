@@ -13,7 +13,7 @@ import maskllm_train
 import prune
 import retrieval
 import sparsity.files
-import sparsity.statistics.gradient_rows
+import sparsity.statistics.row_stores
 from engine.launch import run
 from tests.faults.injection import Limit
 from tests.test_finetuning import options as tuning_options
@@ -71,7 +71,7 @@ def whole(commands, tmp_path_factory):
 
 def limited(monkeypatch, *limit):
     fault = Limit(*limit)
-    for module in (sparsity.files, sparsity.statistics.gradient_rows):
+    for module in (sparsity.files, sparsity.statistics.row_stores):
         monkeypatch.setattr(module, "writing", fault)
     return fault
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.training.checkpoint import load_checkpoint
 from sparsity.errors import UserError
-from sparsity.statistics.gradient_rows import Scratch, _File
+from sparsity.statistics.row_stores import File, Scratch
 from tests.fuzz.damage import check, damaged_bytes, damaged_json, fuzzed, same
 
 torch.manual_seed(0)
@@ -47,8 +47,8 @@ def test_snapshots_of_something_else(folder, content):
 IMAGES, ROWS = [2, 3, 1], torch.randn(3, 5)
 
 
-def stored(folder) -> _File:
-    return _File(Scratch(folder / "gradients", "data and model"), 5, torch.float32)
+def stored(folder) -> File:
+    return File(Scratch(folder / "gradients", "data and model"), 5, torch.float32)
 
 
 @pytest.mark.parametrize("part", ["account, bytes", "account, values", "rows"])
