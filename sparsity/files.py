@@ -23,6 +23,7 @@ USED_UP = {
 }
 REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors passes it on
+_LEFTOVER = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")  # as `replacing` names what it writes
 _CUT_SHORT = re.compile(r"inline_container|iostream error|file write failed")  # torch.save, which says no more
 
 
@@ -31,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends.
 
     On an exception nothing is left behind, and an older `path` stays as it was. A kill leaves the temporary file, which
-    `remove_leftovers` removes. Raises ResourceError or UserError as `writing`.
+    `remove_leftovers` and `clear_leftovers` remove. Raises ResourceError or UserError as `writing`.
     """
     path = Path(path)
     with writing(path):
@@ -151,6 +152,17 @@ def remove_leftovers(path: str | Path) -> None:
     path = Path(path)
     for temporary in path.parent.glob(f"{_prefix(path)}*"):
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left of any file or folder in `folder`, to which no other process writes now."""
+    for temporary in Path(folder).glob(".*.tmp-*"):
+        if not _LEFTOVER.fullmatch(temporary.name):  # the user's
+            continue
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _prefix(path: Path) -> str:

@@ -208,6 +208,21 @@ def test_two_runs_that_begin_together(tmp_path, trunk, injected):  # noqa: F811
         assert (folder / "result" / "README.md").is_file()
 
 
+def test_what_a_killed_run_has_half_written_goes_with_the_next_one(tmp_path, injected):
+    """But nothing of a run that is still there."""
+    injected("killed while it writes a picture")
+    half = tmp_path / ".sparsity.png.tmp-1-0123abcd"
+    half.touch()
+    there = {"host": "elsewhere", "boot": "b", "pid": 1, "began": "1", "since": "yesterday"}
+    (tmp_path / NAME).write_text(json.dumps(there))
+    with pytest.raises(ValueError, match="another run is writing here"):
+        FolderLock(tmp_path)
+    assert half.exists()
+    (tmp_path / NAME).unlink()
+    FolderLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_was_cut_short_or_is_of_another_boot_is_taken_over(tmp_path):
     for content in ("", '{"host": "x"', json.dumps({"host": "elsewhere"})):
         (tmp_path / NAME).write_text(content)

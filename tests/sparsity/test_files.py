@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from sparsity.files import check_writable, remove_leftovers, replacing, write_atomic
+from sparsity.files import check_writable, clear_leftovers, remove_leftovers, replacing, replacing_folder, write_atomic
 from tests.processes import PATIENCE, held
 
 HALF_WRITTEN = f"""
@@ -65,6 +65,19 @@ def test_leftovers_of_other_files_stay(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "a.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.pt.tmp-1", "a.pt", "a.pt.tmp-2"]
+
+
+def test_leftovers_of_all_files_and_folders_go_and_what_is_the_users_stays(tmp_path):
+    with replacing(tmp_path / "a.png") as file, replacing_folder(tmp_path / "model") as folder:
+        (folder / "part").write_bytes(b"half")
+        for name in ("a.png", ".mine.tmp-1", ".tmp-1-0123abcd", "b.tmp-1-0123abcd", file.name + ".txt"):
+            (tmp_path / name).touch()
+        clear_leftovers(tmp_path)
+        assert not file.exists() and not folder.exists()
+        left = {path.name for path in tmp_path.iterdir()}
+        file.touch()
+        folder.mkdir()
+    assert left == {"a.png", ".mine.tmp-1", ".tmp-1-0123abcd", "b.tmp-1-0123abcd", file.name + ".txt"}
 
 
 def test_a_writable_folder_passes_and_nothing_is_made(tmp_path):
