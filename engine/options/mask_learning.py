@@ -5,7 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.options.command_line import check_loggers, count, positive_float, positive_int, share
+from engine.options.command_line import (
+    add_decoding_options,
+    check_loggers,
+    count,
+    positive_float,
+    positive_int,
+    share,
+)
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 from sparsity.learned.schedule import RECIPES, Recipe
@@ -84,6 +91,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--crop-pct", type=positive_float, help="default: the model's")
     add("--interpolation", help="default: the model's")
     add("-j", "--workers", type=count, help="processes that read (default: the configuration's, of timm's 4)")
+    add_decoding_options(add)
     add = parser.add_argument_group("classifiers of timm: augmentation").add_argument
     add("--aa", help="AutoAugment policy of timm, as rand-m8-inc1-mstd101 (default: none)")
     add("--reprob", type=share, default=0.0, help="share of images with random erasing (default: %(default)s)")
