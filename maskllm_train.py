@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 import models
-from configs.decoding import Decoding
 from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS
 from configs.sources import images_of
@@ -27,12 +26,12 @@ from engine.options.command_line import (
     add_device_options,
     add_external_options,
     check_external,
-    decoding,
 )
 from engine.options.mask_learning import (
     add_learning_options,
     add_training_options,
     check_learning,
+    check_undecoded,
     fill_from_preset,
     image_settings,
 )
@@ -67,7 +66,7 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     """The course of tau and scaling, and the configuration of the data of a model that is not timm's; refuses what can
     be refused before heavy imports.
     """
-    recipe, pictures = check_learning(args), decoding(args)
+    recipe = check_learning(args)
     if not own(args.model):
         for option in OF_OWN_LOSS:
             if vars(args)[option] not in (None, "auto"):
@@ -77,10 +76,7 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
         args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped
         args.batch_size, args.workers = args.batch_size or 128, 4 if args.workers is None else args.workers
         return recipe, None
-    if pictures != Decoding():
-        raise UserError(
-            f"--exif-rotation, --transparency, --max-pixels: of {args.model} `decoding:` in --config says that"
-        )
+    check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:

@@ -269,7 +269,7 @@ def test_images_are_decoded_as_asked(tmp_path, photos, monkeypatch, capsys):
         (["--calibration", "images"], "--calibration is not for classifiers of timm: leave it out with test_vit"),
         (["--model", "xvlm", "--groups", "a=b"], "--groups is for other models"),
         (["--max-pixels", "0"], "--max-pixels"),
-        (["--model", "xvlm", "--exif-rotation"], "of xvlm `decoding:` in --config says that"),
+        (["--model", "xvlm", "--exif-rotation"], "of xvlm `decoding:` in the configuration says that"),
     ],
 )
 def test_bad_options(tmp_path, photos, capsys, more, told):

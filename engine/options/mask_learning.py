@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from configs.decoding import Decoding
 from engine.options.command_line import (
     add_decoding_options,
     check_loggers,
     count,
+    decoding,
     positive_float,
     positive_int,
     share,
@@ -152,6 +154,7 @@ def image_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_learning(args: argparse.Namespace) -> Recipe:
     """The course of tau and scaling; also resolves pattern, precision and folder. UserError for what cannot be."""
+    decoding(args)
     args.pattern = parse_pattern(f"{args.N}:{args.M}")
     given = {"tau": args.tau_range, "scaling": args.scaling_range, "gate_std": args.gate_std}
     recipe = replace(RECIPES[args.preset], **{name: value for name, value in given.items() if value is not None})
@@ -170,6 +173,13 @@ def check_learning(args: argparse.Namespace) -> Recipe:
     check_writable(args.folder, "--output")
     check_loggers({"wandb": args.log_wandb, "tensorboard": False})
     return recipe
+
+
+def check_undecoded(args: argparse.Namespace) -> None:
+    """UserError where options say how images become pictures, which the configuration of this model says."""
+    if decoding(args) != Decoding():
+        told = f"of {args.model} `decoding:` in the configuration says that (--config FILE)"
+        raise UserError(f"--exif-rotation, --transparency and --max-pixels are for classifiers of timm: {told}")
 
 
 def experiment(args: argparse.Namespace) -> str:
