@@ -9,10 +9,12 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from sparsity.errors import MissingFileError, ResourceError, UserError
@@ -71,9 +73,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Inside the block a file is written: ResourceError where there is no room, UserError where it is not allowed."""
+    before = sys.exception()
     try:
         yield
     except Exception as error:
+        came = _interruption(error, before)
+        if came is not None:
+            raise came from None
         elsewhere = getattr(error, "filename", None)  # what is written may be read from other files
         own = elsewhere is None or Path(os.fsdecode(elsewhere)).parent in (Path(path).parent, *Path(path).parents)
         known = (_refusal(error, path, "written") if own else None) or _used_up(error, path)
@@ -92,6 +98,16 @@ def reading(path: str | Path) -> Iterator[None]:
         if known is None:
             known = UserError(f"{path}: cannot be read ({error.strerror or error})")
         raise known from error
+
+
+def _interruption(error: Exception, before: BaseException | None) -> BaseException | None:
+    """What a signal raised while `torch.save` wrote (Ctrl-C, a stop, a killed process): torch only says that the file
+    is cut short, as it does where there is no room. before: what was being handled when the writing began.
+    """
+    if not (isinstance(error, RuntimeError) and _CUT_SHORT.search(str(error))):
+        return None
+    behind = takewhile(lambda e: e is not before, _chain(error))
+    return next((e for e in behind if not isinstance(e, OSError) and not _CUT_SHORT.search(str(e))), None)
 
 
 def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
@@ -117,15 +133,21 @@ def _used_up(error: Exception, path: str | Path) -> ResourceError | None:
 
 def used_up(error: BaseException | None) -> int | None:
     """The number of the system's error, somewhere behind this one, that says that something is used up."""
+    for one in _chain(error):
+        passed_on = _RUST_ERROR.search(str(one))
+        code = one.errno if isinstance(one, OSError) else int(passed_on[1]) if passed_on else None
+        if code in USED_UP:
+            return code
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those behind it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        passed_on = _RUST_ERROR.search(str(error))
-        code = error.errno if isinstance(error, OSError) else int(passed_on[1]) if passed_on else None
-        if code in USED_UP:
-            return code
+        yield error
         error = error.__cause__ or error.__context__
-    return None
 
 
 def append(path: str | Path, text: str) -> None:

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import retrieval
+from datasets.place import Place
 from datasets.sampler import ResumableSampler
 from engine.locks import NAME, FolderLock
 from tests.processes import PLAIN, error_line
@@ -154,7 +155,7 @@ def test_a_bad_image_on_rank_1(tmp_path, trunk, public, injected):  # noqa: F811
     injected("an unreadable image on rank 1 of 2")
     folder, config = public
     records = json.loads(Path(config["train_file"][0]).read_text())
-    sampler = ResumableSampler(len(records), seed=42, batch_size=2, rank=1, world_size=2)
+    sampler = ResumableSampler(len(records), seed=42, batch_size=2, place=Place(1, 2))
     image = Path(config["image_root"]) / records[next(iter(sampler)) % len(records)]["image"]
     before = image.read_bytes()
     assert Image.open(image)

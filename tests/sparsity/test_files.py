@@ -1,11 +1,14 @@
 """Files are whole or not there."""
 
 import errno
+import io
 import os
 import signal
 
 import pytest
+import torch
 
+from sparsity.errors import ResourceError
 from sparsity.files import check_writable, clear_leftovers, remove_leftovers, replacing, replacing_folder, write_atomic
 from tests.processes import PATIENCE, held
 
@@ -39,6 +42,37 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
     with pytest.raises(OSError, match=rf"^{tmp_path}/a.txt: .*No space left on device"), replacing(tmp_path / "a.txt"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
+
+
+class Broken(io.BytesIO):
+    """A file in whose third write something happens."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.times = error, 0
+
+    def write(self, content):
+        self.times += 1
+        if self.times == 3:
+            raise self.error
+        return super().write(content)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("DataLoader worker (pid 3) is killed")], ids=repr)
+def test_what_interrupts_torch_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, replacing(tmp_path / "a.pt"):
+        torch.save({"a": torch.ones(100)}, Broken(error))
+    assert raised.value is error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("file write failed")], ids=repr)
+def test_a_full_disk_is_one_also_where_another_error_is_handled(tmp_path, error):
+    with pytest.raises(ResourceError, match=r"a.pt: cannot be written"):
+        try:
+            raise RuntimeError("something else")
+        except RuntimeError:
+            with replacing(tmp_path / "a.pt"):
+                torch.save({"a": torch.ones(100)}, Broken(error))
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):
