@@ -31,6 +31,7 @@ from engine.options.mask_learning import (
     add_learning_options,
     add_training_options,
     check_learning,
+    check_undecoded,
     fill_from_preset,
     image_settings,
 )
@@ -75,6 +76,7 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
         args.max_skipped = 0.01 if args.max_skipped is None else args.max_skipped
         args.batch_size, args.workers = args.batch_size or 128, 4 if args.workers is None else args.workers
         return recipe, None
+    check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:

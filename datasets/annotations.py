@@ -134,7 +134,7 @@ def _parsed(path: str | Path, i: int, record: Any, parse: Callable[[dict], Any],
 def get_text(record: dict, key: str, *, blank: bool = False) -> str:
     """Text under a key; raises UserError where there is none, or, unless it may be `blank`, no word in it."""
     if key not in record:
-        raise UserError(f"no key {key!r} (it has {', '.join(map(repr, islice(record, _KEYS))) or 'none'})")
+        raise UserError(f"no key {key!r} (it has {', '.join(map(shown, islice(record, _KEYS))) or 'none'})")
     if not isinstance(record[key], str):
         raise UserError(f"{key!r} must be a text, got {shown(record[key])}")
     return check_text(record[key], key, blank=blank)

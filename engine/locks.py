@@ -22,7 +22,7 @@ except ImportError:  # Windows: without the moment's lock
     fcntl = None
 
 from sparsity.errors import UserError
-from sparsity.files import writing
+from sparsity.files import clear_leftovers, writing
 
 NAME = "running.lock"
 BEAT = 20.0  # seconds from touch to touch
@@ -76,7 +76,10 @@ def _self() -> Holder:
 
 
 class FolderLock:
-    """Holds a folder until `release`. UserError, naming the holder, where another run has it."""
+    """Holds a folder until `release`, and removes from it what a run that was killed had half written.
+
+    UserError, naming the holder, where another run has the folder.
+    """
 
     def __init__(self, folder: Path):
         self.path, self.holder = folder / NAME, _self()
@@ -84,6 +87,7 @@ class FolderLock:
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._take(folder)
+        clear_leftovers(folder)
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name="output folder").start()
 

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
-# Kills pruning, fine-tuning and mask training with kill -9 at random moments, each again and again until it comes to its
-# end, on two-layer models, and compares what it has written with that of a run without a kill, bit for bit.
-#   MINUTES=30  how long, after a run of each      SEED=1  of the moments      OUTPUT=output/soak      PYTHON=python
+# Kills pruning, fine-tuning and mask training with kill -9 at random moments of their work, each up to four times before
+# it may come to its end, again and again on two-layer models, and compares what is in the folder then with that of a run
+# without a kill: the same files, weights, masks and metrics the same bit for bit. Ends with 1 where anything was lost, or
+# one of them was killed less often than KILLS.
+#   MINUTES=30  how long, after a run of each      KILLS=20      SEED=1  of the moments      OUTPUT=output/soak      PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python} output=${OUTPUT:-output/soak}
+python=${PYTHON:-python} output=${OUTPUT:-output/soak} least=${KILLS:-20}
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-RANDOM=${SEED:-1}
-tasks=(pruning fine-tuning "mask training")
+tasks=(pruning "pruning, chita" fine-tuning "mask training")
 configs=tests/data/configs
-declare -A kills ends lost whole length
 
 command_of() { # TASK FOLDER
     case $1 in
         pruning)
-            command=(prune.py -m xvlm -p sparsegpt --enable_update -s 50 --num_batches 20 --config "$configs/prune.yaml")
-            command+=(--output_dir "$2")
+            command=(prune.py -m xvlm -p sparsegpt --enable_update -s 50 --num_batches 20)
+            command+=(--config "$configs/prune.yaml" --output_dir "$2")
+            ;;
+        "pruning, chita") # its gradients in a file
+            command=(prune.py -m xvlm -p chita -e 4 -s 50 --num_batches 4 --memory_budget 1KB)
+            command+=(--config "$configs/prune.yaml" --output_dir "$2")
             ;;
         fine-tuning)
             command=(retrieval.py --model xvlm --dense --config "$output/retrieval.yaml" --output_dir "$2"
@@ -29,8 +33,65 @@ command_of() { # TASK FOLDER
     command+=(--accelerator cpu)
 }
 
-digest() { # FOLDER: of all weights and masks, and that nothing half done is left
-    (cd "$1" && find . -name '*.safetensors' -o -name '*.tmp-*' -o -name running.lock | sort | xargs sha256sum | sha256sum)
+digest() { # FOLDER: the names of all files, and the contents of those that tell neither times nor paths
+    (cd "$1" && find . -type f | sort && find . -name '*.safetensors' -o -name metrics.json | sort | xargs sha256sum) |
+        sha256sum
+}
+
+at_work() { # PROCESS FOLDER: waits until the process holds its folder: imports are over. 1 where it ends before
+    until grep -qrs --include=running.lock "\"pid\": $1," "$2"; do
+        kill -0 "$1" 2>/dev/null || return 1
+        sleep 0.05
+    done
+}
+
+now() { echo $((${EPOCHREALTIME/./} / 1000)); } # ms
+
+whole() { # TASK: a run without a kill; prints how long it works, in ms, and the digest of its folder
+    local begin folder="$output/whole $1"
+    command_of "$1" "$folder"
+    "$python" "${command[@]}" >"$folder.log" 2>&1 &
+    at_work $! "$folder" || true
+    begin=$(now)
+    if ! wait $!; then
+        cat "$folder.log" >&2
+        return 1
+    fi
+    echo "$(($(now) - begin))"
+    digest "$folder"
+}
+
+soak() { # TASK NUMBER: kills its runs until the time is over; prints kills, runs that ended with the same bits, lost ones
+    local task=$1 kills=0 ends=0 lost=0 left=0 length expected run killed code pause
+    local folder="$output/cut $1"
+    { read -r length && read -r expected; } <"$output/whole $1.txt"
+    RANDOM=$((${SEED:-1} + $2))
+    command_of "$task" "$folder"
+    while ((SECONDS < deadline)) || [ -e "$folder" ]; do
+        [ -e "$folder" ] || left=$((1 + RANDOM % 4)) # kills of this run
+        "$python" "${command[@]}" >"$folder.log" 2>&1 &
+        run=$! killed=none
+        pause=$(((RANDOM * 32768 + RANDOM) % length)) # ms
+        if ((left > 0 && SECONDS < deadline)) && at_work "$run" "$folder"; then
+            left=$((left - 1))
+            sleep "$((pause / 1000)).$(printf %03d $((pause % 1000)))"
+            kill -9 "$run" 2>/dev/null && killed=137 || true
+        fi
+        code=0
+        wait "$run" 2>/dev/null || code=$?
+        if [ "$code" = "$killed" ]; then
+            kills=$((kills + 1))
+        elif ((code == 0)) && [ "$(digest "$folder")" = "$expected" ]; then
+            ends=$((ends + 1))
+            rm -rf "$folder"
+        else
+            lost=$((lost + 1))
+            echo "$task: exit code $code, or other results than without kills: kept in $folder.$lost" >&2
+            tr '\r' '\n' <"$folder.log" | tail -n 5 >&2
+            mv "$folder" "$folder.$lost"
+        fi
+    done
+    echo "$kills $ends $lost"
 }
 
 rm -rf "$output"
@@ -39,53 +100,30 @@ mkdir -p "$output"
     sed 's/epochs: 3/epochs: 8/' "$configs/retrieval.yaml"
     echo "save_every: 3"
 } >"$output/retrieval.yaml"
-for task in "${tasks[@]}"; do
-    begin=${EPOCHREALTIME/./}
-    command_of "$task" "$output/whole $task"
-    if ! "$python" "${command[@]}" >"$output/log" 2>&1; then
-        cat "$output/log" >&2
-        exit 1
-    fi
-    length[$task]=$(((${EPOCHREALTIME/./} - begin) / 1000)) # ms
-    whole[$task]=$(digest "$output/whole $task")
-    kills[$task]=0 ends[$task]=0 lost[$task]=0
-    echo "$task: a run takes ${length[$task]} ms"
-done
 
-deadline=$((SECONDS + 60 * ${MINUTES:-30}))
-while ((SECONDS < deadline)); do
-    for task in "${tasks[@]}"; do
-        folder="$output/cut $task"
-        command_of "$task" "$folder"
-        "$python" "${command[@]}" >"$output/log" 2>&1 &
-        run=$!
-        wait_ms=$((length[$task] / 3 + (RANDOM * 32768 + RANDOM) % length[$task])) # the first third is imports
-        for ((waited = 0; waited < wait_ms; waited += 50)); do
-            kill -0 "$run" 2>/dev/null || break
-            sleep 0.05
-        done
-        kill -9 "$run" 2>/dev/null || true
-        code=0
-        wait "$run" 2>/dev/null || code=$?
-        if ((code == 137)); then
-            kills[$task]=$((kills[$task] + 1))
-        elif ((code == 0)) && [ "$(digest "$folder")" = "${whole[$task]}" ]; then
-            ends[$task]=$((ends[$task] + 1))
-            rm -rf "$folder"
-        else
-            lost[$task]=$((lost[$task] + 1))
-            echo "$task: exit code $code, or other results than without kills: kept in $folder.${lost[$task]}" >&2
-            tr '\r' '\n' <"$output/log" | tail -n 5 >&2
-            mv "$folder" "$folder.${lost[$task]}"
-        fi
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+each() { # FUNCTION: for all tasks at the same time; what it prints is in files
+    pids=()
+    for number in "${!tasks[@]}"; do
+        "$1" "${tasks[number]}" "$number" >"$output/$1 ${tasks[number]}.txt" &
+        pids+=($!)
     done
-done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || exit 1
+    done
+}
 
-printf '\n| %-13s | kills | runs that ended, with the same bits | lost |\n' ""
-echo "| ------------- | ----: | ----------------------------------: | ---: |"
+each whole
+deadline=$((SECONDS + 60 * ${MINUTES:-30}))
+each soak
+
+printf '\n| %-14s | kills | runs that ended, with the same bits | lost |\n' ""
+echo "| -------------- | ----: | ----------------------------------: | ---: |"
 failed=0
 for task in "${tasks[@]}"; do
-    printf '| %-13s | %5d | %35d | %4d |\n' "$task" "${kills[$task]}" "${ends[$task]}" "${lost[$task]}"
-    failed=$((failed + lost[$task]))
+    read -r kills ends lost <"$output/soak $task.txt"
+    printf '| %-14s | %5d | %35d | %4d |\n' "$task" "$kills" "$ends" "$lost"
+    ((lost == 0 && kills >= least)) || failed=1
 done
-exit $((failed > 0))
+exit "$failed"

@@ -9,10 +9,12 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from sparsity.errors import MissingFileError, ResourceError, UserError
@@ -23,6 +25,7 @@ USED_UP = {
 }
 REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors passes it on
+_LEFTOVER = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")  # as `replacing` names what it writes
 _CUT_SHORT = re.compile(r"inline_container|iostream error|file write failed")  # torch.save, which says no more
 
 
@@ -31,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends.
 
     On an exception nothing is left behind, and an older `path` stays as it was. A kill leaves the temporary file, which
-    `remove_leftovers` removes. Raises ResourceError or UserError as `writing`.
+    `remove_leftovers` and `clear_leftovers` remove. Raises ResourceError or UserError as `writing`.
     """
     path = Path(path)
     with writing(path):
@@ -70,9 +73,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Inside the block a file is written: ResourceError where there is no room, UserError where it is not allowed."""
+    before = sys.exception()
     try:
         yield
     except Exception as error:
+        came = _interruption(error, before)
+        if came is not None:
+            raise came from None
         elsewhere = getattr(error, "filename", None)  # what is written may be read from other files
         own = elsewhere is None or Path(os.fsdecode(elsewhere)).parent in (Path(path).parent, *Path(path).parents)
         known = (_refusal(error, path, "written") if own else None) or _used_up(error, path)
@@ -91,6 +98,16 @@ def reading(path: str | Path) -> Iterator[None]:
         if known is None:
             known = UserError(f"{path}: cannot be read ({error.strerror or error})")
         raise known from error
+
+
+def _interruption(error: Exception, before: BaseException | None) -> BaseException | None:
+    """What a signal raised while `torch.save` wrote (Ctrl-C, a stop, a killed process): torch only says that the file
+    is cut short, as it does where there is no room. before: what was being handled when the writing began.
+    """
+    if not (isinstance(error, RuntimeError) and _CUT_SHORT.search(str(error))):
+        return None
+    behind = takewhile(lambda e: e is not before, _chain(error))
+    return next((e for e in behind if not isinstance(e, OSError) and not _CUT_SHORT.search(str(e))), None)
 
 
 def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
@@ -116,15 +133,21 @@ def _used_up(error: Exception, path: str | Path) -> ResourceError | None:
 
 def used_up(error: BaseException | None) -> int | None:
     """The number of the system's error, somewhere behind this one, that says that something is used up."""
+    for one in _chain(error):
+        passed_on = _RUST_ERROR.search(str(one))
+        code = one.errno if isinstance(one, OSError) else int(passed_on[1]) if passed_on else None
+        if code in USED_UP:
+            return code
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those behind it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        passed_on = _RUST_ERROR.search(str(error))
-        code = error.errno if isinstance(error, OSError) else int(passed_on[1]) if passed_on else None
-        if code in USED_UP:
-            return code
+        yield error
         error = error.__cause__ or error.__context__
-    return None
 
 
 def append(path: str | Path, text: str) -> None:
@@ -151,6 +174,17 @@ def remove_leftovers(path: str | Path) -> None:
     path = Path(path)
     for temporary in path.parent.glob(f"{_prefix(path)}*"):
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left of any file or folder in `folder`, to which no other process writes now."""
+    for temporary in Path(folder).glob(".*.tmp-*"):
+        if not _LEFTOVER.fullmatch(temporary.name):  # the user's
+            continue
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _prefix(path: Path) -> str:

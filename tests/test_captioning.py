@@ -24,6 +24,7 @@ from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from datasets.tasks import captioning_metrics
 from sparsity.masks import Masks
+from tests.evaluating import check_evaluation
 from tests.processes import PATIENCE, PLAIN, only_bars
 from tests.test_scripts import CONFIGS, early, refused, without_torch  # noqa: F401
 
@@ -160,6 +161,12 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, trunks):
         captioning.main(options("xvlm", tmp_path / folder, *mask, *flags))
     for name in ("model.safetensors", "metrics.json", "captions_scenes.json"):
         assert (tmp_path / "whole/result" / name).read_bytes() == (tmp_path / "parts/result" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["xvlm", pytest.param("blip", marks=pytest.mark.slow)])
+def test_evaluation_alone(tmp_path, name):
+    config = changed(tmp_path / "c.yaml", CONFIGS / FILES[name], scheduler={"epochs": 1})
+    check_evaluation(captioning.main, ["--model", name, "--config", str(config), "--dense", *CPU], tmp_path)
 
 
 # Two processes

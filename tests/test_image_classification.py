@@ -34,6 +34,7 @@ from engine.training.optimizer import finetuning_optimizer
 from models.dino import classification as dino_classification
 from models.dino import model as dino
 from sparsity.masks import Masks
+from tests.evaluating import check_evaluation
 from tests.processes import only_bars
 from tests.test_finetuning import log_rows, zeros
 from tests.test_scripts import CONFIGS, early, refused, script, without_torch  # noqa: F401
@@ -80,6 +81,11 @@ def metrics_of(result):
 
 
 # Dense and pruned, on the bundled glyphs
+
+
+def test_evaluation_alone(tmp_path):
+    given = ["--config", str(CONFIG), "--dense", "--epochs", "1", "--accelerator", "cpu", "--precision", "32-true"]
+    check_evaluation(image_classification.main, given, tmp_path)
 
 
 def test_a_pruned_model(tmp_path, trunk, capsys):

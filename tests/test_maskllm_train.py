@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import maskllm_train
 import oneshot_pruning_timm
+from configs.decoding import Decoding
+from datasets.labelled.timm_images import open_images
+from engine.training import learning_tasks
 from engine.training.learning_tasks import ImageTask
 from models.external.model import prunable_view
 from sparsity.learned.checkpoint import fold
@@ -212,6 +215,41 @@ def test_models_of_this_project_learn_on_their_own_loss(tmp_path, model, config)
     assert len(losses(tmp_path / "run")) == 2 * 2 * (2 if model in ("xvlm", "blip") else 1)  # pairs, regions in turns
 
 
+def test_the_folder_unless_told_otherwise(tmp_path, photos, prior, monkeypatch):
+    """The model, the pattern, the mode and the prior name it: runs that differ in them never meet."""
+    monkeypatch.chdir(tmp_path)
+    given = [*TINY, "--data-dir", str(photos), "--mask-only"]
+    maskllm_train.main([*given, "--batch-size", "4", "--steps", "1", "--sparse-checkpoint", str(prior)])
+    folder = Path("output/maskllm/test_vit.2of4.prior")
+    assert {"mask.safetensors", "model.safetensors", "metrics.json"} <= {path.name for path in folder.iterdir()}
+
+    def folder_of(*more):
+        args = maskllm_train.parse([*given, *more])
+        maskllm_train.check(args)
+        return args.folder
+
+    others = [[], ["--N", "1"], ["--M", "8"], ["--model", "test_vit2"], ["--sparsity-mode", "dense"]]
+    others += [["--sparsity-mode", "sparse", "--sparse-checkpoint", str(prior)]]
+    found = [folder, *(folder_of(*more) for more in others)]
+    assert found[1:5] == [Path("output/maskllm", name) for name in DEFAULTS] and len(set(found)) == len(found)
+
+
+DEFAULTS = ("test_vit.2of4", "test_vit.1of4", "test_vit.2of8", "test_vit2.2of4")
+
+
+def test_images_are_decoded_as_asked(tmp_path, photos, monkeypatch, capsys):
+    """Those of 40 x 40 pixels are too large for 1,599."""
+    asked = []
+    monkeypatch.setattr(
+        learning_tasks, "open_images", lambda *a, **given: asked.append(given["decoding"]) or open_images(*a, **given)
+    )
+    given = ["--exif-rotation", "--transparency", "white", "--max-pixels", "1600", "--steps", "1", "--mask-only"]
+    learned(photos, tmp_path / "read", *given)
+    assert asked == 2 * [Decoding(exif_rotation=True, transparency="white", max_pixels=1600)]
+    given[given.index("1600")] = "1599"
+    assert "skipped" in refused(capsys, maskllm_train.main, options(photos, tmp_path / "none", *given))
+
+
 # What is refused
 
 
@@ -230,6 +268,8 @@ def test_models_of_this_project_learn_on_their_own_loss(tmp_path, model, config)
         (["--M", "5"], "no layer of this model divides into groups of 5"),
         (["--calibration", "images"], "--calibration is not for classifiers of timm: leave it out with test_vit"),
         (["--model", "xvlm", "--groups", "a=b"], "--groups is for other models"),
+        (["--max-pixels", "0"], "--max-pixels"),
+        (["--model", "xvlm", "--exif-rotation"], "of xvlm `decoding:` in the configuration says that"),
     ],
 )
 def test_bad_options(tmp_path, photos, capsys, more, told):

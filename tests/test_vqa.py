@@ -14,6 +14,7 @@ import models
 import vqa
 from configs.loading import load_config
 from sparsity.masks import Masks
+from tests.evaluating import check_evaluation
 from tests.test_scripts import CONFIGS, script
 
 pytestmark = pytest.mark.script
@@ -82,6 +83,12 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path):
         vqa.main(options("xvlm", tmp_path / folder, "--dense", *flags))
     whole, parts = (load_file(tmp_path / folder / "result" / "model.safetensors") for folder in ("whole", "parts"))
     torch.testing.assert_close(whole, parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["xvlm", pytest.param("blip", marks=pytest.mark.slow)])
+def test_evaluation_alone(tmp_path, name):
+    config = changed(tmp_path / "c.yaml", CONFIGS / FILES[name], scheduler={"epochs": 1})
+    check_evaluation(vqa.main, ["--model", name, "--config", str(config), "--dense", *CPU], tmp_path)
 
 
 @pytest.mark.multiprocess

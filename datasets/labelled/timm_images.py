@@ -15,9 +15,11 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import Dataset
 
+from configs.decoding import Decoding
 from configs.locations import located
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
+from datasets.images import DEFAULT
 from datasets.labelled.cifar import READERS, CifarDataset
 from datasets.labelled.data_path import BUNDLED, DOWNLOADED, labelled_folder
 
@@ -50,14 +52,21 @@ class TimmTransform:
 
 
 def open_images(
-    path: str, split: str, side: int, *, length: int | None = None, seed: int, augment: dict[str, Any]
+    path: str,
+    split: str,
+    side: int,
+    *,
+    length: int | None = None,
+    seed: int,
+    augment: dict[str, Any],
+    decoding: Decoding = DEFAULT,
 ) -> Dataset:
     """Images of a split, indexed by running numbers, with `class_names`.
 
     path: as datasets.labelled.data_path has it. split: "train", "val", or "test", the font that training never shows,
     of the bundled glyphs alone. side: in pixels. length: images of an epoch, of the bundled glyphs. augment: arguments
-    of timm.data.create_transform; the bundled glyphs are drawn anew instead. Raises as
-    `datasets.labelled.data_path.open_data`.
+    of timm.data.create_transform; the bundled glyphs are drawn anew instead. decoding: how image files become pictures.
+    Raises as `datasets.labelled.data_path.open_data`.
     """
     if path == BUNDLED:
         part = {"train": "train", "val": "seen", "test": "unseen"}[split]
@@ -66,4 +75,4 @@ def open_images(
     transform = TimmTransform(create_transform(**augment, is_training=train))
     if path in READERS:
         return CifarDataset(path, train, transform, seed=seed, root=located(DOWNLOADED))
-    return labelled_folder(Path(path), train, transform, seed=seed)
+    return labelled_folder(Path(path), train, transform, seed=seed, decoding=decoding)

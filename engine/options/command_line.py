@@ -241,9 +241,15 @@ def add_finetuning_options(
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """`--workers`, `--max-skipped`, and what `configs.decoding.Decoding` has, where no configuration says it."""
-    add, default = parser.add_argument_group("image files").add_argument, Decoding()
+    add = parser.add_argument_group("image files").add_argument
     add("--workers", type=count, default=0, help="processes that read images (default: %(default)s)")
     add("--max-skipped", type=share, default=0.01, help="share of unreadable images tolerated (default: %(default)s)")
+    add_decoding_options(add)
+
+
+def add_decoding_options(add: Callable[..., Any]) -> None:
+    """What `configs.decoding.Decoding` has. add: of the parser or of a group of it."""
+    default = Decoding()
     add("--exif-rotation", action="store_true", help="turn images as their EXIF data says (default: no)")
     ground = "what is under transparent pixels: what is stored there, or white (default: %(default)s)"
     add("--transparency", choices=GROUNDS, default=default.transparency, help=ground)
@@ -252,7 +258,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding(args: argparse.Namespace) -> Decoding:
-    """What the options of `add_reading_options` say; UserError for what cannot be."""
+    """What the options of `add_decoding_options` say; UserError for what cannot be."""
     return Decoding(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)})
 
 

@@ -5,7 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.options.command_line import check_loggers, count, positive_float, positive_int, share
+from configs.decoding import Decoding
+from engine.options.command_line import (
+    add_decoding_options,
+    check_loggers,
+    count,
+    decoding,
+    positive_float,
+    positive_int,
+    share,
+)
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 from sparsity.learned.schedule import RECIPES, Recipe
@@ -84,6 +93,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--crop-pct", type=positive_float, help="default: the model's")
     add("--interpolation", help="default: the model's")
     add("-j", "--workers", type=count, help="processes that read (default: the configuration's, of timm's 4)")
+    add_decoding_options(add)
     add = parser.add_argument_group("classifiers of timm: augmentation").add_argument
     add("--aa", help="AutoAugment policy of timm, as rand-m8-inc1-mstd101 (default: none)")
     add("--reprob", type=share, default=0.0, help="share of images with random erasing (default: %(default)s)")
@@ -144,6 +154,7 @@ def image_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_learning(args: argparse.Namespace) -> Recipe:
     """The course of tau and scaling; also resolves pattern, precision and folder. UserError for what cannot be."""
+    decoding(args)
     args.pattern = parse_pattern(f"{args.N}:{args.M}")
     given = {"tau": args.tau_range, "scaling": args.scaling_range, "gate_std": args.gate_std}
     recipe = replace(RECIPES[args.preset], **{name: value for name, value in given.items() if value is not None})
@@ -162,6 +173,13 @@ def check_learning(args: argparse.Namespace) -> Recipe:
     check_writable(args.folder, "--output")
     check_loggers({"wandb": args.log_wandb, "tensorboard": False})
     return recipe
+
+
+def check_undecoded(args: argparse.Namespace) -> None:
+    """UserError where options say how images become pictures, which the configuration of this model says."""
+    if decoding(args) != Decoding():
+        told = f"of {args.model} `decoding:` in the configuration says that (--config FILE)"
+        raise UserError(f"--exif-rotation, --transparency and --max-pixels are for classifiers of timm: {told}")
 
 
 def experiment(args: argparse.Namespace) -> str:

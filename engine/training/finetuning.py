@@ -28,7 +28,7 @@ from engine.training.loggers import Logger, TensorBoardLog, WandbLog
 from engine.training.optimizer import after_each_step, finetuning_optimizer
 from engine.training.schedule import warmup_cosine, warmup_linear
 from sparsity.errors import UserError
-from sparsity.files import write_atomic
+from sparsity.files import clear_leftovers, write_atomic
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
 
@@ -184,6 +184,7 @@ class Finetuning:
 
     def _write(self, metrics: Mapping[str, Metrics]) -> Path:
         folder = self._results
+        clear_leftovers(folder)
         (folder / CARD).unlink(missing_ok=True)
         save_weights(self.model, folder / "model.safetensors")
         if self.masks:

@@ -18,6 +18,7 @@ from datasets.labelled.timm_images import open_images
 from datasets.loaders import loader
 from engine.contents import classes, contents
 from engine.evaluation.classification import Accuracy, Classifier
+from engine.options.command_line import decoding
 from engine.pruning.data_kinds import Subject
 from engine.ranks import on_leader, place_of
 from engine.training.timm_training import Labelled
@@ -67,7 +68,7 @@ class ImageTask:
         side = settings["input_size"][-1]
         trained = {"auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "hflip": args.hflip}
         trained |= {"color_jitter": args.color_jitter, "scale": args.scale, "ratio": args.ratio}
-        opened = partial(open_images, args.data_path, side=side)
+        opened = partial(open_images, args.data_path, side=side, decoding=decoding(args))
         lengths = {"train": args.train_images, "val": args.val_images, "test": args.test_images}
         self.train = opened("train", length=lengths["train"], augment=settings | trained, seed=args.seed)
         names = ("val", "test") if args.data_path == BUNDLED else ("val",)

@@ -24,7 +24,7 @@ from engine.training.learning_tasks import Metrics, Task
 from engine.training.loggers import Logger, WandbLog
 from engine.training.timm_training import build_optimizer, build_rate
 from sparsity.errors import UserError
-from sparsity.files import remove_leftovers, write_atomic
+from sparsity.files import write_atomic
 from sparsity.learned.checkpoint import fold
 from sparsity.learned.layer import folded
 from sparsity.learned.learnable_masks import LearnableMasks
@@ -273,7 +273,6 @@ class MaskLearning:
             facts = {"epoch": step // self.task.epoch_steps, "arch": args.model, "version": 2, "metric": None}
             facts |= {"metric": metrics.get(self.task.select), "metrics": metrics, "args": _settings(args)}
             facts |= {"step": step, "identity": plain(self.identity)}
-            remove_leftovers(folder / BEST)
             save_checkpoint(folder / BEST, {**facts, "state_dict": state})
             with folded(model):
                 halves = self.task.view.halves

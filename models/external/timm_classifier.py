@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import AVERAGED, TIMM, WRAPPERS, half_dtypes, load_weights, read_weights
 from models.external.model import timm_model
-from sparsity.errors import UserError
+from sparsity.errors import UserError, listed
 
 POSITIONS = ("pos_embed",)  # interpolated where a checkpoint has another image size
 
@@ -62,9 +62,16 @@ def load(
     """The weights of a checkpoint into a model; returns the dtypes of those in half precision.
 
     weights: those of the file, where they are not as `read` finds them. key: of `read`. Raises UserError where it is
-    one of another model, or of other classes.
+    one of another model, of other classes, or of float64, in which nothing computes here.
     """
     weights = read(path, key=key) if weights is None else weights
+    wide = [name for name, tensor in weights.items() if tensor.dtype == torch.float64]
+    if wide:
+        raise UserError(
+            f"{path}: {len(wide)} tensors are of float64, and would be computed with and written in float32: "
+            f"{listed(wide)}; round them first (python pack.py {path} FILE.safetensors --dtype float32), or prune them "
+            "as they are with prune.py -m timm:NAME --weights FILE"
+        )
     heads = [name for name, module in model.named_modules() if module is model.get_classifier()]
     for head in heads:
         own, found = dict(model.named_parameters()).get(f"{head}.weight"), weights.get(f"{head}.weight")

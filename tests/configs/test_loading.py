@@ -136,6 +136,7 @@ def test_the_full_size_is_chosen_where_its_weights_are(tmp_path):
     ("text", "message"),
     [
         ("weights: a\nweights: b", "the key 'weights' stands twice"),
+        (f"{'w' * 1000}: a\n{'w' * 1000}: b", "the key 'w{59} stands twice"),
         ("inner: {size: 1, size: 2}", "the key 'size' stands twice"),
         ("a: 2001-13-01", "month must be in 1..12"),
         ("a: !!bool x", "not valid YAML"),

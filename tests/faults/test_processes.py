@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 import retrieval
+from datasets.place import Place
 from datasets.sampler import ResumableSampler
 from engine.locks import NAME, FolderLock
 from tests.processes import PLAIN, error_line
@@ -154,7 +155,7 @@ def test_a_bad_image_on_rank_1(tmp_path, trunk, public, injected):  # noqa: F811
     injected("an unreadable image on rank 1 of 2")
     folder, config = public
     records = json.loads(Path(config["train_file"][0]).read_text())
-    sampler = ResumableSampler(len(records), seed=42, batch_size=2, rank=1, world_size=2)
+    sampler = ResumableSampler(len(records), seed=42, batch_size=2, place=Place(1, 2))
     image = Path(config["image_root"]) / records[next(iter(sampler)) % len(records)]["image"]
     before = image.read_bytes()
     assert Image.open(image)
@@ -206,6 +207,21 @@ def test_two_runs_that_begin_together(tmp_path, trunk, injected):  # noqa: F811
             continue
         assert [code for code, _ in codes] == [0, 2] and "another run is writing here" in error_line(codes[1][1])
         assert (folder / "result" / "README.md").is_file()
+
+
+def test_what_a_killed_run_has_half_written_goes_with_the_next_one(tmp_path, injected):
+    """But nothing of a run that is still there."""
+    injected("killed while it writes a picture")
+    half = tmp_path / ".sparsity.png.tmp-1-0123abcd"
+    half.touch()
+    there = {"host": "elsewhere", "boot": "b", "pid": 1, "began": "1", "since": "yesterday"}
+    (tmp_path / NAME).write_text(json.dumps(there))
+    with pytest.raises(ValueError, match="another run is writing here"):
+        FolderLock(tmp_path)
+    assert half.exists()
+    (tmp_path / NAME).unlink()
+    FolderLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_was_cut_short_or_is_of_another_boot_is_taken_over(tmp_path):

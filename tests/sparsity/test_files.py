@@ -1,12 +1,15 @@
 """Files are whole or not there."""
 
 import errno
+import io
 import os
 import signal
 
 import pytest
+import torch
 
-from sparsity.files import check_writable, remove_leftovers, replacing, write_atomic
+from sparsity.errors import ResourceError
+from sparsity.files import check_writable, clear_leftovers, remove_leftovers, replacing, replacing_folder, write_atomic
 from tests.processes import PATIENCE, held
 
 HALF_WRITTEN = f"""
@@ -41,6 +44,37 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Broken(io.BytesIO):
+    """A file in whose third write something happens."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.times = error, 0
+
+    def write(self, content):
+        self.times += 1
+        if self.times == 3:
+            raise self.error
+        return super().write(content)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("DataLoader worker (pid 3) is killed")], ids=repr)
+def test_what_interrupts_torch_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, replacing(tmp_path / "a.pt"):
+        torch.save({"a": torch.ones(100)}, Broken(error))
+    assert raised.value is error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("file write failed")], ids=repr)
+def test_a_full_disk_is_one_also_where_another_error_is_handled(tmp_path, error):
+    with pytest.raises(ResourceError, match=r"a.pt: cannot be written"):
+        try:
+            raise RuntimeError("something else")
+        except RuntimeError:
+            with replacing(tmp_path / "a.pt"):
+                torch.save({"a": torch.ones(100)}, Broken(error))
+
+
 def test_permissions_are_those_of_any_new_file(tmp_path):
     write_atomic(tmp_path / "a", b"")
     (tmp_path / "b").touch()
@@ -65,6 +99,19 @@ def test_leftovers_of_other_files_stay(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "a.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.pt.tmp-1", "a.pt", "a.pt.tmp-2"]
+
+
+def test_leftovers_of_all_files_and_folders_go_and_what_is_the_users_stays(tmp_path):
+    with replacing(tmp_path / "a.png") as file, replacing_folder(tmp_path / "model") as folder:
+        (folder / "part").write_bytes(b"half")
+        for name in ("a.png", ".mine.tmp-1", ".tmp-1-0123abcd", "b.tmp-1-0123abcd", file.name + ".txt"):
+            (tmp_path / name).touch()
+        clear_leftovers(tmp_path)
+        assert not file.exists() and not folder.exists()
+        left = {path.name for path in tmp_path.iterdir()}
+        file.touch()
+        folder.mkdir()
+    assert left == {"a.png", ".mine.tmp-1", ".tmp-1-0123abcd", "b.tmp-1-0123abcd", file.name + ".txt"}
 
 
 def test_a_writable_folder_passes_and_nothing_is_made(tmp_path):

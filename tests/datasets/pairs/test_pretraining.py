@@ -178,6 +178,7 @@ GOOD = {"image": "val/0.png", "caption": "a dog"}
         ([GOOD, "val/0.png"], r"record 1 is 'val/0.png'; expected"),
         ([GOOD, {"image": "val/0.png", "captoin": "a"}], r"record 1: no key 'caption' \(it has 'image', 'captoin'\)"),
         ([{"caption": "a"}], r"record 0: no key 'image'"),
+        ([{"i" * 5000: "a"}], r"record 0: no key 'caption' \(it has 'i{1,30}\.\.\.i{1,30}'\)"),
         ([{**GOOD, "caption": []}], r"record 0: 'caption' must be a text or a list of at least one text, got \[\]"),
         ([{**GOOD, "caption": ["a", 3]}], r"record 0: 'caption' must be a text or a list"),
         ([{**GOOD, "caption": 3}], r"record 0: 'caption' must be a text, got 3"),

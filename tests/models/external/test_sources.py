@@ -6,16 +6,21 @@ import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import maskllm_train
 import oneshot_pruning_timm
+import pack
 import prune
+import timm_validate
 from engine.export import save_model, save_weights
 from models.checkpoint import load_weights, read_weights
 from models.external import model as external
 from models.external import timm_classifier
+from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests import tiny_models
 from tests.tiny_models import VISION
@@ -154,7 +159,7 @@ def test_tensors_that_differ_in_dtype_keep_their_own(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_saved_weights_of_timm_have_the_dtype_of_their_file(tmp_path, dtype, suffix, caplog):
+def test_saved_weights_of_timm_have_the_dtype_of_their_file(tmp_path, dtype, suffix):
     state = timm.create_model("test_vit").to(dtype).state_dict()
     torch.save(state, tmp_path / "w.pt")
     out = str(tmp_path / "out")
@@ -176,13 +181,46 @@ def test_saved_weights_of_timm_have_the_dtype_of_their_file(tmp_path, dtype, suf
     assert set(dtypes_of(saved).values()) == {DTYPES[dtype]}
     path = tmp_path / f"oneshot{suffix}"
     given = ["--model", "test_vit", "--ckpt", str(tmp_path / "w.pt"), "--data-path", "bundled", "--skip-eval"]
-    oneshot_pruning_timm.main([*given, "--pruner", "magnitude", "--save-model", str(path), "--accelerator", "cpu"])
+    given += ["--pruner", "magnitude", "--save-model", str(path), "--accelerator", "cpu"]
+    if dtype == torch.float64:  # the test below
+        return
+    oneshot_pruning_timm.main(given)
     found = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-    if dtype == torch.float64:
-        assert "narrowed, from torch.float64 to torch.float32" in caplog.text
-    else:
-        assert {tensor.dtype for tensor in found.values()} == {dtype}
-        assert all(torch.equal(tensor, state[name] * (tensor != 0)) for name, tensor in found.items())
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert all(torch.equal(tensor, state[name] * (tensor != 0)) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("script", ["oneshot", "validate", "maskllm"])
+def test_weights_of_float64_are_refused_where_they_would_be_rounded(tmp_path, script):
+    """And the command that the message gives makes weights that are taken."""
+    for image in ("train/a/0.png", "train/b/0.png", "val/a/0.png"):
+        (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / image)
+    state = timm.create_model("test_vit", num_classes=2, img_size=32).double().state_dict()
+    path, rounded = tmp_path / "w.safetensors", tmp_path / "r.safetensors"
+    save_file(state, path)
+    given = ["--model", "test_vit", "--num-classes", "2", "--img-size", "32", "--data-path", str(tmp_path)]
+    given += ["--accelerator", "cpu", "--workers", "0"]
+    pruned = tmp_path / "p.safetensors"
+
+    def run(weights):
+        if script == "oneshot":
+            more = ["--pruner", "magnitude", "--skip-eval", "--save-model", str(pruned)]
+            oneshot_pruning_timm.main([*given, "--ckpt", str(weights), *more])
+        elif script == "validate":
+            timm_validate.main([*given, "--checkpoint", str(weights)])
+        else:
+            more = ["--initial-checkpoint", str(weights), "--mask-only", "--steps", "1", "--batch-size", "2"]
+            maskllm_train.main([*given, *more, "--output", str(tmp_path / "learned")])
+
+    with pytest.raises(UserError, match=r"w.safetensors: \d+ tensors are of float64.*--dtype float32") as refused:
+        run(path)
+    assert not pruned.exists() and "\n" not in str(refused.value)
+    pack.main([str(path), str(rounded), "--dtype", "float32"])
+    run(rounded)
+    if script == "oneshot":
+        found = load_file(pruned)
+        assert all(torch.equal(tensor, state[name].float() * (tensor != 0)) for name, tensor in found.items())
 
 
 def double():
