@@ -59,7 +59,7 @@ def test_gradient_rows(folder, data, part):
         path.unlink()
     store = stored(folder)
     for row, images in zip(ROWS, IMAGES, strict=True):
-        store.append([row[:2], row[2:]], images)
+        store.append([row[:2], row[2:]], images, 1, [])
     path = store.path if part == "rows" else store.account
     content = path.read_bytes()
     if part == "account, values":

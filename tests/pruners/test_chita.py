@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import prune
 import pruners
-from engine.pruning.comparison import sharing
+from engine.pruning.comparison import Entry, sharing
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import SCHEDULES, budget, step_sparsity
 from sparsity.masks import Masks
@@ -306,7 +306,7 @@ def test_batches_of_the_python_call(view, in_lockstep):
 
 
 def test_its_statistic_is_its_own():
-    assert ["chita"] in sharing({name: pruners.build(name) for name in ("omp", "chita", "snip")})
+    assert ["chita"] in sharing({name: Entry(pruners.build(name)) for name in ("omp", "chita", "snip")})
     assert not pruners.build("chita").plan.one_pass
 
 

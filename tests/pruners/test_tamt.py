@@ -10,7 +10,7 @@ import compare
 import prune
 import pruners
 from configs.loading import load_config
-from engine.pruning.comparison import sharing
+from engine.pruning.comparison import Entry, sharing
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.pattern import NM
@@ -125,7 +125,7 @@ def test_batches_of_the_python_call(view, in_lockstep):
 
 
 def test_nothing_is_shared_with_others():
-    chosen = {name: pruners.build(name) for name in ("omp", "tamt", "snip")}
+    chosen = {name: Entry(pruners.build(name)) for name in ("omp", "tamt", "snip")}
     assert ["tamt"] in sharing(chosen)
     assert not chosen["tamt"].plan.one_pass and not pruners.build("itersnip", epochs=2).plan.one_pass
     assert all(pruners.build(name).plan.one_pass for name in ("omp", "snip", "itersnip", "multiflow", "rand"))
