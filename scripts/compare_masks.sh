@@ -27,7 +27,7 @@ prune() { # side, checkout
     cd "$2"
     for pruner in "${pruners[@]}"; do
         steps=()
-        case $pruner in itersnip | tamt) steps=(--epochs 2) ;; esac
+        case $pruner in itersnip | chita) steps=(--epochs 2) ;; esac
         for model in $models; do
             run "$1" "$model-$pruner" -m "$model" -p "$pruner" -s 63,75 "${steps[@]}"
             case $pruner in magnitude | wanda | sparsegpt | multiflow)
