@@ -17,6 +17,8 @@ from sparsity.run.plan import NONE
 from sparsity.run.request import Request
 from sparsity.view import PrunableView
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 SPARSITY, PATTERN = "0.57", NM(2, 4)
 # These ask for statistics that passes over the data do not give yet.
 UNSERVED = ("ecoflap", "error")

@@ -19,6 +19,8 @@ from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 SPARSITY = "0.57"
 
 

@@ -25,6 +25,8 @@ from sparsity.view import PrunableView
 from tests import tiny_models
 from tests.toys import Ranks, view_of
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 PATTERN, WIDTH = NM(2, 4), 8
 
 
