@@ -26,6 +26,8 @@ from tests.sparsity.statistics.test_hessian import naive
 from tests.test_scripts import mask_files, no_pictures, prune_options, pruned, refused  # noqa: F401
 from tests.toys import Conv1D, Ranks, layers, view_of
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 PATTERN = NM(2, 4)
 ALL = [
     ("wanda", {}),

@@ -16,6 +16,8 @@ from sparsity.view import PrunableView
 from tests.sparsity.learned.choices import choice
 from tests.toys import Conv1D
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTH = 16
 

@@ -13,6 +13,8 @@ from sparsity.statistics.passes import collect
 from tests.sparsity.learned.choices import choice
 from tests.toys import Ranks, layers, view_of
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 IDLE = "layers 'c.weight', 'd.weight' got no gradient from the loss; keep them dense (keep_dense, --exclude)"
 UNSEEN = "layers 'c.weight', 'd.weight' saw no calibration sample; keep them dense (keep_dense, --exclude)"
 
