@@ -82,7 +82,7 @@ def parsed(plan: str) -> tuple[str, dict[str, Any]]:
 
 
 def save(masks: Masks, view: PrunableView, path: Path) -> None:
-    """What prune.py writes and reports of a set of masks."""
+    """Write and report a set of masks as prune.py does."""
     masks.save(path.with_suffix(".masks"))
     if masks.weights:
         shapes = {name: tuple(view.weights[name].parameter.shape) for name in masks.weights}

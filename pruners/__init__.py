@@ -1,4 +1,4 @@
-"""What a weight is worth: one file per method, whose name is its name on the command line.
+"""Scores, what a weight is worth: one file per method, whose name is its name on the command line.
 
 `available()` lists them and imports none; `build(name)` imports that one alone. `prune` is all of it in one call.
 """
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sparsity.view import PrunableView
 
 _PRUNERS = Registry("pruner", "pruners", "pruners.base:Pruner")
-UPDATES = {"sparsegpt": "sparsegpt"}  # pruner -> the reconstruction that --enable_update means
 
 
 def available() -> list[str]:
@@ -48,12 +47,19 @@ def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **option
     kind = _PRUNERS.find(pruner) if isinstance(pruner, str) else pruner
     given = {option: value for option, value in options.items() if value is not None}
     if enable_update:
-        if kind.name not in UPDATES:
-            raise UserError(f"--enable_update is for {', '.join(UPDATES)}: leave it out, or give --reconstruct")
-        given = {"reconstruct": UPDATES[kind.name]} | given
+        if not updates(kind):
+            own = ", ".join(name for name in available() if updates(name))
+            raise UserError(f"--enable_update is for {own}: leave it out, or give --reconstruct")
+        given = {"reconstruct": kind.solver} | given
     own = _parameters(kind)
     score = kind(**{option: value for option, value in given.items() if option in own})
     return engine.Engine(plans.make_plan(score, **{o: v for o, v in given.items() if o not in own}))
+
+
+def updates(pruner: "str | type[Pruner]") -> bool:
+    """Return whether a pruner has an update of the kept weights that it is published with and without."""
+    kind = _PRUNERS.find(pruner) if isinstance(pruner, str) else pruner
+    return kind.solver is not None and kind.solver != kind.reconstruction
 
 
 def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         *_parameters(type(plan.score)),
         *(_parameters(type(plan.reconstruction)) if plan.reconstruction else ()),
     }
-    known |= {"enable_update"} if name in UPDATES else set()
+    known |= {"enable_update"} if updates(name) else set()
     known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
     known -= set() if plan.score.in_steps else {"epochs", "schedule"}
     known -= {"pool", "allocation", "scope"} if plan.whole else set()
@@ -107,10 +113,7 @@ def prune(
     views = importlib.import_module("sparsity.run.generic")
     built = build(pruner, **options)
     view = views.generic_view(model)
-    several = isinstance(sparsity, list | tuple)
-    wanted: list[Sparsity] = list(sparsity) if isinstance(sparsity, list | tuple) else []
-    if sparsity is not None and not isinstance(sparsity, list | tuple):
-        wanted = [sparsity]
+    wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
     chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
     found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
-    return found if several else found[0]
+    return found if isinstance(sparsity, list | tuple) else found[0]

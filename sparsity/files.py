@@ -101,8 +101,8 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def _interruption(error: Exception, before: BaseException | None) -> BaseException | None:
-    """What a signal raised while `torch.save` wrote (Ctrl-C, a stop, a killed process): torch only says that the file
-    is cut short, as it does where there is no room. before: what was being handled when the writing began.
+    """Return what a signal raised while `torch.save` wrote (Ctrl-C, a stop, a killed process): torch only says that the
+    file is cut short, as it does where there is no room. before: what was being handled when the writing began.
     """
     if not (isinstance(error, RuntimeError) and _CUT_SHORT.search(str(error))):
         return None

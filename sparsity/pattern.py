@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
 GROUPS = (4, 8, 16, 32)  # sizes of groups that are looked for in zeros
 _SORTED = 16  # groups of more weights are sorted, smaller ones compared pair by pair
 

@@ -34,7 +34,6 @@ _DIGIT = 14  # bits; the last digit has what is left
 _BUCKETS = 1 << _DIGIT
 _HALF = _BUCKETS // 2  # the top digit is signed
 SELECTION = 128  # columns of a "block" pool
-SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is `SELECTION` columns over all rows
 _COMPARED = 32  # in larger N:M groups, not all pairs of weights are compared at once
 _FEW = 1 << 22  # so many keys are looked at themselves instead of counted
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -187,7 +186,7 @@ class GroupChoice:
 
 
 class BlockChoice:
-    """What is pruned of one block of columns after the other: as many of its n lowest scores as `lost` says of n."""
+    """Prunes one block of columns after the other: as many of its n lowest scores as `lost` says of n."""
 
     def __init__(self, name: str, lost: Lost):
         self._name, self._lost = name, lost
@@ -240,6 +239,17 @@ def _keep_lowest(name: str, score: Tensor, count: int) -> Tensor:
     (threshold,) = thresholds({name: score}, [count])
     ((_, kept),) = keep({name: score}, threshold)
     return kept
+
+
+def keep_pattern(pattern: NM, name: str, score: Tensor) -> Tensor:
+    """Return what a pattern keeps of a layer, bool (out, in): all of it where M does not divide its inputs."""
+    check_finite(name, score)
+    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)
+
+
+def lowered(score: Tensor, alive: Tensor) -> Tensor:
+    """Return scores in which what was pruned before lies below every survivor, also where survivors score lowest."""
+    return torch.where(alive, score, torch.finfo(score.dtype).min)
 
 
 def counts_by_name(scores: Scores[str], counts: Sequence[int]) -> list[dict[str, int]]:

@@ -57,6 +57,11 @@ def eager(model: nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
+def accelerators(like: Tensor) -> list[torch.device]:
+    """Return the devices beside the CPU whose random numbers a computation with this tensor draws: its own, or none."""
+    return [like.device] if like.is_cuda else []
+
+
 def module_name(raw: str) -> str:
     """The name of a module without what wrappers put into it."""
     return canonical(f"{raw}.").removesuffix(".")
@@ -149,6 +154,16 @@ class PrunableView:
     @property
     def numel(self) -> int:
         return sum(weight.numel for weight in self.weights.values())
+
+    @property
+    def accelerators(self) -> list[torch.device]:
+        """Return `accelerators` of the weights."""
+        return accelerators(next(iter(self.weights.values())).parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the first weight: where ranks add up, and what is computed lies."""
+        return next(iter(self.weights.values())).parameter.device
 
     def forward(self, batch: Any) -> Any:
         if self._forward is None:

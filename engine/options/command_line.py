@@ -248,7 +248,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoding_options(add: Callable[..., Any]) -> None:
-    """What `configs.decoding.Decoding` has. add: of the parser or of a group of it."""
+    """Add the options of `configs.decoding.Decoding`. add: of the parser or of a group of it."""
     default = Decoding()
     add("--exif-rotation", action="store_true", help="turn images as their EXIF data says (default: no)")
     ground = "what is under transparent pixels: what is stored there, or white (default: %(default)s)"
@@ -258,7 +258,7 @@ def add_decoding_options(add: Callable[..., Any]) -> None:
 
 
 def decoding(args: argparse.Namespace) -> Decoding:
-    """What the options of `add_decoding_options` say; UserError for what cannot be."""
+    """Return what the options of `add_decoding_options` say; UserError for what cannot be."""
     return Decoding(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)})
 
 

@@ -6,19 +6,20 @@ from pathlib import Path
 import torch
 
 from sparsity.run.memory import Memory
+from sparsity.view import PrunableView
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_memory(device: torch.device) -> Memory:
+def free_memory(view: PrunableView) -> Memory:
     """Return what is free, in bytes; for a model on the CPU the device's are 0, as `preflight_bytes` has it."""
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    on_device = sum(torch.cuda.mem_get_info(device)[0] for device in view.accelerators)
     return Memory(on_device, int(min(_system(), _container())))
 
 
 def _system() -> int:
-    """What the system can give without swapping (Linux), else all of the memory."""
+    """Return what the system can give without swapping (Linux), else all of the memory."""
     if _MEMINFO.is_file():
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -27,7 +28,7 @@ def _system() -> int:
 
 
 def _container() -> float:
-    """What the limit of the container leaves (cgroup v2); infinite where there is none. Cached files can be freed."""
+    """Return what the limit of the container leaves (cgroup v2), cached files freed; infinite where there is none."""
     limit, used, details = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     try:
         most = int(limit.read_text())  # "max": no limit

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.statistics.inputs import untouched
+from sparsity.view import accelerators
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _predictions(model: nn.Module) -> list[Tensor]:
         batch["input_ids"] = torch.ones(1, WORDS, device=first.device, dtype=torch.long)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with untouched(model), torch.random.fork_rng([first.device] if first.is_cuda else []), torch.enable_grad():
+        with untouched(model), torch.random.fork_rng(accelerators(first)), torch.enable_grad():
             for parameter, _ in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             output = model(**batch)

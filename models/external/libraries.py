@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from models.external.heads import heads_by_kind
 from models.external.layer_names import TEXT, is_head, text_field, tower
 from sparsity.errors import UserError
+from sparsity.view import accelerators
 
 WAY_OUT = "give --loss package.module:function, a function of (model, batch) that returns the loss"
 
@@ -118,9 +119,9 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, like: Tensor) -> Iterator[None]:
     """The global random numbers inside the block are those of the seed, and go on afterwards as if it had not been."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(accelerators(like)):
         torch.manual_seed(seed)
         yield
 

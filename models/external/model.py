@@ -212,11 +212,11 @@ def prunable_view(
         return None if mask is None else mask != 0
 
     def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
-        with seeded(generator.initial_seed() if generator else 0, _device(model)):
+        with seeded(generator.initial_seed() if generator else 0, next(model.parameters())):
             return loss(model, batch) if loss else library.loss(batch)
 
     def reproducible_forward(batch: Any) -> Any:
-        with seeded(0, _device(model)):
+        with seeded(0, next(model.parameters())):
             return library.forward(batch)
 
     run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
@@ -225,10 +225,6 @@ def prunable_view(
         log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
     log.info("kept dense: %s", listed(view.dense) or "none")
     return view
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _check_globs(option: str, globs: Sequence[str], names: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ def zeroth_order(
             if not math.isfinite(above - below):
                 raise UserError(f"the loss is NaN or Inf where layer {weight.name!r} is changed by {epsilon}")
             sums[i] += abs(above - below) / (2 * epsilon)
-    device = next(iter(view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
+    device = view.device  # ranks on GPUs add up what lies there
     *slopes, count = (reduce(sums.to(device)) if reduce else sums).tolist()
     if not count:
         raise UserError("there are no calibration batches")

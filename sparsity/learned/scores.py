@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsity.allocation.budget import Sparsity, budget
 from sparsity.errors import UserError
 from sparsity.pattern import NM
-from sparsity.selection import Named, keep_within, thresholds
+from sparsity.selection import Named, keep_pattern, keep_within, thresholds
 from sparsity.statistics.checks import (
     IDLE,
     NO_BATCHES,
@@ -92,10 +92,10 @@ def start_from_magnitude(view: PrunableView, sparsity: Sparsity, pattern: NM | N
 
 
 def _keep(name: str, score: Tensor, sparsity: Sparsity, pattern: NM | None) -> Tensor:
-    """What a layer keeps of its own: all of it where the pattern does not fit."""
+    """Return what a layer keeps of its own: all of it where the pattern does not fit."""
     if pattern is None:
         return keep_within(name, score, "layer", partial(budget, sparsity))
-    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)
+    return keep_pattern(pattern, name, score)
 
 
 def learn(
@@ -171,8 +171,7 @@ class _Training:
         reduce: Callable[[Tensor], Tensor] | None,
     ):
         self.view, self.scores, self.choose, self.sums, self.reduce = view, scores, choose, sums, reduce
-        first = next(iter(view.weights.values())).parameter
-        self.device, self.forked = first.device, [first.device] if first.is_cuda else []
+        self.device, self.forked = view.device, view.accelerators
         self.idle = list(view.weights)  # layers without gradient on any rank so far
         self.count, self.steps = 0, 0  # batches since the last step, steps
         self.moved: set[str] = set()  # scores that have made this step already

@@ -5,10 +5,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from sparsity.pattern import SCOPES
 from sparsity.reconstruction.base import Problem, Reconstruction, check_problem, check_rounds
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations, inverse
-from sparsity.reconstruction.projection import SCOPES, project_gently
+from sparsity.reconstruction.projection import project_gently
 from sparsity.selection import check_finite
 from sparsity.statistics.hessian import DAMPING
 

@@ -13,10 +13,11 @@ through the eigenvectors of H, with two products instead of one, in each round.
 import torch
 from torch import Tensor
 
+from sparsity.pattern import SCOPES
 from sparsity.reconstruction.base import Problem, Reconstruction, check_problem, check_rounds
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations, inverse
-from sparsity.reconstruction.projection import SCOPES, project
+from sparsity.reconstruction.projection import project
 from sparsity.selection import check_finite
 from sparsity.solvers.conjugate import least_squares
 from sparsity.statistics.hessian import DAMPING

@@ -1,4 +1,4 @@
-"""What happens to the weights that are kept: one file per method, whose name is its name on the command line."""
+"""Reconstructions update the kept weights: one file per method, whose name is its name on the command line."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence

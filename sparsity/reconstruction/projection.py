@@ -10,8 +10,6 @@ from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.reconstruction.base import Problem
 from sparsity.selection import keep_rows, keep_within
 
-SCOPES = ("layer", "row", "block")
-
 
 def project(problem: Problem, scores: Tensor) -> Tensor:
     """Return the mask, (out, in) bool, that a problem allows with the largest scores (out, in): of its N:M pattern, or

@@ -106,7 +106,7 @@ class SparseGPT(Reconstruction):
 
 
 class _Given:
-    """What a mask (out, in) takes from one group of columns after the other."""
+    """Takes what a mask (out, in) prunes from one group of columns after the other."""
 
     def __init__(self, kept: Tensor, group: int):
         self._gone = iter((~kept).t().split(group))

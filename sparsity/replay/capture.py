@@ -41,8 +41,8 @@ class _Link:
 
 @dataclass
 class _Arguments:
-    """Of a call. leaves: `Kept`, `_Link`, parameters and buffers, or plain values. states: of the random generators,
-    where the call draws. autocast: (device type, enabled, dtype).
+    """Arguments of a call. leaves: `Kept`, `_Link`, parameters and buffers, or plain values. states: of the random
+    generators, where the call draws. autocast: (device type, enabled, dtype).
     """
 
     leaves: list[Any]
@@ -65,7 +65,7 @@ class _Left:
 
 @dataclass
 class _Result:
-    """What a settled call returned. leaves: `_Left`, or plain values. states: of the random generators afterwards."""
+    """Output of a settled call. leaves: `_Left`, or plain values. states: of the random generators afterwards."""
 
     leaves: list[Any]
     structure: Any
@@ -87,8 +87,8 @@ class Calls:
     stages: name of a weight -> number of its stage. Weights of stages before the one that is asked about are pruned.
     """
 
-    def __init__(self, view: PrunableView, found: Trace, stages: Mapping[str, int], store: Store, device: torch.device):
-        self._view, self._trace, self._stages, self._store, self._device = view, found, stages, store, device
+    def __init__(self, view: PrunableView, found: Trace, stages: Mapping[str, int], store: Store):
+        self._view, self._trace, self._stages, self._store = view, found, stages, store
         self._units = units(view)
         constants = [*view.model.parameters(), *view.model.buffers()]
         self._constants = {id(tensor) for tensor in constants}
@@ -161,7 +161,7 @@ class Calls:
         with _arithmetic(arguments.autocast), self._random(arguments.states):
             output = run(*args, **kwargs)
             self._check(number, call, leaves, tree_leaves(output))
-            return output, None if arguments.states is None else random_states(self._device)
+            return output, None if arguments.states is None else random_states(self._view)
 
     def _value(self, state: State, leaf: Any, values: Mapping[Output, Tensor]) -> Any:
         if isinstance(leaf, _Link) and leaf.output in values:
@@ -183,14 +183,14 @@ class Calls:
         if states is None:
             yield
             return
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+        with torch.random.fork_rng(self._view.accelerators):
             self._set_random(states)
             yield
 
     def _set_random(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, self._device)
+        for state, device in zip(states[1:], self._view.accelerators, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
     def _settle(self, state: State, number: int, output: Any, states: list[Tensor] | None) -> dict[int, Kept]:
         """Keep of an output what is still needed; returns id of a tensor -> its copy."""
@@ -269,7 +269,7 @@ class Calls:
 
 
 class _Stubs:
-    """What takes the calls of one forward pass."""
+    """Takes the calls of one forward pass."""
 
     def __init__(self, calls: Calls, state: State):
         self._calls, self._state = calls, state
@@ -340,19 +340,18 @@ class _Capturing(_Stubs):
 
     def _run(self, number: int, call: Call, run: Callable[[], Any]) -> Any:
         output = run()
-        states = random_states(self._calls._device) if call.draws else None
+        states = random_states(self._calls._view) if call.draws else None
         for tensor_id, kept in self._calls._settle(self._state, number, output, states).items():
             tensor = next(leaf for leaf in tree_leaves(output) if id(leaf) == tensor_id)
             self._copies[tensor_id] = tensor, tensor._version, kept
         return output
 
     def _arguments(self, call: Call, leaves: Sequence[Any], structure: Any) -> _Arguments:
-        device = self._calls._device
         autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in dict.fromkeys(("cpu", device.type))
+            for kind in dict.fromkeys(("cpu", self._calls._view.device.type))
         ]
-        states = random_states(device) if call.draws else None
+        states = random_states(self._calls._view) if call.draws else None
         return _Arguments([self._captured(leaf) for leaf in leaves], structure, autocast, states)
 
     def _captured(self, leaf: Any) -> Any:

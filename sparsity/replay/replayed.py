@@ -57,7 +57,7 @@ class Replayed:
     ):
         self._view, self._batches, self._reduce, self._dense = view, batches, reduce, dense
         self._progress, self._offload = progress or (lambda batches: batches), offload
-        self._device = next(iter(view.weights.values())).parameter.device
+        self._device = view.device
         self._store = Store(budget, spill)
         self._states: list[State] = []
         self._position = -1  # the stage that was measured last
@@ -65,7 +65,7 @@ class Replayed:
         self.order = self._agreed([list(names) for names in order])
         self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
         stages = {name: number for number, names in enumerate(self.order) for name in names}
-        self._calls = Calls(view, self._trace, stages, self._store, self._device)
+        self._calls = Calls(view, self._trace, stages, self._store)
 
     def __enter__(self) -> "Replayed":
         return self
@@ -170,7 +170,7 @@ class Replayed:
             return Trace(unfit="there are no batches")
         try:
             with self._quiet():
-                found = trace(self._view, batch, self._device)
+                found = trace(self._view, batch)
         except Exception as error:  # models do what they like; without the trace an error of their own comes again
             found = Trace(unfit=f"the traced forward pass failed: {type(error).__name__}: {error}")
         logger.info("order of blocks: %s", found.describe())

@@ -53,7 +53,7 @@ class Call:
 
 @dataclass
 class Trace:
-    """What happened in the first batch.
+    """The calls of blocks in the first batch.
 
     read: outputs of calls that other code than blocks reads. between: names of the weights that such code reads without
     a call of their layer. unfit: why the model cannot be replayed, or None.
@@ -132,22 +132,21 @@ def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
                 vars(module)["forward"] = own
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the global generators of the processor and of the device."""
-    states = [torch.get_rng_state()]
-    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+def random_states(view: PrunableView) -> list[Tensor]:
+    """Return the states of the global generators of the CPU and of the model's accelerator."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in view.accelerators)]
 
 
-def trace(view: PrunableView, batch: Any, device: torch.device) -> Trace:
+def trace(view: PrunableView, batch: Any) -> Trace:
     """Return what one forward pass over a batch shows. The model must be in eval(), without gradients."""
-    found = _traced(view, batch, device)
+    found = _traced(view, batch)
     # What the model makes once and keeps (rotary tables) looks like a secret between blocks in the first pass only.
-    return _traced(view, batch, device) if found.unfit else found
+    return _traced(view, batch) if found.unfit else found
 
 
-def _traced(view: PrunableView, batch: Any, device: torch.device) -> Trace:
+def _traced(view: PrunableView, batch: Any) -> Trace:
     modules = units(view)
-    tracer = _Tracer(view, modules, device)
+    tracer = _Tracer(view, modules)
     tracer.made(tree_leaves(batch))
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a weight that was cast before is not seen to be read
@@ -162,10 +161,10 @@ def _traced(view: PrunableView, batch: Any, device: torch.device) -> Trace:
 class _Tracer(TorchDispatchMode):
     """Follows each storage from the call that made it to the calls that read it."""
 
-    def __init__(self, view: PrunableView, modules: Mapping[nn.Module, str], device: torch.device):
+    def __init__(self, view: PrunableView, modules: Mapping[nn.Module, str]):
         super().__init__()
         self.trace = Trace()
-        self._view, self._names, self._device = view, modules, device
+        self._view, self._names = view, modules
         self._weights = {_storage(weight.parameter): name for name, weight in view.weights.items()}
         self._current = _BETWEEN
         self._arguments: set[int] = set()  # storages of the arguments of the current call
@@ -216,13 +215,13 @@ class _Tracer(TorchDispatchMode):
             output, _, version = self._returned.get(id(tensor), (None, None, -1))
             if output is not None and version == tensor._version:
                 call.sources.append(output)
-        versions, states = [tensor._version for tensor in tensors(leaves)], random_states(self._device)
+        versions, states = [tensor._version for tensor in tensors(leaves)], random_states(self._view)
         self._current, self._arguments = number, {_storage(tensor) for tensor in tensors(leaves)}
         result = forward(*args, **kwargs)
         self._current, self._arguments = _BETWEEN, set()
         if versions != [tensor._version for tensor in tensors(leaves)]:
             self._refuse(f"block {name!r} changes its arguments in place")
-        call.draws = any(not torch.equal(*pair) for pair in zip(states, random_states(self._device), strict=True))
+        call.draws = any(not torch.equal(*pair) for pair in zip(states, random_states(self._view), strict=True))
         results, call.structure = tree_flatten(result)
         self._note(number, call, leaves, results)
         return result

@@ -1,5 +1,6 @@
 """The values on the axes of a plan, as the command line has them; needs no torch. Scores are the files of `pruners`."""
 
+from sparsity.pattern import SCOPES as SCOPES
 from sparsity.run.registry import Registry
 
 ALLOCATIONS = Registry(
@@ -14,7 +15,6 @@ RECONSTRUCTIONS = Registry(
     "sparsity.reconstruction.base:Reconstruction",
     ("base", "bias", "damping", "equations", "projection"),
 )
-SCOPES = ("layer", "row", "block")  # of a layer, what competes: "block" is 128 columns over all rows
 CALIBRATIONS = ("dense", "sequential")
 # Options of every plan; a score and a reconstruction add their own.
 AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")

@@ -26,9 +26,9 @@ from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import budgets, follow, quotas, select
+from sparsity.run.select import budgets, follow, quotas, select, warn_of_sum
 from sparsity.run.sequential import origin_of
-from sparsity.selection import Named
+from sparsity.selection import Named, lowered
 from sparsity.statistics.checks import check_weights
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
@@ -38,7 +38,7 @@ from sparsity.view import PrunableView
 
 @dataclass
 class Measured:
-    """What the first pass has measured.
+    """Result of the first pass over the data.
 
     statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
     instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept.
@@ -95,7 +95,8 @@ class Engine:
         if request.pattern:
             check_fits(view, request.pattern)
         else:
-            budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
+            parts = budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
+            warn_of_sum(parts, request.sparsities, view.numel)
         if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
             self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
 
@@ -107,13 +108,11 @@ class Engine:
         plan, solver = self.plan, self.plan.reconstruction
         if plan.statistics and reading.batches is None:
             raise UserError(f"pruner {self.name!r} needs calibration data")
-        origin = origin_of(view, reading)
+        origin = origin_of(view, reading) if plan.resumes else None
         if isinstance(solver, WholeModel):
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
-        wanted = [*self.plan.allocation.statistics]
-        if request.pattern:
-            wanted = []
+        wanted = [] if request.pattern else [*plan.allocation.statistics]
         if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
             wanted.insert(0, plan.score.statistic)
         return Measured(self._collect(view, wanted, reading), origin=origin)
@@ -125,13 +124,15 @@ class Engine:
         if not wanted:
             return {}
         with reading.arithmetic():
-            sums: dict[str, Any] = {
-                "reduce": reading.reduce,
-                "generators": reading.generators,
-                "offload": self.plan.offload,
-            }
-            sums["announced"] = None if reading.rounds is None else sum(reading.rounds)
-            found: dict[str, Mapping[str, Tensor]] = collect(view, list(dict.fromkeys(wanted)), reading.over(), **sums)
+            found: dict[str, Mapping[str, Tensor]] = collect(
+                view,
+                list(dict.fromkeys(wanted)),
+                reading.over(),
+                reduce=reading.reduce,
+                generators=reading.generators,
+                offload=self.plan.offload,
+                announced=None if reading.rounds is None else sum(reading.rounds),
+            )
         own = self.plan.statistic
         return found | ({own: self.plan.score.prepare(view, found[own])} if own in found else {})
 
@@ -186,18 +187,16 @@ class Engine:
     ) -> Iterator[tuple[Sparsity, Masks]]:
         """Masks for all sparsities from one set of scores."""
         scores = self._scores_of(view, measured, request.seed)
-        if request.pattern:
-            kept = dict(follow(request.pattern, scores(list(view.weights))))
-            yield request.target, as_masks(view, kept, {**record, "sparsity": str(request.target)})
-            return
-        for sparsity, kept in zip(request.sparsities, self._select(view, scores, request, measured), strict=True):
-            yield sparsity, as_masks(view, dict(kept), {**record, "sparsity": str(sparsity)})
+        chosen = self._select(view, scores, request, measured)
+        for one, kept in zip(request.each(), chosen, strict=True):
+            yield one.target, as_masks(view, dict(kept), {**record, "sparsity": str(one.target)})
 
     def _scores_of(
         self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
     ) -> Callable[[Sequence[str]], Named]:
-        """What computes scores by name: again at each pass, or held where that is dear. before: masks of the step
-        before, which stay.
+        """Return what computes scores by name: again at each pass, or held where that is dear.
+
+        before: masks of the step before, which stay.
         """
 
         def computed(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -217,6 +216,9 @@ class Engine:
         measured: Measured,
         before: Masks | None = None,
     ) -> Iterator[Named]:
+        """The masks by scores of the whole model, for each sparsity, or once for a pattern."""
+        if request.pattern:
+            return iter([follow(request.pattern, scores(list(view.weights)))])
         whole = self._whole(view, scores, measured.statistics, before)
         parts = budgets(whole, request.sparsities, request.groups)
         return select(parts, self.plan.allocation, self.plan.scope)
@@ -246,7 +248,7 @@ class Engine:
     ) -> Masks:
         """The masks for one target, step by step: each step sees the model that the one before has left."""
         plan = self.plan
-        if calibrations is None and (plan.statistics and (plan.steps > 1 or not plan.whole)):
+        if calibrations is None and plan.statistics and (plan.steps > 1 or not plan.whole):
             raise UserError(f"{self.name} reads the batches again: give what they are read from")
         done, masks = trail.load(view)
         for step in range(done + 1, plan.steps + 1):
@@ -290,16 +292,9 @@ class Engine:
             layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
-        kept = dict(self._choose(view, measured, target, before))
+        (chosen,) = self._select(view, self._scores_of(view, measured, target.seed, before), target, measured, before)
+        kept = dict(chosen)
         return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
-
-    def _choose(self, view: PrunableView, measured: Measured, target: Request, before: Masks | None) -> Named:
-        """What is kept of each layer, chosen by scores of the whole model."""
-        scores = self._scores_of(view, measured, target.seed, before)
-        if target.pattern:
-            return follow(target.pattern, scores(list(view.weights)))
-        (kept,) = self._select(view, scores, target, measured, before)
-        return kept
 
     def _learned(
         self,
@@ -310,11 +305,9 @@ class Engine:
         reading: CalibrationPass,
         before: Masks | None,
     ) -> dict[str, Mapping[str, Tensor]]:
-        """What is measured, with the statistic that is learned for one target."""
+        """Return what is measured, with the statistic that is learned for one target."""
 
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
-            if target.pattern:
-                return follow(target.pattern, scores(list(view.weights)))
             (kept,) = self._select(view, scores, target, measured, before)
             return kept
 
@@ -338,11 +331,6 @@ class Engine:
         for name, chosen, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
             kept[name], updated[name] = chosen, solved
         return as_masks(view, kept, facts, updated)
-
-
-def lowered(score: Tensor, alive: Tensor) -> Tensor:
-    """Return scores in which what was pruned before lies below every survivor, also where survivors score lowest."""
-    return torch.where(alive, score, torch.finfo(score.dtype).min)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -13,9 +13,9 @@ from sparsity.replay.replayed import Replayed
 from sparsity.run.outcome import alive_of, as_masks
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import Quota, keep_pattern
-from sparsity.run.sequential import Progress, by_blocks, device_of, stages
-from sparsity.selection import check_finite
+from sparsity.run.select import Quota
+from sparsity.run.sequential import Progress, by_blocks, stages
+from sparsity.selection import check_finite, keep_pattern, lowered
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import CalibrationPass
@@ -54,7 +54,7 @@ class Layers:
         label = str(self.target.pattern or self.target.target).replace(":", "of").replace("/", "over")
         label += f"_step{self.facts['step']}" if self.plan.steps > 1 else ""
         method = [self.facts, kept and Masks({name: mask.cpu() for name, mask in kept.items()}).digest()]
-        progress = Progress(self.origin, self.reading.reduce, label, method, device_of(self.view))
+        progress = Progress(self.origin, self.reading.reduce, label, method, self.view.device)
         prune = partial(self._prune_layer, score, kept or {})
         with self._replayed() as replayed:
             measure = partial(self._measure, replayed)
@@ -66,7 +66,7 @@ class Layers:
         return masks
 
     def _replayed(self) -> Replayed:
-        """What measures one block after another."""
+        """Return what measures one block after another."""
         reading, plan = self.reading, self.plan
         with reading.arithmetic():  # of the traced pass
             return Replayed(
@@ -99,7 +99,7 @@ class Layers:
         weight: Tensor,
         statistics: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """What is kept of a layer, (out, in) bool, and what it becomes."""
+        """Return what is kept of a layer, (out, in) bool, and what it becomes."""
         solver, pattern = self.plan.reconstruction, self.target.pattern
         if pattern and not pattern.fits(weight.shape[1]):
             return torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None
@@ -113,14 +113,14 @@ class Layers:
         return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, self.plan.scope, pattern))
 
     def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
-        """What the scores of one layer keep of it."""
+        """Return what the scores of one layer keep of it."""
         assert score is not None, "there are scores, or masks"
         own = self.plan.score.statistic
         prepared = self.plan.score.prepare(self.view, {name: statistics[own]})[name] if isinstance(own, str) else None
         found = score(name, prepared)
         check_finite(name, found)
         if self.before is not None:
-            found = torch.where(alive_of(self.view, self.before, name), found, torch.finfo(found.dtype).min)
+            found = lowered(found, alive_of(self.view, self.before, name))
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
         return self.quotas[name].keep(name, found, self.plan.scope)

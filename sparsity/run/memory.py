@@ -1,5 +1,5 @@
-"""What a plan takes in memory beside the model, from shapes alone: before anything is read, and refused where it does
-not fit.
+"""Memory that a plan takes beside the model, from shapes alone: before anything is read, and refused where it does not
+fit.
 
 With n prunable weights of w bytes, the largest layer of t weights and i inputs, and for Gram matrices g = the sum of
 4 i (i + i / 8) over the layers that are measured together (strips of the upper triangle in float64; that layers which
@@ -44,7 +44,7 @@ _TRANSIENT = {"mean_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
 @dataclass(frozen=True)
 class Demand:
-    """What of a plan decides its memory.
+    """The facts of a plan that decide its memory.
 
     statistics: of all axes. sparsities: how many are asked for at once. scores: bytes a weight that are computed once
     and held. solver: whether a reconstruction runs; stored: whether what it makes goes to files block by block.
@@ -137,7 +137,7 @@ def check_fits(needed: Memory, free: Memory, demand: Demand) -> None:
 
 
 def _remedies(demand: Demand, *, device: bool) -> list[str]:
-    """What the user can do, the least costly first."""
+    """Return what the user can do, the least costly first."""
     found = []
     if device and not demand.offload and {"hessian", "input_norms", "input_means"} & set(demand.statistics):
         found.append("give --offload, which holds statistics on the host")

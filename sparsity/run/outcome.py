@@ -1,4 +1,4 @@
-"""What has become of a model's weights: from (out, in) tensors to masks with their provenance."""
+"""The outcome of a plan: from (out, in) tensors to masks with their provenance."""
 
 import logging
 import platform

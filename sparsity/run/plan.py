@@ -6,7 +6,7 @@ pruned, come with the request. What cannot be combined is refused here, before a
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -46,7 +46,7 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to a model, but for how much of it is pruned. Made by `make_plan`.
+    """One value on each axis, but for how much is pruned. Made by `make_plan`.
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
@@ -110,6 +110,11 @@ class Plan:
     def one_pass(self) -> bool:
         """Whether one pass over the data, or none, serves all sparsities."""
         return self.scored and self.reconstruction is None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether steps or blocks that are done are kept for a run that is killed."""
+        return self.steps > 1 or (not self.whole and (self.sequential or self.reconstruction is not None))
 
     @property
     def _scores_inputs(self) -> bool:
@@ -219,14 +224,13 @@ def make_plan(
         if given and not plan.of_inputs:
             raise UserError(f"--{option}: {name} reads no inputs of layers: leave it out")
     if calibration_mode is None:
-        preset = score.calibration if solver is None or solver.whole else solver.calibration
-        calibration_mode = preset
+        calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
-    return Plan(score, shared, scope, solver, calibration_mode, epochs, schedule or "exp", offload)
+    return replace(plan, calibration=calibration_mode)
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:
-    """What updates the kept weights, with its options."""
+    """Return what updates the kept weights, with its options."""
     given = score.reconstruction if given is None else given
     if given == NONE and score.reconstruction != NONE:
         raise UserError(f"{score.name} updates the weights that it keeps: leave --reconstruct none out")
@@ -238,8 +242,7 @@ def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mappi
         raise UserError(f"{score.name} is its own reconstruction: leave --reconstruct {given} out")
     if isinstance(given, Reconstruction):
         return given
-    if given not in RECONSTRUCTIONS.names():
-        _among("reconstruct", given, (NONE, *RECONSTRUCTIONS.names()))
+    _among("reconstruct", given, (NONE, *RECONSTRUCTIONS.names()))
     kind = RECONSTRUCTIONS.find(given)
     known = inspect.signature(kind).parameters
     for option in own:
@@ -255,10 +258,9 @@ def unread(score: Score, option: str, reconstruction: type[Reconstruction] | Non
     """Return the error for an option that a plan does not read."""
     known = [*inspect.signature(type(score)).parameters]
     known += [*inspect.signature(reconstruction).parameters] if reconstruction else []
-    own = f"; it has: {', '.join(known)}" if known else ""
-    return UserError(f"pruner {score.name!r} has no option {option!r}{own or '; it has: none of its own'}")
+    return UserError(f"pruner {score.name!r} has no option {option!r}; it has: {', '.join(known) or 'none of its own'}")
 
 
-def _among(option: str, value: str, values: "tuple[str, ...]") -> None:
+def _among(option: str, value: str, values: tuple[str, ...]) -> None:
     if value not in values:
         raise UserError(f"{option} must be one of {', '.join(values)}, got {value!r}")

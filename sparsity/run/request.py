@@ -1,4 +1,4 @@
-"""What is asked of a plan: masks."""
+"""A request to a plan: which masks are wanted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from sparsity.allocation.base import Allocation, Contest, Part
@@ -23,6 +22,7 @@ from sparsity.selection import (
     counts_by_name,
     keep,
     keep_exactly,
+    keep_pattern,
     keep_within,
     thresholds,
 )
@@ -36,8 +36,8 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     """Return the parts of a model with the sparsities of each.
 
     groups: modalities with a sparsity of their own, which is a part each; the other weights are one part, that loses
-    what is left of the budget. Where every modality is named, they decide, with a warning if they come to another
-    sparsity. UserError for a modality that the model does not have, and for budgets that cannot be.
+    what is left of the budget. Where every modality is named, they decide. UserError for a modality that the model does
+    not have, and for budgets that cannot be.
     """
     if not groups:
         return [(whole, sparsities)]
@@ -52,15 +52,17 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
         given.append((replace(whole, names=members[group]), [share] * len(sparsities)))
     lost = sum(budget(shares[0], part.numel) for part, shares in given)
     if not rest.names:
-        _tell_sum(lost, whole.numel, sparsities)
         return given
     shares = [_rest(sparsity, whole.numel, lost, rest.numel) for sparsity in sparsities]
     return [*given, (rest, shares)]
 
 
-def _tell_sum(lost: int, numel: int, sparsities: Sequence[Sparsity]) -> None:
-    """Warn where the groups come to another sparsity than what is asked for, as far as two decimals of a per cent."""
-    for sparsity in sparsities:
+def warn_of_sum(parts: Sequence[Budget], sparsities: Sequence[Sparsity], numel: int) -> None:
+    """Warn where all parts together come to another sparsity than what is asked for, as far as two decimals of a per
+    cent: groups that are all named decide.
+    """
+    for i, sparsity in enumerate(sparsities):
+        lost = sum(budget(shares[i], part.numel) for part, shares in parts)
         if abs(lost - budget(sparsity, numel)) > numel / 10_000:
             told = "--group_sparsity names every group, and they come to %.4g %% of all weights, not to %.4g %%"
             logger.warning(told, 100 * lost / numel, 100 * float(fraction(sparsity)))
@@ -150,9 +152,3 @@ def follow(pattern: NM, scores: Named) -> Iterator[tuple[str, Tensor]]:
     """Return N:M masks; layers whose inputs M does not divide stay dense."""
     for name, score in scores:
         yield name, keep_pattern(pattern, name, score)
-
-
-def keep_pattern(pattern: NM, name: str, score: Tensor) -> Tensor:
-    """Return what a pattern keeps of a layer, bool (out, in): all of it where M does not divide its inputs."""
-    check_finite(name, score)
-    return pattern.keep(score) if pattern.fits(score.shape[1]) else torch.ones_like(score, dtype=torch.bool)

@@ -49,18 +49,13 @@ class Done:
     updated: Tensor | None
 
 
-def device_of(view: PrunableView) -> torch.device:
-    """Return the device of the first weight."""
-    return next(iter(view.weights.values())).parameter.device
-
-
 def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
     """Return what decides all that is computed: data, model, and the arithmetic of a pass; and a path beside which it
     is kept. None where the pass keeps nothing.
     """
     if reading.scratch is None:
         return None
-    device = device_of(view).type
+    device = view.device.type
     with reading.arithmetic():
         arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
     facts = json.dumps([reading.scratch.identity, state_digest(view.model), stages(view), arithmetic])

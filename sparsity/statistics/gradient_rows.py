@@ -140,7 +140,7 @@ def gradient_rows(
     """
     generators = generators or (lambda number: batch_generator(42, number))
     kind, own = DTYPES[dtype], [number for number, count in enumerate(rounds) if count]
-    device = next(iter(view.weights.values())).parameter.device
+    device = view.device
     origin = scratch and Scratch(scratch.path, _identity(view, rounds, kind, scratch.identity))
     if fit(view.numel, rounds, dtype, budget, scratch and scratch.path.parent):
         store = Memory(len(own), view.numel, kind)
@@ -238,7 +238,7 @@ def _collect(
     def report() -> None:
         look(IDLE, "gradient", {name: (name in store.reached, True) for name in view.weights}, device, reduce)
 
-    device = next(iter(view.weights.values())).parameter.device
+    device = view.device
     with only_prunable(view), summed_gradients(view) as sums:
         for place, (here, together) in enumerate(shares):
             batches = islice(numbered, here)
@@ -283,7 +283,7 @@ def _pieces(view: PrunableView, sums: Mapping[str, Tensor], count: int) -> Itera
 
 def _identity(view: PrunableView, rounds: Sequence[int], dtype: torch.dtype, data: str) -> str:
     """Digest of all that decides the rows: data, model, arithmetic."""
-    device = next(iter(view.weights.values())).parameter.device.type
+    device = view.device.type
     arithmetic = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "plain"
     facts = [data, state_digest(view.model), list(view.weights), list(rounds), str(dtype), arithmetic]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -101,7 +101,7 @@ class Gradients:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._view.weights.values())).parameter.device  # ranks on GPUs add up what lies there
+        return self._view.device  # ranks on GPUs add up what lies there
 
 
 def batch_generator(seed: int, number: int) -> torch.Generator:

@@ -33,7 +33,7 @@ class Branch:
 
 @dataclass(eq=False)
 class Sum:
-    """What some layers have seen, all the same, in the same order. values: statistic -> sum.
+    """The sum over what some layers have seen, all the same, in the same order. values: statistic -> sum.
 
     A layer is in one branch at most. Once each is in one, the sum becomes as many sums.
     """

@@ -62,7 +62,7 @@ def test_no_pruner_changes_the_model_or_its_batches_by_a_bit(name, dtype):
     view, batches = view_of(model), batches_of(dtype)
     before, read = copy.deepcopy(model.state_dict()), copy.deepcopy(batches)
     choices = [{"sparsities": [0.5]}, {"sparsities": None, "pattern": parse_pattern("2:4")}]
-    options = [{}, *([{"enable_update": True}] if name in pruners.UPDATES else [])]
+    options = [{}, *([{"enable_update": True}] if pruners.updates(name) else [])]
     for given in options:
         for wanted in choices:
             pruner = pruners.build(name, **given)
@@ -118,11 +118,11 @@ class Float64:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pruners.available())
 def test_masks_are_those_of_float64_arithmetic_on_the_same_values(name, dtype):
-    """Of half precision, too: at least 999 of 1000 weights, in one pool and in groups."""
+    """Half precision, too: at least 999 of 1000 weights, in one pool and in groups."""
     model = Net(width=64).to(dtype)
     view, batches = view_of(model), batches_of(dtype, width=64)
     view.blocks = None
-    options = [{}, *([{"enable_update": True}] if name in pruners.UPDATES else [])]
+    options = [{}, *([{"enable_update": True}] if pruners.updates(name) else [])]
     for given in options:
         for wanted in ({"sparsities": [0.63]}, {"sparsities": None, "pattern": parse_pattern("2:4")}):
             ((_, masks),) = pruners.build(name, **given).prune(view, batches, **wanted)

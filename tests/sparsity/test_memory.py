@@ -1,4 +1,4 @@
-"""What a plan needs in memory, from shapes, against the measured peak and sums that are written out."""
+"""Memory that a plan needs, from shapes, against the measured peak and sums that are written out."""
 
 import pytest
 

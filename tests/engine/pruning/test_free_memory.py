@@ -1,8 +1,7 @@
 """Free memory of the system and of a container."""
 
-import torch
-
 from engine.pruning import free_memory
+from tests.toys import layers, view_of
 
 
 def test_a_container_s_limit_counts_and_cached_files_do_not(tmp_path, monkeypatch):
@@ -13,9 +12,9 @@ def test_a_container_s_limit_counts_and_cached_files_do_not(tmp_path, monkeypatc
     ):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(free_memory, "_CGROUP", tmp_path)
-    assert free_memory.free_memory(torch.device("cpu")).host == 350
+    assert free_memory.free_memory(view_of(layers((2, 3)))).host == 350
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  4 kB\n")
     monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
-    found = free_memory.free_memory(torch.device("cpu"))
+    found = free_memory.free_memory(view_of(layers((2, 3))))
     assert (found.device, found.host) == (0, 4096)

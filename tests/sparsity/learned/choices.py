@@ -1,4 +1,4 @@
-"""What chooses masks from scores, as a plan does."""
+"""Choosing masks from scores, as a plan does."""
 
 from sparsity.allocation.base import Part
 from sparsity.run.axes import ALLOCATIONS

@@ -38,7 +38,7 @@ def test_the_error_is_that_of_a_direct_solve(shape, share, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_where_little_is_lost_a_smaller_residual_gives_the_same(shape):
-    """Of 10 % sparsity the error is so small that the residual, measured by C, lets it be further from the least."""
+    """At 10 % sparsity the error is so small that the residual, measured by C, lets it be further from the least."""
     outputs, width, tokens = shape
     weight, H, kept = weights(outputs, width), damped(inputs(tokens, width)), half_kept(shape[:2], share=0.9)
     best = error(weight, direct(weight @ H, H, kept), H)

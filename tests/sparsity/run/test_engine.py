@@ -137,7 +137,7 @@ def test_sparsegpt_in_a_pool_that_it_does_not_solve_is_its_saliency_and_then_its
 @pytest.mark.parametrize("calibration", ["dense", "sequential"])
 @pytest.mark.parametrize("reconstruct", ["none", "sparsegpt"])
 def test_an_allocation_holds_in_every_order_of_calibration(view, allocation, calibration, reconstruct):
-    """What layers lose does not depend on how their scores are measured; and it is no even share."""
+    """Counts of layers do not depend on how their scores are measured; and it is no even share."""
     options = {"allocation": allocation, "calibration_mode": calibration, "reconstruct": reconstruct}
     for name, scope in (("wanda", "row"), ("sparsegpt", "block")):
         masks = once(name, view, batches_of(), scope=scope, **options)

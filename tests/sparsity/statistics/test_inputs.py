@@ -205,7 +205,7 @@ def test_a_rank_without_data_takes_part():
 
 
 def on_ranks(make, shares, statistics, **options):
-    """What each rank gets from `collect` over its share of the batches, or the message of its error."""
+    """Return what each rank gets from `collect` over its share of the batches, or the message of its error."""
     reduce, results = Ranks(len(shares)), {}
 
     def work(rank, batches):

@@ -57,7 +57,7 @@ MEASURED = {"norms": norms, "gradients": gradients, "rows": rows, "learned": lea
 
 
 def outcome(measure, names, batches, rounds, reduce=None):
-    """What is measured, or the message of the error."""
+    """Return what is measured, or the message of the error."""
     try:
         return MEASURED[measure](view_on(names), batches, rounds, reduce)
     except ValueError as error:
