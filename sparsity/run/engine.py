@@ -26,7 +26,7 @@ from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import budgets, follow, quotas, select, warn_of_sum
+from sparsity.run.select import budgets, chosen, follow, quotas, select, shared, warn_of_sum
 from sparsity.run.sequential import origin_of
 from sparsity.selection import Named, lowered
 from sparsity.statistics.checks import check_weights
@@ -187,8 +187,8 @@ class Engine:
     ) -> Iterator[tuple[Sparsity, Masks]]:
         """Masks for all sparsities from one set of scores."""
         scores = self._scores_of(view, measured, request.seed)
-        chosen = self._select(view, scores, request, measured)
-        for one, kept in zip(request.each(), chosen, strict=True):
+        selected = self._select(view, scores, request, measured)
+        for one, kept in zip(request.each(), selected, strict=True):
             yield one.target, as_masks(view, dict(kept), {**record, "sparsity": str(one.target)})
 
     def _scores_of(
@@ -292,8 +292,8 @@ class Engine:
             layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
-        (chosen,) = self._select(view, self._scores_of(view, measured, target.seed, before), target, measured, before)
-        kept = dict(chosen)
+        scores = self._scores_of(view, measured, target.seed, before)
+        kept = dict(next(self._select(view, scores, target, measured, before)))
         return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
 
     def _learned(
@@ -307,8 +307,15 @@ class Engine:
     ) -> dict[str, Mapping[str, Tensor]]:
         """Return what is measured, with the statistic that is learned for one target."""
 
+        # While scores are learned the model's weights are masked ones: what each layer loses is decided before.
+        whole = self._whole(view, self._no_scores, measured.statistics, before)
+        parts = [] if target.pattern else budgets(whole, target.sparsities, target.groups)
+        contests = shared(parts, self.plan.allocation)
+
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
-            (kept,) = self._select(view, scores, target, measured, before)
+            if target.pattern:
+                return follow(target.pattern, scores(list(view.weights)))
+            (kept,) = chosen([(replace(p, scores=scores), c, s) for p, c, s in contests], self.plan.scope)
             return kept
 
         with reading.arithmetic():
@@ -328,8 +335,8 @@ class Engine:
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
         pruned = 0 if target.pattern else budget(target.target, view.numel)
         kept, updated = {}, {}
-        for name, chosen, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
-            kept[name], updated[name] = chosen, solved
+        for name, mask, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
+            kept[name], updated[name] = mask, solved
         return as_masks(view, kept, facts, updated)
 
 

@@ -84,17 +84,26 @@ def select(parts: Sequence[Budget], allocation: Allocation, scope: str) -> Itera
     They are made while they are read, one layer at a time, in whatever order; the scores of a part are computed several
     times.
     """
-    found = [
-        (part, contest, shares, _limits(part, contest, scope))
-        for part, shares in parts
-        for contest in allocation.contests(part, shares)
-    ]
+    return chosen(shared(parts, allocation), scope)
+
+
+Shared = list[tuple[Part, Contest, Sequence[Sparsity]]]
+
+
+def shared(parts: Sequence[Budget], allocation: Allocation) -> Shared:
+    """Return the contests of all parts, with the part and its sparsities."""
+    return [(part, contest, shares) for part, shares in parts for contest in allocation.contests(part, shares)]
+
+
+def chosen(contests: Shared, scope: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Return the masks for each sparsity, as `select` does, of contests that are there."""
+    found = [(part, contest, shares, _limits(part, contest, scope)) for part, contest, shares in contests]
 
     def of(i: int) -> Iterator[tuple[str, Tensor]]:
         for part, contest, shares, limits in found:
             yield from _keep(part, contest, scope, contest.counts[i], shares[i], limits[i] if limits else None)
 
-    return (of(i) for i in range(len(parts[0][1])))
+    return (of(i) for i in range(len(contests[0][2])))
 
 
 def _limits(part: Part, contest: Contest, scope: str) -> list[Threshold] | None:
@@ -142,8 +151,7 @@ def quotas(parts: Sequence[Budget], allocation: Allocation) -> dict[str, Quota]:
     """Return name -> quota, for one sparsity of an allocation that is local."""
     return {
         name: Quota(contest.counts[0], shares[0] if contest.even else None)
-        for part, shares in parts
-        for contest in allocation.contests(part, shares)
+        for _, contest, shares in shared(parts, allocation)
         for name in contest.names
     }
 

@@ -347,3 +347,11 @@ def test_what_one_call_refuses():
         pruners.prune(Net(), "wanda", sparsity=0.5)
     with pytest.raises(UserError, match="the model returns no loss for a batch"):
         pruners.prune(Net(), "snip", sparsity=0.5, data=batches_of())
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "owl", "alpha"])
+def test_learned_masks_have_the_counts_of_the_dense_model(view, allocation):
+    """While scores are learned, the weights that an allocation could read are masked ones."""
+    learned = once("tamt", view, batches_of(), allocation=allocation)
+    expected = once("omp", view, batches_of(), allocation=allocation)
+    assert [lost(learned, [name]) for name in view.weights] == [lost(expected, [name]) for name in view.weights]
