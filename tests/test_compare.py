@@ -16,7 +16,19 @@ import yaml
 import compare
 import pruners
 from configs.loading import load_config
-from engine.pruning.comparison import ANY_SEED, DENSE, Entry, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
+from engine.pruning.comparison import (
+    ANY_SEED,
+    COSTS,
+    DENSE,
+    Cost,
+    Entry,
+    Ledger,
+    latex,
+    markdown,
+    mean_and_error,
+    seeds_of,
+    sharing,
+)
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.run import engine
@@ -38,7 +50,7 @@ def results(folder):
 
 
 def without_times(rows):
-    return sorted(tuple(v for k, v in row.items() if k not in ("date", "selection_seconds")) for row in rows)
+    return sorted(tuple(v for k, v in row.items() if k not in ("date", *COSTS)) for row in rows)
 
 
 @pytest.fixture
@@ -253,7 +265,7 @@ def test_rows_that_another_version_wrote_are_left_alone(tmp_path):
     path = tmp_path / "results.csv"
     columns = {"top-1": "top1"}
     ledger = Ledger(path, "m", ["v"], columns, {"omp": "one"})
-    ledger.add("omp", "50", "-", {"v": 0.5, "all": 0.5}, {"top1": 1.0}, 0)
+    ledger.add("omp", "50", "-", {"v": 0.5, "all": 0.5}, {"top1": 1.0}, Cost())
     assert Ledger(path, "m", ["v"], columns, {"omp": "one"}).find("omp", "50", "-") is not None
     assert Ledger(path, "m", ["v"], columns, {"omp": "two"}).find("omp", "50", "-") is None
 

@@ -37,17 +37,20 @@ def plans_of(
     pattern: str | None,
     own: Callable[[str, Mapping[str, Any]], dict[str, Any]],
 ) -> dict[str, PlanFile]:
-    """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with this pattern
-    and those of the options that it reads.
+    """Return name -> plan: of a file, all or those of these names; or one for each pruner of these names, or of the
+    usual ones, with this pattern and those of the options that it reads.
 
-    own: of a pruner's name and options, those that it reads. UserError where a file and options are given, and for an
-    option that no pruner reads.
+    own: of a pruner's name and options, those that it reads. UserError where a file and options are given, for a name
+    that is not in the file, and for an option that no pruner reads.
     """
-    given = [*(["pruners"] if names else []), *options, *(["pattern"] if pattern else [])]
+    given = [*options, *(["pattern"] if pattern else [])]
     if file and given:
-        raise UserError(f"--plans {file} says pruners, patterns and options: leave {', '.join(given)} out")
+        raise UserError(f"--plans {file} says patterns and options: leave {', '.join(given)} out")
     if file:
-        return read_plans(file)
+        plans = read_plans(file)
+        if unknown := [name for name in names or () if name not in plans]:
+            raise UserError(f"{file}: there is no plan {unknown[0]!r}; there are: {', '.join(plans)}")
+        return {name: plans[name] for name in names or plans}
     read = {name: own(name, options) for name in names or usual}
     for option in options:
         if not any(option in each for each in read.values()):
