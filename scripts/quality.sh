@@ -45,7 +45,8 @@ run() { # STUDY PLAN: one model with one plan at all levels under all seeds
     [ -z "$sparsities" ] || names=("$plan" "${names[@]}")
     [ "$study" != grid ] || names=("${updates[@]/#/$plan }")
     command=(compare.py --plans "$file" -p "$(IFS=, && echo "${names[*]}")" --seeds "$seeds" --num_batches "$batches"
-        --int8 --output_dir "$folder")
+        --output_dir "$folder")
+    [ "$plan" != "$(plain "$study")" ] || command+=(--int8) # once for all plans
     [ -z "$sparsities" ] || command+=(-s "$sparsities")
     # shellcheck disable=SC2206 # several words
     command+=($options $more)
@@ -61,7 +62,7 @@ run() { # STUDY PLAN: one model with one plan at all levels under all seeds
     echo "$study, $plan: done in $SECONDS s"
 }
 
-jobs() { # what is to be run: STUDY PLAN, a line each
+wanted() { # what is to be run: STUDY PLAN, a line each
     local study plan
     for study in $studies; do
         for plan in $updated $(plain "$study"); do
@@ -96,8 +97,8 @@ for score in $scores; do
 done >"$output/grid.yaml"
 start='set -euo pipefail; read -ra updates <<<"$updates"; run "$@"'
 export updates
-export -f run
-jobs | xargs -r -P "${JOBS:-2}" -L 1 bash -c "$start" bash || {
+export -f run plain
+wanted | xargs -r -P "${JOBS:-2}" -L 1 bash -c "$start" bash || {
     echo "scripts/quality.sh: stopped, see the logs in $output; the same command goes on from here" >&2
     exit 1
 }

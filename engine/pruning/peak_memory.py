@@ -1,5 +1,6 @@
 """The peak of memory between two points of a run."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -23,10 +24,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        try:
+        with contextlib.suppress(OSError):
             (_PROCESS / "clear_refs").write_text("5")  # Linux: the peak becomes the size of now
-        except OSError:
-            pass
 
     def read(self) -> int:
         """Return the peak in bytes."""

@@ -25,11 +25,11 @@ COSTS = ("calibration_seconds", "selection_seconds", "peak_mb")
 COLUMNS = ("config", "date", "pruner", "sparsity", "seed", *COSTS)
 # Columns of a model's results that are shown, how many of them decide (their mean), and what the best is.
 MEASURES = ((("top-1",), 1, max), (("i2t R@1", "t2i R@1"), 2, max), (("Frechet", "as asked %"), 1, min))
-WHAT = f"""Quality without training, in per cent (Frechet: a distance, lower is better): mean ± standard error over seeds. It
-does not contain what other test images would change. Seconds (statistics and masks, without evaluation) and peak memory
-are of one level and seed. "dense int8" rounds the prunable weights to 8 bits by output channel; it is simulated, and of
-weights alone. A plan is best where its mean is; "take" is the cheapest plan that the best is not ahead of by more than
-{ERRORS:.0f} standard errors of their difference, paired over seeds."""
+WHAT = f"""Quality without training, in per cent (Frechet: a distance, lower is better): mean ± standard error over
+seeds, which does not contain what other test images would change. Seconds (statistics and masks, without evaluation)
+are the mean of one level and seed, memory is the highest peak. "dense int8" rounds the prunable weights to 8 bits by
+output channel: weights alone, simulated. "best" has the best mean; "take" is the cheapest plan that the best is not
+ahead of by more than {ERRORS:.0f} standard errors of their difference, paired over seeds."""
 
 Row = Mapping[str, str]
 
@@ -120,8 +120,8 @@ def _plan(row: Row) -> str:
 
 
 def difference(better: Mapping[str, float], other: Mapping[str, float]) -> tuple[float, float]:
-    """Return the mean difference of two plans at a level, and its standard error, 0 for one seed: paired where both have
-    the same seeds; a plan that draws nothing has its one value under all of them.
+    """Return the mean difference of two plans at a level, and its standard error, paired over the seeds that both have;
+    a plan that draws nothing has its one value under all of them. One pair: 0; none: infinite.
     """
     seeds = [seed for seed in better if seed in other]
     if ANY_SEED in better or ANY_SEED in other:
