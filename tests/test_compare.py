@@ -20,6 +20,7 @@ from engine.pruning.comparison import (
     ANY_SEED,
     COSTS,
     DENSE,
+    INT8,
     Cost,
     Entry,
     Ledger,
@@ -128,6 +129,21 @@ def test_every_run_has_its_sparsity(whole):
         sparsity = float(row["sparsity"]) / 100
         if row["pruner"] not in ("localmp", "magnitude"):  # floors of single layers
             assert float(row["all %"]) == pytest.approx(100 * budget(sparsity, 36864) / 36864, abs=0.02)
+
+
+def test_groups_that_stay_dense_and_weights_of_8_bits(tmp_path, capsys):
+    """Both pruned groups lose what is asked of them, by score and block by block."""
+    content = yaml.safe_load((CONFIGS / "prune.yaml").read_text()) | {"dense_groups": ["fusion"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "p.yaml").write_text("a: {pruner: omp}\nb: {pruner: sparsegpt, reconstruct: sparsegpt}\n")
+    more = ("--plans", str(tmp_path / "p.yaml"), "-s", "50", "--seeds", "1", "--int8")
+    compare.main(options(tmp_path / "out", *more, config=tmp_path / "c.yaml"))
+    rows = {row["pruner"]: row for row in results(tmp_path / "out")}
+    assert list(rows) == [DENSE, INT8, "a", "b"] and "fusion %" not in rows["a"]
+    assert [rows[name]["all %"] for name in rows] == ["0.0000", "0.0000", "50.0000", "50.0000"]
+    assert all(float(row["peak_mb"]) > 0 for name, row in rows.items() if name in ("a", "b"))
+    all_groups = options(tmp_path / "out", *more)
+    assert "has the columns of another model" in refused(capsys, compare.main, all_groups)
 
 
 # Resumed

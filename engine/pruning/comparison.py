@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.pruning import PruneConfig, PrunedModel
+from configs.pruning import PrunedModel
 from engine.contents import contents
 from engine.pruning.peak_memory import PeakMemory
 from engine.pruning.rounding import int8_weights
@@ -95,8 +95,6 @@ def digests(
     common |= _held({"evaluation": read["evaluation"]})
     data = {key: read[key] for key in config.CALIBRATION}
     data |= {"num_batches": options["num_batches"], **_held(data)}
-    if isinstance(config, PruneConfig) and config.dense_groups:
-        common["dense_groups"] = config.dense_groups
     result = {DENSE: _digest(common), INT8: _digest(common | {"rounding": INT8})}
     for name, entry in plans.items():
         own = entry.plan.facts(Request(pattern=entry.pattern, groups=entry.groups, seed=0))
