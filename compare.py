@@ -30,7 +30,6 @@ from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
 from engine.options.plans import plans_of
-from engine.reports.finished import finished_table
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.files import check_writable
 
@@ -80,6 +79,8 @@ def check(args: argparse.Namespace) -> PrunedModel:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.model is None:
+        from engine.reports.finished import finished_table
+
         print(finished_table(args))
         return
     config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]

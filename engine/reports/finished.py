@@ -1,4 +1,4 @@
-"""The tables of runs that are finished, as compare.py prints them; needs no torch."""
+"""The tables of runs that are finished, as compare.py prints them."""
 
 from argparse import Namespace
 
