@@ -19,7 +19,7 @@ scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh.
 
 import argparse
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(finished_table(args))
         return
-    config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
+    config, usual = check(args), partial(filter, pruners.one_shot, pruners.available())
     files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
     engines = {name: file.build(name, pruners.build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):

@@ -12,7 +12,7 @@ FILE = Path("configs/quality/plans.yaml")
 
 
 def chosen(path, names, options=None, pattern=None):
-    return plans_of(path, names, ["omp"], options or {}, pattern, pruners.own_options)
+    return plans_of(path, names, lambda: ["omp"], options or {}, pattern, pruners.own_options)
 
 
 def test_names_choose_plans_of_a_file_in_their_order(tmp_path):
