@@ -67,6 +67,15 @@ def onnx_bytes(path: Path) -> bytes:
         return wheel.read(names[0])
 
 
+def opened(content: bytes) -> Any:
+    """Return the model in an ONNX file. UserError where the package onnx is not installed."""
+    try:
+        import onnx
+    except ImportError:
+        raise UserError("reading ONNX needs a package that is not installed: pip install onnx") from None
+    return onnx.load_from_string(content)
+
+
 def converted(graph: Any) -> dict[str, Tensor]:
     """Return the backbone of an ONNX graph as a state dict of timm's model, at the size that it was trained at.
 
@@ -128,15 +137,13 @@ def deviation(content: bytes, model: nn.Module, images: Tensor) -> float | None:
     """Return the largest difference of the features to those of the ONNX graph, over their largest; None where
     onnxruntime is not installed.
     """
-    import onnx
-
     try:
         import onnxruntime
     except ImportError:
         return None
-    graph = onnx.load_from_string(content)
+    graph = opened(content)
     output = next(node.output[0] for node in graph.graph.node if "backbone.layernorm.bias" in node.input)
-    graph.graph.output.extend([onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)])
+    graph.graph.output.add().name = output
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     name = graph.graph.input[0].name
     theirs = torch.cat([torch.from_numpy(session.run([output], {name: image[None].numpy()})[0]) for image in images])
@@ -165,6 +172,12 @@ def _image_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, wheel.read(name)
 
 
+def resized(images: list[Image.Image]) -> Tensor:
+    """Return whole photographs as the model takes them, (B, 3, side, side)."""
+    plain = EvalTransform(SIDE, IMAGENET)
+    return torch.stack([plain(image).to("cpu") for image in images])
+
+
 def cosines(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
     """Return the mean cosine of the class tokens, and of the patch tokens, of features (B, 1 + patches, width)."""
     alike = F.cosine_similarity(dense, pruned, dim=-1)
@@ -175,18 +188,18 @@ def measure(
     plan: PlanFile, model: nn.Module, halves: list[list[Image.Image]], crops: int, pattern: NM, device: torch.device
 ) -> dict[str, str]:
     """Return the row of a plan: cosines on the photographs that it is calibrated on and on the others, and seconds."""
-    view, plain = prunable_view(model), EvalTransform(SIDE, IMAGENET)
+    view = prunable_view(model)
     crop = TrainTransform(SIDE, (0.3, 1.0), augment=RandAugment(num_ops=0), statistics=IMAGENET)
     seen, unseen, seconds = [], [], []
     for seed, (own, others) in enumerate((halves, halves[::-1])):
         rng = np.random.default_rng(seed)
-        drawn = torch.stack([crop(own[i % len(own)], rng) for i in range(crops)]).to(device)
+        drawn = torch.stack([crop(own[i % len(own)], rng).to("cpu") for i in range(crops)]).to(device)
         begin = time.perf_counter()
         engine = plan.build(plan.pruner, pruners.build)
         ((_, masks),) = engine.prune(view, list(drawn.split(BATCH)), None, pattern=pattern, seed=seed)
         seconds.append(time.perf_counter() - begin)
         for images, found in ((own, seen), (others, unseen)):
-            tested = torch.stack([plain(image) for image in images]).to(device)
+            tested = resized(images).to(device)
             dense = features(model, tested)
             with masks.applied(view):
                 found.append(cosines(dense, features(model, tested)))
@@ -207,16 +220,15 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=128, help="that are calibrated on (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="write the weights here, with timm's names (default: no)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    import onnx
-
+    pattern, device = parse_pattern(args.pattern), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if pattern is None:
+        parser.error("--pattern: expected N:M")
     content = onnx_bytes(args.weights)
-    state = converted(onnx.load_from_string(content).graph)
+    state = converted(opened(content).graph)
     model, images = build(state), photographs(args.photographs)
     if args.save:
         save_file(state, args.save)
-    plain = EvalTransform(SIDE, IMAGENET)
-    apart = deviation(content, model, torch.stack([plain(image) for image in images.values()]))
+    apart = deviation(content, model, resized(list(images.values())))
     print("features beside onnxruntime's:", "not installed" if apart is None else f"{apart:.1e} apart", flush=True)
     plans = read_plans(args.plans)
     names = args.names or [name for name, plan in plans.items() if plan.pattern is None]
@@ -224,7 +236,6 @@ def main() -> None:
     told = f"{len(images)} photographs, {args.crops} crops of one half, {args.pattern}"
     print(f"{told}: {', '.join(images)}", flush=True)
     model.to(device)
-    pattern = parse_pattern(args.pattern)
     rows = [{"plan": name} | measure(plans[name], model, halves, args.crops, pattern, device) for name in names]
     print(markdown_table(rows))
 
