@@ -128,7 +128,7 @@ def build(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 @torch.no_grad()
-def features(model: nn.Module, images: Tensor) -> Tensor:
+def features(model: Any, images: Tensor) -> Tensor:
     """Return the last features (B, 1 + patches, width) of images (B, 3, H, W)."""
     return torch.cat([model.forward_features(part) for part in images.split(BATCH)])
 
