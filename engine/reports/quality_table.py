@@ -28,9 +28,9 @@ MEASURES = ((("top-1",), 1, max), (("i2t R@1", "t2i R@1"), 2, max), (("Frechet",
 WHAT = f"""Quality without training, in per cent (Frechet: a distance, lower is better): mean ± standard error over
 seeds, which does not contain what other test images would change. Seconds (statistics and masks, without evaluation)
 are the mean of one level and seed; MB is the highest peak of memory, of the process or, on a GPU, of tensors. "dense
-int8" rounds the prunable weights to 8 bits by output channel: weights alone, simulated. "best" has the best mean; "take"
-is the cheapest plan that the best is not ahead of by more than {ERRORS:.0f} standard errors of their difference, paired
-over seeds."""
+int8" rounds the prunable weights to 8 bits by output channel: weights alone, simulated. "best" has the best mean;
+"take" is the cheapest plan that the best is not ahead of by more than {ERRORS:.0f} standard errors of their difference,
+paired over seeds."""
 
 Row = Mapping[str, str]
 
