@@ -5,8 +5,8 @@ from pruners.base import Pruner
 
 
 class Taylor(Pruner):
-    """First-order Taylor expansion, arXiv 1906.10771: score = mean over batches of (w * g)^2, with g the gradient of the
-    loss of one batch; compared over all weights.
+    """First-order Taylor expansion, arXiv 1906.10771: score = mean over batches of (w * g)^2, with g the gradient of
+    the loss of one batch; compared over all weights.
     """
 
     statistic = "squared_gradient"

@@ -22,9 +22,9 @@ class Problem:
     weight: (out, in), never written to. statistics: by name, those that the reconstruction declares, of this layer.
     kept: (out, in), bool, the mask; None where the reconstruction finds it: then sparsity (a fraction; None with a
     pattern), scope and pattern say what is legal. count: how many weights are pruned, in place of a sparsity that each
-    unit of the scope loses. alive: (out, in), bool, the mask within which it has to find its own. dense_share: a of `--target dense:a`, the share of the wanted output
-    that is the dense model's on the dense inputs; then `statistics` has "cross" too. 0: the output of W on the inputs
-    that the layer gets.
+    unit of the scope loses. alive: (out, in), bool, the mask within which it has to find its own. dense_share: a of
+    `--target dense:a`, the share of the wanted output that is the dense model's on the dense inputs; then `statistics`
+    has "cross" too. 0: the output of W on the inputs that the layer gets.
     """
 
     name: str

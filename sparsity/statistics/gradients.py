@@ -1,5 +1,5 @@
-"""Gradients of the loss on the prunable weights, or their squares, averaged over calibration batches, without a trace in
-the model.
+"""Gradients of the loss on the prunable weights, or their squares, averaged over calibration batches, without a trace
+in the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
