@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [("dense", accuracy() if accuracy else {})]
     masks, name = None, PRUNERS[args.pruner]
     if name:
-        pruner = pruners.build(name, **plan_of(args))
+        pruner = pruners.build(name, **plan_of(args, args.target))
         pruner.preflight(view, request(args.target, args.seed))
         data = None
         if pruner.plan.statistics:

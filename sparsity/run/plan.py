@@ -50,7 +50,8 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
+    what the provenance of masks says of the preset that stood for this plan.
     """
 
     score: Score
@@ -61,6 +62,7 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -168,6 +170,8 @@ class Plan:
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
         found: dict[str, Any] = {"pruner": self.name, "seed": request.seed}
+        if self.preset is not None:
+            found["preset"] = self.preset
         if request.pattern:
             found["pattern"] = str(request.pattern)
         else:
