@@ -40,9 +40,8 @@ def presets() -> dict[str, str]:
 
 def listed() -> str:
     """Return all names, as --help shows them: the pruners, and apart from them the presets with what they mean."""
-    return f"{', '.join(available())}; or a preset: " + "; ".join(
-        f"{name} ({says})" for name, says in presets().items()
-    )
+    told = "; ".join(f"{name} ({means})" for name, means in presets().items())
+    return f"{', '.join(available())}; or a preset: {told}"
 
 
 def check(name: str) -> None:

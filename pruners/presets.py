@@ -1,7 +1,7 @@
 """Presets: names that stand for a pruner with options, which is looked up before anything is loaded.
 
-What a preset stands for depends on the pattern, or on the sparsity, alone. An option that is given beats the preset's. A
-preset whose table changes gets the next version, which masks and reports record with what it stood for.
+What a preset stands for depends on the pattern, or on the sparsity, alone. An option that is given beats the preset's.
+A preset whose table changes gets the next version, which masks and reports record with what it stood for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,10 +43,7 @@ class Preset:
         if pattern is not None:
             return {str(pattern): self.pattern}
         if not sparsities:
-            return {
-                "N:M": self.pattern,
-                **{f"sparsity from {least}": found for least, found in self.sparsities.items()},
-            }
+            return {"N:M": self.pattern, **{f"from {least}": found for least, found in self.sparsities.items()}}
         return {str(sparsity): self._at(sparsity) for sparsity in sparsities}
 
     def _at(self, sparsity: Sparsity) -> Choice:
