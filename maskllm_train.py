@@ -7,7 +7,7 @@
 
 PRIOR is a mask file of prune.py, or a checkpoint with zeros of oneshot_pruning_timm.py; --prior-weights takes what a
 pruner made of the kept weights. <output>/<experiment>/ gets model_best.pth.tar (timm's layout, with gates),
-mask.safetensors, and model.safetensors, which timm loads by itself. A run that was stopped goes on with the same command.
+mask.safetensors, and model.safetensors, which timm loads by itself. The same command goes on after a stop.
 scripts/maskllm.sh has whole recipes.
 """
 
