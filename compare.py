@@ -37,8 +37,7 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    names = ", ".join(pruners.available())
-    only = f"comma separated list of {names} (default: all of one pass at most), or of plans of --plans (default: all)"
+    only = f"comma separated list of {pruners.listed()} (default: all of one pass at most), or plans of --plans"
     add("-p", "--pruners", help=only)
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
@@ -84,15 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(finished_table(args))
         return
     config, usual = check(args), partial(filter, pruners.one_shot, pruners.available())
-    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
-    engines = {name: file.build(name, pruners.build) for name, file in files.items()}
+    own, build = (partial(each, sparsities=args.sparsities) for each in (pruners.own_options, pruners.build))
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, own)
+    engines = {name: file.build(name, build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.comparison import Entry, Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import calibrations, save_arguments
+    from engine.pruning.run import calibrations, preflight, save_arguments
     from engine.ranks import place_of
 
     chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
@@ -112,11 +112,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def passes(name: str, seed: int) -> Any:
         own = data(seed) if engines[name].plan.statistics else None
-        return calibrations(own, fabric, seed, name, folder=args.output_dir, config=config)
+        return calibrations(own, fabric, seed, name, args.output_dir, config, args.capture_budget)
 
     for entry in chosen.values():
-        rounds = data(args.seeds[0]).rounds if entry.plan.statistics else None
-        entry.engine.preflight(view, entry.request(args.sparsities, 0), rounds=rounds, folder=args.output_dir)
+        own = data(args.seeds[0]) if entry.plan.statistics else None
+        preflight(entry.engine, view, entry.request(args.sparsities, 0), own, args.output_dir, args.devices)
     asked = chosen, args.sparsities, args.seeds
     compare(view, *asked, ledger, calibrations=passes, evaluate=evaluate, int8=args.int8)
     rows = summarise(ledger, wanted(*asked, args.int8))

@@ -265,7 +265,8 @@ def _masks(
     calibration, of_statistic = time.perf_counter() - begin, peak.read()
     for name, own, missing in todo:
         request = plans[name].request(list(missing.values()), seed)
-        chosen = timed(plans[name].engine.masks(view, measured, request, calibrations(name, seed)))
+        masks = plans[name].engine.masks(view, measured, request, calibrations(name, seed))
+        chosen = timed(masks, plans[name].plan.one_pass)
         for label, (_, masks, seconds) in zip(missing, chosen, strict=True):
             yield (name, label, own), masks, Cost(calibration, seconds, max(of_statistic, peak.read()))
             peak.reset()
