@@ -18,8 +18,8 @@ levels=${LEVELS:-2:4,50,63,75,90} seeds=${SEEDS:-42,43,44}
 export levels seeds
 known="xvlm xvlm_towers vit dit blip blip_contrastive" # the longest first
 studies=${STUDIES:-$known}
-updated="sparsegpt multiflow+lsq magnitude+lsq sparsegpt+lsq"
-scores="omp localmp l2 lamp snip multiflow wanda sparsegpt rand"
+updated="alps multiflow+lsq magnitude+lsq sparsegpt" # the longest first
+scores="omp localmp l2 lamp snip taylor multiflow wanda ria sparsegpt rand"
 updates="none sparsegpt lsq admm"
 
 run() { # STUDY PLAN: one model with one plan at all levels under all seeds
