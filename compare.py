@@ -18,7 +18,7 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 
 import argparse
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    names = ", ".join(pruners.available())
-    add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
+    add("-p", "--pruners", help=f"comma separated list of {pruners.listed()} (default: all of one pass at most)")
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
@@ -85,8 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{table}\n\nresults: {path}")
         return
     config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
-    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
-    engines = {name: file.build(name, pruners.build) for name, file in files.items()}
+    own, build = (partial(each, sparsities=args.sparsities) for each in (pruners.own_options, pruners.build))
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, own)
+    engines = {name: file.build(name, build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))
 
