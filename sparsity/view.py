@@ -130,11 +130,11 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch and
-    is to keep when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
-    they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
-    pruned as they are.
+    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch
+    and is taught to give when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself
+    changes (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision,
+    while they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that
+    cannot be pruned as they are.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ class SomeBatches:
     places: in ascending order.
     """
 
-    batches_in_round = 1
+    unit, batches_in_round = "batches", 1
 
     def __init__(self, whole: LoaderBatches, places: Sequence[int]):
         self.whole, self.places, self.samples = whole, places, len(places)

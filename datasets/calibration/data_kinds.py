@@ -48,6 +48,8 @@ class Lockstep:
         folder: where the images that cannot be read are listed.
     """
 
+    unit = "samples"
+
     def __init__(
         self,
         kinds: Sequence[Sequence["Source"]],

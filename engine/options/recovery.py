@@ -11,9 +11,9 @@ from sparsity.errors import UserError
 class RecoveryOptions:
     """How what is kept is trained.
 
-    steps: of the optimizer. lr: the peak rate, reached after the share `warmup` of the steps, then a cosine to 0. rounds:
-    of calibration batches in a step, on all devices together; a round is one batch of each kind of data. save_every:
-    steps between two checkpoints.
+    steps: of the optimizer. lr: the peak rate, reached after the share `warmup` of the steps, then a cosine to 0.
+    rounds: of calibration batches in a step, on all devices together; a round is one batch of each kind of data.
+    save_every: steps between two checkpoints.
     """
 
     steps: int

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,15 +41,17 @@ LOSS, SELECT = "loss", "minus_loss"  # the highest value is the best
 
 
 class Batches(Protocol):
-    """This rank's calibration batches. samples: on all ranks. batches_in_round: likewise."""
+    """This rank's calibration batches. samples, batches_in_round: on all ranks, the former in `unit`."""
 
+    unit: str
     samples: int
     batches_in_round: int
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def stream(self, start: int) -> Iterator[Any]:
+    def stream(self, start: int = 0) -> Iterator[Any]:
         """Yield the batches of epoch after epoch, without end and without the first `start`."""
+        ...
 
 
 class Splittable(Protocol):
@@ -58,6 +59,7 @@ class Splittable(Protocol):
 
     def split(self, seed: int, most: int) -> tuple[Batches, Batches]:
         """Return the data without a tenth of its samples, and that tenth: at most `most` batches of each kind."""
+        ...
 
 
 class Student(nn.Module):
@@ -121,10 +123,11 @@ class Recovery:
     @property
     def told(self) -> str:
         """How it is done, for the report."""
-        options, held, rest = self.options, self.held.samples, self.rest.samples
+        batches = self.options.rounds * self.rest.batches_in_round
+        held, every = self.held.samples, self.held.samples + self.rest.samples
         return (
-            f"{options.steps} steps of {options.rounds * self.rest.batches_in_round} batches, lr {options.lr:g}; {held} of"
-            f" {held + rest} samples held out (seed {self.seed}), by whose loss the best weights are chosen"
+            f"{self.options.steps} steps of {batches} batches, lr {self.options.lr:g}; {held} of {every}"
+            f" {self.held.unit} held out (seed {self.seed}), by whose loss the best weights are chosen"
         )
 
     @contextmanager
@@ -253,4 +256,4 @@ def build_recovery(
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    return vars(value) if dataclasses.is_dataclass(value) else str(value)

@@ -20,9 +20,9 @@ SMALL = 1e-6  # squared length from which on states count as something
 def distillation(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
     """Return the "loss", the sum of one term for each output, and the terms, all scalars in float32 or wider.
 
-    student, teacher: what a view's `outputs` gives for the same batch, of the pruned model and of the dense one; the
-    latter gets no gradient. "logits": T^2 KL(softmax(t / T) || softmax(s / T)) at T = 2, for Hinton's (arXiv 1503.02531)
-    balance of gradients; "embedding": 1 - cosine(s, t); "states": |s - t|^2 / |t|^2 over the real positions of a sample.
+    student, teacher: what a view's `outputs` gives for the same batch, of the pruned model and of the dense one, which
+    gets no gradient. "logits": T^2 KL(softmax(t / T) || softmax(s / T)) at T = 2 (arXiv 1503.02531, section 2);
+    "embedding": 1 - cosine(s, t); "states": |s - t|^2 / |t|^2, each over the real positions of a sample.
     """
     terms = {name: _term(own, teacher[name]) for name, own in student.items()}
     return {"loss": torch.stack([*terms.values()]).sum(), **terms}
