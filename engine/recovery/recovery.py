@@ -152,6 +152,7 @@ class Recovery:
             )
         finally:
             view.model.load_state_dict(teacher.state_dict())
+            view.model.zero_grad()  # of a step that was broken off
             if self._student is not None:
                 self._student.module.teachers.clear()
 
