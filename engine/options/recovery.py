@@ -1,23 +1,36 @@
 """The options of recovery: training of what is kept, after pruning, against the dense model."""
 
 import argparse
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from engine.options.command_line import positive_float, positive_int, share
 from sparsity.errors import UserError
 
 
+LR, WIDTH = 1e-3, 192
+
+
+def usual_lr(widths: Sequence[int]) -> float:
+    """Return the peak rate for layers of so many inputs: what Adam moves an output by in a step is in proportion to
+    these and to the rate (arXiv 2203.03466), so that the rate is in inverse proportion to the median.
+    """
+    return LR * min(1.0, WIDTH / statistics.median(widths))
+
+
 @dataclass(frozen=True)
 class RecoveryOptions:
     """How what is kept is trained.
 
-    steps: of the optimizer. lr: the peak rate, reached after the share `warmup` of the steps, then a cosine to 0.
+    steps: of the optimizer. lr: the peak rate, reached after the share `warmup` of the steps, then a cosine to 0; None:
+    `usual_lr` of the model.
     rounds: of calibration batches in a step, on all devices together; a round is one batch of each kind of data.
     save_every: steps between two checkpoints.
     """
 
     steps: int
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.1
     rounds: int = 4
     save_every: int = 100
@@ -31,7 +44,8 @@ def add_recovery_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--recover", type=positive_int, metavar="STEPS", help=f"{told} model gives (default: no)")
     usual = RecoveryOptions(1)
-    add("--recover_lr", type=positive_float, help=f"peak of the learning rate (default: {usual.lr:g})")
+    rate = f"{LR:g} for layers of at most {WIDTH} inputs, for wider ones in proportion less"
+    add("--recover_lr", type=positive_float, help=f"peak of the learning rate (default: {rate})")
     add("--recover_warmup", type=share, help=f"share of the steps until then (default: {usual.warmup:g})")
     rounds = "calibration batches of each kind in a step, on all devices together"
     add("--recover_rounds", type=positive_int, help=f"{rounds} (default: {usual.rounds})")

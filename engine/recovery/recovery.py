@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.contents import contents
-from engine.options.recovery import RecoveryOptions, recovery_options
+from engine.options.recovery import RecoveryOptions, recovery_options, usual_lr
 from engine.ranks import on_leader, summed
 from engine.training.distillation import distillation
 from engine.training.fit import Run, fit
@@ -115,6 +115,7 @@ class Recovery:
         settings: dict[str, Any],
     ):
         self.options, self.fabric, self.view, self.seed = options, fabric, view, seed
+        self.lr = options.lr or usual_lr([weight.shape[1] for weight in view.weights.values()])
         self.rest, self.held = data.split(seed, HELD_BATCHES)
         self._config, self._settings = config, settings
         self._student: Any = None
@@ -126,7 +127,7 @@ class Recovery:
         batches = self.options.rounds * self.rest.batches_in_round
         held, every = self.held.samples, self.held.samples + self.rest.samples
         return (
-            f"{self.options.steps} steps of {batches} batches, lr {self.options.lr:g}; {held} of {every}"
+            f"{self.options.steps} steps of {batches} batches, lr {self.lr:.3g}; {held} of {every}"
             f" {self.held.unit} held out (seed {self.seed}), by whose loss the best weights are chosen"
         )
 
@@ -162,7 +163,7 @@ class Recovery:
         dense = state_digest(teacher)
         optimizer = adamw(
             self.view.model,
-            lr=options.lr,
+            lr=self.lr,
             weight_decay=0.0,
             betas=BETAS,
             fused=self._settings["precision"] != "16-mixed",
@@ -195,7 +196,7 @@ class Recovery:
         read = {name: getattr(config, name) for name in config.CALIBRATION}
         held = self.fabric.broadcast(on_leader(self.fabric, partial(contents, config)))
         return {
-            "recovery": dataclasses.asdict(self.options),
+            "recovery": dataclasses.asdict(self.options) | {"lr": self.lr},
             "data": json.loads(json.dumps([read, held], default=_plain)),
             "samples": [self.rest.samples, self.held.samples],
             "seed": self.seed,

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from engine.options.command_line import Parser, add_device_options
-from engine.options.recovery import RecoveryOptions, add_recovery_options, recovery_options
+from engine.options.recovery import RecoveryOptions, add_recovery_options, recovery_options, usual_lr
 from sparsity.errors import UserError
 
 
@@ -40,3 +40,8 @@ def test_options_of_recovery_without_it():
 def test_rounds_that_the_devices_cannot_share():
     with pytest.raises(UserError, match="--recover_rounds 3 cannot be shared by 2 devices"):
         recovery_options(parsed("--recover", "5", "--recover_rounds", "3", "--devices", "2"))
+
+
+def test_wider_layers_have_lower_rates():
+    assert usual_lr([64, 192, 768]) == usual_lr([8]) == 1e-3
+    assert usual_lr([768, 768, 3072]) == pytest.approx(2.5e-4)
