@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from engine.options.command_line import positive_float, positive_int, share
 from sparsity.errors import UserError
 
-
 LR, WIDTH = 1e-3, 192
 
 
