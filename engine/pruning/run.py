@@ -31,7 +31,7 @@ from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
-from sparsity.view import PrunableView
+from sparsity.view import PrunableView, canonical
 
 _NOT_PLAIN = r"[^\w.-]+"  # in names of files
 RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
@@ -246,7 +246,7 @@ class Results:
         """Recover one set of masks, whose file is `path`: save what was trained, and measure it."""
         beside = partial(str.replace, path.name, "_pruning_masks.safetensors")
         with self.recovery.recovered(masks, path.with_name(beside("_recovery"))) as found:
-            tensors = self.view.model.state_dict()
+            tensors = {canonical(key): tensor for key, tensor in self.view.model.state_dict().items()}
             file = path.with_name(beside("_recovered.safetensors"))
             self._save_tensors([(key, tensors[key]) for key in found.trained], file)
             if self.options["save_model"]:

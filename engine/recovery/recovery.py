@@ -196,7 +196,7 @@ class Recovery:
         read = {name: getattr(config, name) for name in config.CALIBRATION}
         held = self.fabric.broadcast(on_leader(self.fabric, partial(contents, config)))
         return {
-            "recovery": dataclasses.asdict(self.options) | {"lr": self.lr},
+            "recovery": {name: getattr(self.options, name) for name in ("steps", "warmup", "rounds")} | {"lr": self.lr},
             "data": json.loads(json.dumps([read, held], default=_plain)),
             "samples": [self.rest.samples, self.held.samples],
             "seed": self.seed,
