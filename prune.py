@@ -5,6 +5,7 @@
     python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
+    python prune.py -m dino -p sparsegpt --reconstruct lsq -s 90 --recover 1000 --evaluate
 
 Masks, run times and a report are written to <output_dir>/<pruner>/.
 """
@@ -19,10 +20,9 @@ from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from sparsity.allocation.budget import parse_sparsities
+from engine.options.recovery import add_recovery_options, recovery_options
 from sparsity.errors import UserError
 from sparsity.files import check_writable
-from sparsity.pattern import parse_pattern
 from sparsity.run.request import Request
 
 SPARSITIES = "63,75,90"
@@ -44,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_pruner_options(parser)
     options.add_config_options(parser, "prune")
     options.add_external_options(parser, models.ANY)
+    add_recovery_options(parser)
     options.add_device_options(parser)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
@@ -66,13 +67,8 @@ def list_data(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
-    args.pattern = parse_pattern(args.pattern)
-    for option in ("sparsities", "pool", "allocation", "scope"):
-        if args.pattern and getattr(args, option) is not None:
-            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = (
-        None if args.pattern else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
-    )
+    options.resolve_targets(args, SPARSITIES)
+    recovery_options(args)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)
@@ -95,20 +91,22 @@ def main(arguments: list[str] | None = None) -> None:
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:
         raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
-    if engine.plan.statistics:
+    if engine.plan.statistics or args.recover:
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrations, preflight, timed
     from engine.ranks import place_of
+    from engine.recovery.recovery import build_recovery
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
-    fabric = launch(args, folder)
+    fabric = launch(args, folder, unused_parameters=bool(args.recover))
     view = subject.load(fabric)
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
-    data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
+    data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics or args.recover else None
+    results.recovery = build_recovery(args, fabric, view, data, config)
     preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:

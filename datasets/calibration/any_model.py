@@ -2,13 +2,15 @@
 
 import copy
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.data_kinds import Lockstep
+from datasets.calibration.held_out import places
 from datasets.labelled.image_folder import Gather, ImageFolder
 from datasets.place import ALONE, Place
 from sparsity.errors import UserError
@@ -94,6 +96,11 @@ class LoaderBatches:
             way_out = f"give --num_batches {found}, or return something with a length"
             raise UserError(f"{self.name}: ended after {found} of {self.batches} batches: {way_out}")
 
+    def split(self, seed: int, most: int) -> tuple["SomeBatches", "SomeBatches"]:
+        """Return the batches of epoch 0 without a tenth of them, and that tenth, of which at most `most` are read."""
+        rest, held = places(self.batches, seed, "batch")
+        return SomeBatches(self.at(0), rest.tolist()), SomeBatches(self.at(0), held[:most].tolist())
+
     def _numbers(self) -> range:
         return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
 
@@ -104,3 +111,38 @@ class LoaderBatches:
         if not isinstance(batches, Iterable):
             raise UserError(f"{self.name}: expected an iterable of batches, got {type(batches).__name__}")
         return batches
+
+
+class SomeBatches:
+    """The batches at some places of what a function of the user's returns; each pass reads the same. Batch i of all
+    passes goes to rank i % world_size.
+
+    places: in ascending order.
+    """
+
+    unit, batches_in_round = "batches", 1
+
+    def __init__(self, whole: LoaderBatches, places: Sequence[int]):
+        self.whole, self.places, self.samples = whole, places, len(places)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield this rank's batches of the first pass."""
+        return self._pass(0)
+
+    def stream(self, start: int = 0) -> Iterator[Any]:
+        """Yield this rank's batches pass after pass, without end and without the first `start`."""
+        for number in itertools.count():
+            for batch in self._pass(number):
+                if start:
+                    start -= 1
+                else:
+                    yield batch
+
+    def _pass(self, number: int) -> Iterator[Any]:
+        turns = {place: number * len(self.places) + i for i, place in enumerate(self.places)}
+        place = -1
+        for place, batch in zip(range(self.places[-1] + 1), self.whole._made(), strict=False):
+            if place in turns and self.whole.place.has(turns[place]):
+                yield batch
+        if place < self.places[-1]:
+            raise UserError(f"{self.whole.name}: ended after {place + 1} batches, of which it has had more before")

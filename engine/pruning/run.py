@@ -5,11 +5,11 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
-from sparsity.view import PrunableView
+from sparsity.view import PrunableView, canonical
 
 _NOT_PLAIN = r"[^\w.-]+"  # in names of files
 RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
@@ -147,13 +147,28 @@ def percent(sparsity: Any) -> str:
     return f"{float(100 * sparsity):.12g}"
 
 
+class Recovering(Protocol):
+    """What trains what is kept; see engine.recovery.recovery. told: how, for the report."""
+
+    @property
+    def told(self) -> str: ...
+
+    def recovered(self, masks: Masks, folder: Path) -> AbstractContextManager[Any]:
+        """The model inside the block is the recovered one; gives `trained`, `before`, `after`, `step` and `seconds`."""
+
+    def forget(self) -> None:
+        """Remove what only a killed run needs."""
+
+
 class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
     folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
     the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
-    this rank writes files.
+    this rank writes files. recovery: where it is set, each set of masks is recovered, too.
     """
+
+    recovery: Recovering | None = None
 
     def __init__(
         self,
@@ -172,6 +187,7 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.pictures = Pictures(folder, view, model, self.stem)
+        self.facts: dict[str, str] = {}  # of recovery
         self.warnings: list[str] = []
         self.written: list[Path] = []
         self.preset: dict[str, str] = {}  # what it stood for, where one was given
@@ -225,10 +241,30 @@ class Results:
                 "prunable": masks.total,
             }
         )
+        if self.recovery:
+            self._recover(label, masks, path, evaluate)
+
+    def _recover(self, label: str, masks: Masks, path: Path, evaluate: Callable[[], Metrics] | None) -> None:
+        """Recover one set of masks, whose file is `path`: save what was trained, and measure it."""
+        beside = partial(str.replace, path.name, "_pruning_masks.safetensors")
+        with self.recovery.recovered(masks, path.with_name(beside("_recovery"))) as found:
+            tensors = {canonical(key): tensor for key, tensor in self.view.model.state_dict().items()}
+            file = path.with_name(beside("_recovered.safetensors"))
+            self._save_tensors([(key, tensors[key]) for key in found.trained], file)
+            if self.options["save_model"]:
+                self._save_model(path.with_name(beside("_recovered_model")))
+            metrics = evaluate() if evaluate else {}
+        row = self.rows[-1] | {"sparsity": f"{label} recovered", "seconds": f"{found.seconds:.1f}"}
+        self.rows.append(row | {name: metrics[key] for name, key in self.columns.items() if key in metrics})
+        loss = f"held-out loss {found.before:.4g} -> {found.after:.4g}, after step {found.step}"
+        self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
         """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""
         named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        self._save_tensors(named, path)
+
+    def _save_tensors(self, named: Sequence[tuple[str, Tensor]], path: Path) -> None:
         shapes = {key: tuple(weight.shape) for key, weight in named}
         if self.writes:
             stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
@@ -255,10 +291,15 @@ class Results:
             "seed": self.options["seed"],
             "calibration": f"{self.calibration_seconds:.1f} s, once for all sparsities",
         }
+        if self.recovery:
+            facts |= {"recovery": self.recovery.told, **self.facts}
         if self.writes:
             self._write(facts)
+            if self.recovery:
+                self.recovery.forget()
         lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]
-        lines += [f"calibration: {facts['calibration']}", "results:"]
+        told = ("calibration", *(("recovery", *self.facts) if self.recovery else ()))
+        lines += [*(f"{name}: {facts[name]}" for name in told), "results:"]
         lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
         return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from models.blip.outputs import outputs
 from models.blip.vision import VisionConfig, vision_transformer
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM, Image, Projected, TextConfig
@@ -390,4 +391,5 @@ def prunable_view(model: BLIP) -> PrunableView:
         loss=loss,
         valid_tokens=valid_tokens,
         blocks=[*model.visual_encoder.blocks, *both],
+        outputs=outputs,
     )
