@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.allocation.base import Allocation, Contest, within_groups
+from sparsity.allocation.base import Allocation, Contest, by_groups
 from sparsity.allocation.budget import budget
 from sparsity.allocation.ratios import Limits, each_alone, exact, limits, rounded, spread, total_of
 from sparsity.errors import UserError
@@ -169,14 +169,3 @@ class First(Allocation):
                 left -= each[-1]
             counts.append(each)
         return each_alone(part, counts)
-
-
-def test_within_groups_each_keeps_its_share():
-    model = layers((4, 5), (2, 5), (3, 5), (1, 7))
-    view = view_of(model, group_of=lambda name: "x" if name[0] in "ac" else "y")
-    found = within_groups(First(), part_of(view), [0.5, 0.7])
-    a, b, c, d = (f"{letter}.weight" for letter in "abcd")
-    assert found == [Contest([a], [17, 20]), Contest([c], [0, 4]), Contest([b], [8, 10]), Contest([d], [0, 1])]
-    own = within_groups(First(), part_of(view), [0.5, 0.7], {"y": ["0.1", "1/17"]})
-    assert own == [Contest([a], [17, 20]), Contest([c], [0, 4]), Contest([b], [1, 1]), Contest([d], [0, 0])]
-    assert all(x <= y for contest in found for x, y in pairwise(contest.counts))
