@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,23 @@ def module_name(raw: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Output:
+    """Something that a model gives for a batch of B samples, as another model is taught to give it.
+
+    kind: how two of them are compared. "logits" (B, ..., classes): a softmax is taken of them; "embedding" (B, ...,
+    width): its direction counts; "states" (B, ..., width): its numbers count. real: bool, the shape of `tensor` without
+    its last axis, false at padding; None: all is real.
+    """
+
+    kind: Literal["logits", "embedding", "states"]
+    tensor: Tensor
+    real: Tensor | None = None
+
+
+Outputs = Mapping[str, Output]
+
+
+@dataclass(frozen=True, eq=False)
 class PrunableWeight:
     """One prunable parameter, under every name that it has."""
 
@@ -113,7 +130,8 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. moved_by_loss: globs over the names of the parameters that the loss itself changes
+    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch and
+    is to keep when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself changes
     (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
     they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
     pruned as they are.
@@ -129,6 +147,7 @@ class PrunableView:
         loss: Callable[[Any, torch.Generator | None], Tensor] | None = None,
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
+        outputs: Callable[[nn.Module, Any], Outputs] | None = None,
         moved_by_loss: Sequence[str] = (),
         halves: Mapping[str, torch.dtype] | None = None,
     ):
@@ -138,7 +157,7 @@ class PrunableView:
             id(p) for n, p in model.named_parameters() if any(fnmatchcase(canonical(n), g) for g in moved_by_loss)
         )
         self.blocks = blocks
-        self._forward, self._loss, self._valid_tokens = forward, loss, valid_tokens
+        self._forward, self._loss, self._valid_tokens, self._outputs = forward, loss, valid_tokens, outputs
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
 
     @property
@@ -177,6 +196,12 @@ class PrunableView:
             raise UserError("this pruner needs gradients, and the model's view has no loss")
         with eager(self.model):
             return self._loss(batch, generator)
+
+    def outputs(self, batch: Any, model: nn.Module | None = None) -> Outputs:
+        """Return what the model gives for a batch; of a copy of it where `model` is one."""
+        if self._outputs is None:
+            raise UserError("recovery needs what the model gives for a batch, and the model's view has no outputs")
+        return self._outputs(self.model if model is None else model, batch)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
         return None if self._valid_tokens is None else self._valid_tokens(key, batch)
