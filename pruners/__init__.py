@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
 from sparsity.pattern import NM, parse_pattern
-from sparsity.run.axes import AXES
+from sparsity.run.axes import AXES, BOUNDS
 from sparsity.run.registry import Registry
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known |= {"enable_update"} if updates(name) else set()
     known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
     known -= set() if plan.score.in_steps else {"epochs", "schedule"}
-    known -= {"pool", "allocation", "scope"} if plan.whole else set()
+    known -= {"pool", "allocation", "scope", *BOUNDS} if plan.whole else set()
     return {option: value for option, value in given.items() if option in known}
 
 

@@ -56,9 +56,7 @@ def limits(part: Part) -> Limits:
     Raises:
         UserError: bounds that no number of weights of a layer meets, naming it.
     """
-    low, high = _kept("min_keep", part.min_keep), _kept("max_keep", part.max_keep)
-    if low > high:
-        raise UserError(f"--min_keep {part.min_keep} is above --max_keep {part.max_keep}: lower it, or raise the other")
+    low, high = check_bounds(part.min_keep, part.max_keep)
     least, most = [], []
     for name, size in zip(part.names, part.sizes, strict=True):
         most.append(math.floor(size * (1 - low)))
@@ -69,6 +67,14 @@ def limits(part: Part) -> Limits:
                 f" {part.max_keep}) and at most {most[-1]} (--min_keep {part.min_keep}): lower --min_keep"
             )
     return Limits(part.sizes, least, most)
+
+
+def check_bounds(min_keep: Sparsity, max_keep: Sparsity) -> tuple[Fraction, Fraction]:
+    """Return both as numbers. UserError unless they are fractions, the first not above the second."""
+    low, high = _kept("min_keep", min_keep), _kept("max_keep", max_keep)
+    if low > high:
+        raise UserError(f"--min_keep {min_keep} is above --max_keep {max_keep}: lower it, or raise the other")
+    return low, high
 
 
 def _kept(option: str, value: Sparsity) -> Fraction:
