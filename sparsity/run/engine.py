@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Part
+from sparsity.allocation.base import PROBES, ZEROTH_ORDER, Part
 from sparsity.allocation.budget import Sparsity, budget, step_sparsity
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
@@ -25,10 +25,12 @@ from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
 from sparsity.run.plan import Plan
+from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
-from sparsity.run.select import budgets, chosen, follow, quotas, select, shared, warn_of_sum
+from sparsity.run.select import Budget, budgets, check_budgets, chosen, follow, quotas, select, shared, within_groups
 from sparsity.run.sequential import origin_of
 from sparsity.selection import Named, lowered
+from sparsity.sensitivity.measured import Sensitivity
 from sparsity.statistics.checks import check_weights
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
@@ -41,12 +43,14 @@ class Measured:
     """Result of the first pass over the data.
 
     statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
-    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept.
+    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept. sensitivity: of
+    each layer, where the allocation asks for it.
     """
 
     statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     whole: Any = None
     origin: Scratch | None = None
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
 
 
 ANY = Request()  # of which only is known that it has no pattern
@@ -95,15 +99,17 @@ class Engine:
         if request.pattern:
             check_fits(view, request.pattern)
         else:
-            parts = budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
-            warn_of_sum(parts, request.sparsities, view.numel)
+            check_budgets(self._parts(view, request), request.sparsities, request.groups)
         if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
             self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
 
-    def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
+    def measure(
+        self, view: PrunableView, reading: CalibrationPass, request: Request = ANY, before: Masks | None = None
+    ) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
 
-        request: with or without a pattern, as the masks are wanted.
+        request: with or without a pattern, as the masks are wanted; what the allocation measures of each layer is for
+        its sparsities. before: the masks of the step before, which the model has.
         """
         plan, solver = self.plan, self.plan.reconstruction
         if plan.statistics and reading.batches is None:
@@ -112,10 +118,32 @@ class Engine:
         if isinstance(solver, WholeModel):
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
-        wanted = [] if request.pattern else [*plan.allocation.statistics]
+        wanted = [] if request.pattern else [name for name in plan.allocation.statistics if name not in PROBES]
         if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
             wanted.insert(0, plan.score.statistic)
-        return Measured(self._collect(view, wanted, reading), origin=origin)
+        found = Measured(self._collect(view, wanted, reading), origin=origin)
+        if plan.probes and not request.pattern:
+            self._probe(view, reading, request, found, before)
+        return found
+
+    def _probe(
+        self, view: PrunableView, reading: CalibrationPass, request: Request, found: Measured, before: Masks | None
+    ) -> None:
+        """Add to what was measured what the allocation asks of each layer."""
+        score = self.plan.score
+
+        def scored(name: str, statistics: Mapping[str, Tensor]) -> Tensor:
+            known = found.statistics.get(self.plan.statistic or "", {})
+            if self.plan.statistic in statistics:  # of the layer's inputs
+                known = score.prepare(view, {name: statistics[self.plan.statistic]})
+            made = self._score(view, name, known.get(name), request.seed)
+            return made if before is None else lowered(made, alive_of(view, before, name))
+
+        parts = self._parts(view, request, before=before)
+        found.sensitivity = Probing(self.plan, view, reading, parts, scored, request.seed).run(found.origin)
+        importance = found.sensitivity.importance
+        if importance:
+            found.statistics[ZEROTH_ORDER] = {name: torch.tensor(value) for name, value in importance.items()}
 
     def _collect(
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
@@ -179,6 +207,7 @@ class Engine:
             yield one.target, self._in_steps(view, measured, one, calibrations, facts, trails[-1])
         for trail in trails:
             trail.forget()
+        forget(measured.origin)
         if isinstance(plan.reconstruction, WholeModel):
             plan.reconstruction.forget(measured.whole)
 
@@ -190,6 +219,7 @@ class Engine:
         selected = self._select(view, scores, request, measured)
         for one, kept in zip(request.each(), selected, strict=True):
             yield one.target, as_masks(view, dict(kept), {**record, "sparsity": str(one.target)})
+        forget(measured.origin)
 
     def _scores_of(
         self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
@@ -219,19 +249,27 @@ class Engine:
         """The masks by scores of the whole model, for each sparsity, or once for a pattern."""
         if request.pattern:
             return iter([follow(request.pattern, scores(list(view.weights)))])
-        whole = self._whole(view, scores, measured.statistics, before)
-        parts = budgets(whole, request.sparsities, request.groups)
+        parts = self._parts(view, request, scores, measured, before)
         return select(parts, self.plan.allocation, self.plan.scope)
 
-    @staticmethod
-    def _whole(
+    def _parts(
+        self,
         view: PrunableView,
-        scores: Callable[[Sequence[str]], Named],
-        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        request: Request,
+        scores: Callable[[Sequence[str]], Named] | None = None,
+        measured: Measured | None = None,
         before: Masks | None = None,
-    ) -> Part:
+    ) -> list[Budget]:
+        """Return the parts of the model that have budgets, with the sparsities of each."""
+        plan, found = self.plan, measured or Measured()
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
-        return Part(view, list(view.weights), scores, statistics or {}, pruned=pruned)
+        error = found.sensitivity.error if found.sensitivity.errors else None
+        moved = found.sensitivity.output if found.sensitivity.outputs else None
+        facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
+        parts = budgets(
+            Part(view, list(view.weights), scores or self._no_scores, *facts), request.sparsities, request.groups
+        )
+        return within_groups(parts) if plan.within == "group" else parts
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -261,10 +299,11 @@ class Engine:
                 )
             with masks.applied(view) if masks else nullcontext():
                 reading = calibrations(step - 1) if calibrations else CalibrationPass()
-                fresh = measured if step == 1 else self.measure(view, reading, target)
+                fresh = measured if step == 1 else self.measure(view, reading, target, masks)
                 masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
             masks.provenance.pop("step")
             trail.save(step, masks)
+            forget(fresh.origin if step > 1 else None)
             if step > 1 and isinstance(plan.reconstruction, WholeModel):
                 plan.reconstruction.forget(fresh.whole)
         assert masks is not None, "there is at least one step"
@@ -288,8 +327,7 @@ class Engine:
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
-            whole = self._whole(view, self._no_scores, measured.statistics, before)
-            layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation)
+            layers.quotas = quotas(self._parts(view, target, None, measured, before), plan.allocation)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
@@ -308,8 +346,7 @@ class Engine:
         """Return what is measured, with the statistic that is learned for one target."""
 
         # While scores are learned the model's weights are masked ones: what each layer loses is decided before.
-        whole = self._whole(view, self._no_scores, measured.statistics, before)
-        parts = [] if target.pattern else budgets(whole, target.sparsities, target.groups)
+        parts = [] if target.pattern else self._parts(view, target, None, measured, before)
         contests = shared(parts, self.plan.allocation)
 
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:

@@ -200,7 +200,7 @@ class _Store:
     """A file with what was measured, for a run that is killed. All ranks go on with theirs, or none does."""
 
     def __init__(self, origin: Scratch | None, asked: str, probing: Probing):
-        self._path: Path | None = origin and path_beside(origin)
+        self._path: Path | None = origin and _beside(origin)
         facts = {name: str(value) for name, value in sorted(_method(probing.plan).items())}
         self._identity = json.dumps([origin and origin.identity, asked, facts, probing.seed])
         self._probing = probing
@@ -227,6 +227,11 @@ def _method(plan: Plan) -> dict[str, Any]:
     return {"scope": plan.scope, "reconstruction": plan.reconstruction and plan.reconstruction.name, **options}
 
 
-def path_beside(origin: Scratch) -> Path:
-    """Return where what was measured is kept."""
+def forget(origin: Scratch | None) -> None:
+    """Remove what was kept of a measurement."""
+    if origin is not None:
+        _beside(origin).unlink(missing_ok=True)
+
+
+def _beside(origin: Scratch) -> Path:
     return origin.path.with_name(f"{origin.path.name}_allocation")

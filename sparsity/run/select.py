@@ -10,8 +10,9 @@ from functools import partial
 
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation, Contest, Part
+from sparsity.allocation.base import Allocation, Contest, Part, by_groups
 from sparsity.allocation.budget import Sparsity, budget, fraction
+from sparsity.allocation.ratios import limits, total_of
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import (
@@ -57,11 +58,21 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     return [*given, (rest, shares)]
 
 
-def warn_of_sum(parts: Sequence[Budget], sparsities: Sequence[Sparsity], numel: int) -> None:
-    """Warn where all parts together come to another sparsity than what is asked for, as far as two decimals of a per
-    cent: groups that are all named decide.
+def within_groups(parts: Sequence[Budget]) -> list[Budget]:
+    """Return a part for each modality of each part, all with the sparsities of that."""
+    return [(own, shares) for part, shares in parts for own in by_groups(part)]
+
+
+def check_budgets(parts: Sequence[Budget], sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity]) -> None:
+    """Raise UserError for a budget that the bounds of its layers forbid. Warn where all parts together come to another
+    sparsity than what is asked for, as far as two decimals of a per cent: groups that are all named decide.
     """
-    for i, sparsity in enumerate(sparsities):
+    for part, shares in parts:
+        bounds = limits(part)
+        for share in shares:
+            total_of(part, share, bounds)
+    numel = sum(part.numel for part, _ in parts)
+    for i, sparsity in enumerate(sparsities if groups else ()):
         lost = sum(budget(shares[i], part.numel) for part, shares in parts)
         if abs(lost - budget(sparsity, numel)) > numel / 10_000:
             told = "--group_sparsity names every group, and they come to %.4g %% of all weights, not to %.4g %%"
