@@ -97,6 +97,7 @@ def prune(
     pattern: "str | NM | None" = None,
     group_sparsity: "Mapping[str, Sparsity] | None" = None,
     data: "Iterable[Any] | None" = None,
+    start: "Masks | None" = None,
     seed: int = 42,
     **options: Any,
 ) -> "Masks | list[Masks]":
@@ -108,12 +109,13 @@ def prune(
 
     model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
     tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead.
-    options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
+    start: masks that are there already, whose zeros stay and count. options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
     built = build(pruner, **options)
     view = views.generic_view(model)
     wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
     chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
-    found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
+    asked = {"pattern": chosen, "seed": seed, "groups": group_sparsity, "start": start}
+    found = [masks for _, masks in built.prune(view, data, wanted, **asked)]
     return found if isinstance(sparsity, list | tuple) else found[0]

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsity.allocation.budget import Sparsity, as_written
 from sparsity.view import PrunableView, members
 
-
 # Statistics that take forward passes for each layer, of `sparsity.run.probing`: the importance of `ecoflap`, the errors
 # of a part, and its sensitivity.
 ZEROTH_ORDER, LAYER_ERRORS, OUTPUT_SENSITIVITY = PROBES = ("zeroth_order", "layer_errors", "output_sensitivity")

@@ -21,6 +21,7 @@ from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM
 from sparsity.reconstruction.base import WholeModel
+from sparsity.resume.start import begun, check_start, nested
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
@@ -71,6 +72,7 @@ class Engine:
         pattern: NM | None = None,
         seed: int = 42,
         groups: Mapping[str, Sparsity] | None = None,
+        start: Masks | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         generators: Callable[[int], torch.Generator] | None = None,
@@ -78,9 +80,9 @@ class Engine:
         """Return (sparsity, masks) for each sparsity (fractions), or once for a pattern.
 
         batches: a list, or a loader with a length, where they are read more than once; each step of a plan with several
-        reads the same. UserError, before any data is read, for what cannot be.
+        reads the same. start: masks that are there already. UserError, before any data is read, for what cannot be.
         """
-        request = Request(sparsities or (), pattern, seed, groups or {})
+        request = Request(sparsities or (), pattern, seed, groups or {}, start and begun(view, start))
         reading = CalibrationPass(batches, progress, reduce, generators)
         self.preflight(view, request)
         if not (reading.rereadable or self.plan.one_pass):
@@ -96,21 +98,38 @@ class Engine:
         """
         self.plan.check(request)
         check_weights(view)
+        if request.start:
+            check_start(view, request.start, request.sparsities, request.groups, request.pattern)
         if request.pattern:
             check_fits(view, request.pattern)
         else:
-            check_budgets(self._parts(view, request), request.sparsities, request.groups)
+            check_budgets(self._parts(view, request, before=request.start), request.sparsities, request.groups)
         if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
             self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
 
-    def measure(
-        self, view: PrunableView, reading: CalibrationPass, request: Request = ANY, before: Masks | None = None
-    ) -> Measured:
+    def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
 
-        request: with or without a pattern, as the masks are wanted; what the allocation measures of each layer is for
-        its sparsities. before: the masks of the step before, which the model has.
+        request: with or without a pattern, as the masks are wanted; an allocation may measure layers at its sparsities.
         """
+        first = self._at_step(request, 1)
+        with request.start.applied(view) if request.start else nullcontext():
+            return self._measure(view, reading, first, request.start)
+
+    def _at_step(self, request: Request, step: int) -> Request:
+        """Return what is asked of a step, which begins with the masks of the one before."""
+        plan = self.plan
+
+        def reached(sparsity: Sparsity) -> Sparsity:
+            return step_sparsity(sparsity, step, plan.steps, plan.schedule)
+
+        groups = {group: reached(sparsity) for group, sparsity in request.groups.items()}
+        return replace(request, sparsities=tuple(map(reached, request.sparsities)), groups=groups, start=None)
+
+    def _measure(
+        self, view: PrunableView, reading: CalibrationPass, request: Request, before: Masks | None
+    ) -> Measured:
+        """Return what is measured for one step. before: the masks of the step before, which the model has."""
         plan, solver = self.plan, self.plan.reconstruction
         if plan.statistics and reading.batches is None:
             raise UserError(f"pruner {self.name!r} needs calibration data")
@@ -195,7 +214,7 @@ class Engine:
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
         if request.pattern:
             record["dense_layers"] = dense_layers(view, request.pattern)
-        if plan.scored and plan.reconstruction is None:
+        if plan.scored and plan.reconstruction is None and request.start is None:
             yield from self._at_once(view, measured, request, record)
             return
         trails = []
@@ -289,17 +308,12 @@ class Engine:
         if calibrations is None and plan.statistics and (plan.steps > 1 or not plan.whole):
             raise UserError(f"{self.name} reads the batches again: give what they are read from")
         done, masks = trail.load(view)
+        masks = masks or one.start
         for step in range(done + 1, plan.steps + 1):
-            target = one
-            if not one.pattern:
-                target = replace(
-                    one,
-                    sparsities=(step_sparsity(one.target, step, plan.steps, plan.schedule),),
-                    groups={g: step_sparsity(s, step, plan.steps, plan.schedule) for g, s in one.groups.items()},
-                )
+            target = self._at_step(one, step)
             with masks.applied(view) if masks else nullcontext():
                 reading = calibrations(step - 1) if calibrations else CalibrationPass()
-                fresh = measured if step == 1 else self.measure(view, reading, target, masks)
+                fresh = measured if step == 1 else self._measure(view, reading, target, masks)
                 masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
             masks.provenance.pop("step")
             trail.save(step, masks)
@@ -307,7 +321,7 @@ class Engine:
             if step > 1 and isinstance(plan.reconstruction, WholeModel):
                 plan.reconstruction.forget(fresh.whole)
         assert masks is not None, "there is at least one step"
-        return masks
+        return nested(masks, one.start, view) if one.start else masks
 
     def _step(
         self,

@@ -133,7 +133,9 @@ class Plan:
     @property
     def resumes(self) -> bool:
         """Whether steps or blocks that are done are kept for a run that is killed."""
-        return self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.reconstruction is not None))
+        return (
+            self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.reconstruction is not None))
+        )
 
     @property
     def _scores_inputs(self) -> bool:
@@ -150,7 +152,7 @@ class Plan:
     def joint(self, request: Request) -> bool:
         """Return whether the reconstruction finds the mask together with the weights, in place of the score."""
         solver = self.reconstruction
-        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
+        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1 or request.start:
             return False
         return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
 
@@ -174,6 +176,10 @@ class Plan:
             )
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
+        if self.whole and request.start and request.pattern:
+            raise UserError(
+                f"--from_mask: {self.name} makes the pattern {request.pattern} of a dense model: leave it out"
+            )
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
         if self.sequential and self.reconstruction is None and not self.by_blocks(request):
@@ -193,6 +199,8 @@ class Plan:
             found |= {option: str(value) for option, value in self.bounds.items()}
         if request.groups:
             found["group_sparsity"] = {group: str(sparsity) for group, sparsity in request.groups.items()}
+        if request.start:
+            found["from_mask"] = request.start.digest()
         if self.of_inputs:
             found["calibration_mode"] = self.calibration
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
@@ -282,7 +290,9 @@ def _check_bounds(plan: Plan) -> None:
             " layers' shares: take another allocation"
         )
     if plan.steps > 1 and "max_keep" in plan.bounds:
-        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave --epochs out")
+        raise UserError(
+            "--max_keep: the first of several steps prunes less than that of each layer: leave --epochs out"
+        )
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:

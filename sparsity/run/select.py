@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsity.allocation.base import Allocation, Contest, Part, by_groups
 from sparsity.allocation.budget import Sparsity, budget, fraction
-from sparsity.allocation.ratios import limits, total_of
+from sparsity.allocation.ratios import limits, rounded, spread, total_of
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import (
@@ -24,8 +24,11 @@ from sparsity.selection import (
     keep,
     keep_exactly,
     keep_pattern,
+    keep_units,
     keep_within,
+    pruned_before,
     thresholds,
+    units_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -134,14 +137,14 @@ def _keep(
         yield from keep(partial(part.scores, contest.names), limit)
     elif contest.even:
         for name, score in part.scores(contest.names):
-            yield name, keep_within(name, score, scope, partial(budget, share))
+            yield name, Quota(count, share).keep(name, score, scope)
     else:
         source = _source(part, contest.names)
         single = len(contest.names) == 1
         lost = {contest.names[0]: count} if single else counts_by_name(source, [count])[0]
         for name, score in part.scores(contest.names):
             check_finite(name, score)
-            yield name, keep_exactly(name, score, scope, lost[name])
+            yield name, Quota(lost[name], None).keep(name, score, scope)
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,27 @@ class Quota:
     def keep(self, name: str, score: Tensor, scope: str) -> Tensor:
         """Return what is kept of the layer, bool (out, in)."""
         if self.share is None:
-            return keep_exactly(name, score, scope, self.count)
-        return keep_within(name, score, scope, partial(budget, self.share))
+            kept = keep_exactly(name, score, scope, self.count)
+        else:
+            kept = keep_within(name, score, scope, partial(budget, self.share))
+        revived = kept & pruned_before(score)
+        return keep_unevenly(name, score, scope, kept.numel() - int(kept.count_nonzero())) if revived.any() else kept
+
+
+def keep_unevenly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
+    """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, where some rows or blocks have
+    lost more than an even share before: they lose no more, and the others share out the rest in proportion to their
+    size. Raises UserError where the layer has lost more than that.
+    """
+    units = units_of(score, scope)
+    gone = [int(pruned_before(unit).count_nonzero()) for unit in units]
+    sizes = [unit.numel() for unit in units]
+    if sum(gone) > count:
+        raise UserError(
+            f"layer {name!r} has lost {sum(gone)} weights before, and is to lose {count} of {score.numel()}"
+        )
+    counts = rounded(spread(count, [Fraction(size) for size in sizes], gone, sizes), count)
+    return keep_units(name, score, scope, counts)
 
 
 def quotas(parts: Sequence[Budget], allocation: Allocation) -> dict[str, Quota]:

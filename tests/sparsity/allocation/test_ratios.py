@@ -1,13 +1,12 @@
 """The rule that allocations share: exact sums, bounds, proportion."""
 
 from fractions import Fraction
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.allocation.base import Allocation, Contest, by_groups
+from sparsity.allocation.base import Allocation
 from sparsity.allocation.budget import budget
 from sparsity.allocation.ratios import Limits, each_alone, exact, limits, rounded, spread, total_of
 from sparsity.errors import UserError
