@@ -109,7 +109,9 @@ def prune(
 
     model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
     tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead.
-    start: masks that are there already, whose zeros stay and count. options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
+    start: masks
+    that are there already, whose zeros stay and count. options: as `build`. The model itself is not changed. Raises
+    UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
     built = build(pruner, **options)

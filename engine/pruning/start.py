@@ -17,8 +17,8 @@ _MASKS, _WEIGHTS = "_pruning_masks.safetensors", "_weights.safetensors"  # how t
 def load_start(view: PrunableView, mask: Path | None, weights: Path | None = None) -> Masks | None:
     """Return the masks of a file, with the updated weights of another, under the names of the view; None for no file.
 
-    UserError, naming the file, for masks or weights of another model. Warns of updated weights beside the mask file that
-    are not asked for.
+    UserError, naming the file, for masks or weights of another model. Warns of updated weights that lie beside the mask
+    file and are not asked for.
     """
     if mask is None:
         return None

@@ -23,10 +23,10 @@ class Part:
     several times, and raises UserError where the plan has no scores of single weights. statistics: name of a statistic
     -> name of a weight -> tensor, of those that the allocation declares. errors(name, sparsities) -> for each of those
     sparsities of that layer, ascending and within (0, 1), the relative error of its output; None where the plan has
-    none. sensitivity(name, sparsity) -> how far the model's output moves (relative squared change) for each unit of that
-    error, when the layer alone is pruned to that sparsity; None where it is not measured. pruned: name -> how many of its
-    weights are pruned already, by an earlier step or a mask that is there; 0 for names that are left out. min_keep,
-    max_keep: fractions of each layer that must, and that may, be kept.
+    none. sensitivity(name, sparsity) -> how far the model's output moves (relative squared change) for each unit of
+    that error, when the layer alone is pruned to that sparsity; None where it is not measured. pruned: name -> how many
+    of its weights are pruned already, by an earlier step or a mask that is there; 0 for names that are left out.
+    min_keep, max_keep: fractions of each layer that must, and that may, be kept.
     """
 
     view: PrunableView
@@ -79,6 +79,7 @@ class Allocation:
     name: ClassVar[str]  # on the command line
     statistics: Sequence[str] = ()  # that it reads besides the score's: of passes.PASSES, or of `PROBES`
     local: ClassVar[bool] = False  # a layer's share depends on no score and no other layer's pruning
+    by_scores: ClassVar[bool] = False  # where layers have bounds, the scores decide what each loses
     even: ClassVar[bool] = False  # its contests are: every layer, or row or block of it, loses the same share
 
     def __init_subclass__(cls, **kwargs: Any):

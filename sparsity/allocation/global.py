@@ -6,7 +6,9 @@ from sparsity.allocation.ratios import competing
 
 
 class Global(Allocation):
-    """All weights compete; where layers have bounds of their own, what the scores take from each is clipped to these."""
+    """All weights compete; where layers have bounds, what the scores take from each is clipped to these."""
+
+    by_scores = True
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
         """Return one contest, or one for each layer. UserError for bounds that the budget cannot meet."""

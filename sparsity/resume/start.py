@@ -45,8 +45,8 @@ def _check_count(where: str, numel: int, pruned: int, sparsities: Sequence[Spars
     for sparsity in sparsities:
         if budget(sparsity, numel) < pruned:
             raise UserError(
-                f"--from_mask: {pruned} of {numel} weights{where} are pruned already ({100 * pruned / numel:.4g} %), more"
-                f" than {100 * float(fraction(sparsity)):.4g} %: ask for a higher sparsity"
+                f"--from_mask: {pruned} of {numel} weights{where} are pruned already ({100 * pruned / numel:.4g} %),"
+                f" more than {100 * float(fraction(sparsity)):.4g} %: ask for a higher sparsity"
             )
 
 

@@ -44,8 +44,8 @@ class Measured:
     """Result of the first pass over the data.
 
     statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
-    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept. sensitivity: of
-    each layer, where the allocation asks for it.
+    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept. sensitivity:
+    of each layer, where the allocation asks for it.
     """
 
     statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)

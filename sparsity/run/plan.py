@@ -177,9 +177,7 @@ class Plan:
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
         if self.whole and request.start and request.pattern:
-            raise UserError(
-                f"--from_mask: {self.name} makes the pattern {request.pattern} of a dense model: leave it out"
-            )
+            raise UserError(f"--from_mask: {self.name} makes {request.pattern} of a dense model: leave it out")
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
         if self.sequential and self.reconstruction is None and not self.by_blocks(request):
@@ -289,10 +287,13 @@ def _check_bounds(plan: Plan) -> None:
             f"--allocation error measures what the masks of a layer cost, and {plan.name} learns its scores for the"
             " layers' shares: take another allocation"
         )
-    if plan.steps > 1 and "max_keep" in plan.bounds:
+    if plan.learned and plan.allocation.by_scores and {"min_keep", "max_keep"} & set(plan.bounds):
         raise UserError(
-            "--max_keep: the first of several steps prunes less than that of each layer: leave --epochs out"
+            f"--allocation {plan.allocation.name}: {plan.name} learns its scores for what each layer loses, and they"
+            " would decide that: leave --min_keep and --max_keep out, or take another allocation"
         )
+    if plan.steps > 1 and "max_keep" in plan.bounds:
+        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave it out")
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:

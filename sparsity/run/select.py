@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparsity.allocation.base import Allocation, Contest, Part, by_groups
 from sparsity.allocation.budget import Sparsity, budget, fraction
-from sparsity.allocation.ratios import limits, rounded, spread, total_of
+from sparsity.allocation.ratios import limits as bounds_of
+from sparsity.allocation.ratios import rounded, spread, total_of
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import (
@@ -71,7 +72,7 @@ def check_budgets(parts: Sequence[Budget], sparsities: Sequence[Sparsity], group
     sparsity than what is asked for, as far as two decimals of a per cent: groups that are all named decide.
     """
     for part, shares in parts:
-        bounds = limits(part)
+        bounds = bounds_of(part)
         for share in shares:
             total_of(part, share, bounds)
     numel = sum(part.numel for part, _ in parts)
@@ -165,17 +166,15 @@ class Quota:
 
 
 def keep_unevenly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
-    """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, where some rows or blocks have
-    lost more than an even share before: they lose no more, and the others share out the rest in proportion to their
-    size. Raises UserError where the layer has lost more than that.
+    """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, where some rows or blocks
+    have lost more than an even share before: they lose no more, and the others share out the rest in proportion to
+    their size. Raises UserError where the layer has lost more than that.
     """
     units = units_of(score, scope)
     gone = [int(pruned_before(unit).count_nonzero()) for unit in units]
     sizes = [unit.numel() for unit in units]
     if sum(gone) > count:
-        raise UserError(
-            f"layer {name!r} has lost {sum(gone)} weights before, and is to lose {count} of {score.numel()}"
-        )
+        raise UserError(f"layer {name!r} has lost {sum(gone)} weights before, more than the {count} that it is to lose")
     counts = rounded(spread(count, [Fraction(size) for size in sizes], gone, sizes), count)
     return keep_units(name, score, scope, counts)
 

@@ -64,8 +64,8 @@ def _replaced(weight: PrunableWeight, changed: Tensor) -> Iterator[None]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Return the numbers of all outputs of a batch, each (n,), float64, on the host, without padding. Logits have a mean
-    of 0, since a softmax is taken of them; a loss beside them is no output.
+    """Return the numbers of all outputs of a batch, each (n,), float64, on the host, without padding. Logits have a
+    mean of 0, since a softmax is taken of them; a loss beside them is no output.
     """
     if isinstance(output, Output):
         tensor = output.tensor if output.real is None else output.tensor[output.real]

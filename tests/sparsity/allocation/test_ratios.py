@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.allocation.base import Allocation
-from sparsity.allocation.budget import budget
-from sparsity.allocation.ratios import Limits, each_alone, exact, limits, rounded, spread, total_of
+from sparsity.allocation.ratios import Limits, exact, limits, rounded, spread, total_of
 from sparsity.errors import UserError
 from tests.sparsity.allocation.parts import part_of
 from tests.toys import layers, view_of
@@ -154,17 +152,3 @@ def test_a_criterion_that_is_no_number_names_the_layer(bad):
     part = part_of(view_of(layers((3, 5), (2, 5))))
     with pytest.raises(UserError, match="'b.weight'"):
         exact(part, {"a.weight": 1.0, "b.weight": bad})
-
-
-class First(Allocation):
-    """All that it can from the first layers."""
-
-    def contests(self, part, sparsities):
-        counts = []
-        for sparsity in sparsities:
-            left, each = budget(sparsity, part.numel), []
-            for size in part.sizes:
-                each.append(min(size, left))
-                left -= each[-1]
-            counts.append(each)
-        return each_alone(part, counts)

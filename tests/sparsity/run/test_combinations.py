@@ -110,7 +110,7 @@ def test_what_is_refused_is_refused_for_a_reason_of_its_axes(plans):
         whole = "chita" in (chosen["score"], chosen["reconstruct"])
         reads = pruners.build(chosen["score"]).plan.of_inputs or chosen["reconstruct"] in ("lsq", "sparsegpt")
         if chosen["calibration_mode"] == "dense" and chosen["epochs"] == 1 and reads and not whole:
-            learned = chosen["score"] == "tamt" and chosen["allocation"].startswith("error")
+            learned = chosen["score"] == "tamt" and chosen["allocation"].startswith(("error", "bounded global"))
             patterned = chosen["pattern"] and {*BOUNDS, *GROUPS} & set(ALLOCATED[chosen["allocation"]])
             assert isinstance(found, UserError) == bool(learned or patterned), (chosen, found)
 
