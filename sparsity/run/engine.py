@@ -6,17 +6,20 @@ the results, so that a run that was killed goes on after them.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import PROBES, ZEROTH_ORDER, Part
+from sparsity.allocation.base import PROBES, Part
 from sparsity.allocation.budget import Sparsity, budget, step_sparsity
+from sparsity.bits import Bits
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM
@@ -24,34 +27,32 @@ from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.start import begun, check_start, nested
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
-from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
+from sparsity.run.memory import Memory, check_memory, preflight_bytes
+from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
-from sparsity.run.select import Budget, budgets, check_budgets, chosen, follow, quotas, select, shared, within_groups
-from sparsity.run.sequential import origin_of
+from sparsity.run.select import (
+    Budget,
+    Kept,
+    budgets,
+    check_budgets,
+    chosen,
+    follow,
+    quotas,
+    select,
+    shared,
+    within_groups,
+)
+from sparsity.run.sequential import Blocks, origin_of
 from sparsity.selection import Named, lowered
-from sparsity.sensitivity.measured import Sensitivity
+from sparsity.sensitivity.measured import Measured as Measured
 from sparsity.statistics.checks import check_weights
-from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
 from sparsity.view import PrunableView
 
-
-@dataclass
-class Measured:
-    """Result of the first pass over the data.
-
-    statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
-    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept. sensitivity:
-    of each layer, where the allocation asks for it.
-    """
-
-    statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    whole: Any = None
-    origin: Scratch | None = None
-    sensitivity: Sensitivity = field(default_factory=Sensitivity)
+logger = logging.getLogger(__name__)
 
 
 ANY = Request()  # of which only is known that it has no pattern
@@ -90,13 +91,21 @@ class Engine:
         yield from self.masks(view, self.measure(view, reading, request), request, lambda epoch: reading)
 
     def preflight(
-        self, view: PrunableView, request: Request, *, rounds: Sequence[int] | None = None, folder: Path | None = None
+        self,
+        view: PrunableView,
+        request: Request,
+        *,
+        rounds: Sequence[int] | None = None,
+        folder: Path | None = None,
+        free: Memory | None = None,
     ) -> None:
         """Raise UserError for what this model cannot have, before any data is read.
 
-        rounds: of the calibration pass. folder: where what is too large for memory would be kept.
+        rounds: of the calibration pass. folder: where what is too large for memory would be kept. free: bytes, which
+        are then compared with what the plan takes at most.
         """
-        self.plan.check(request)
+        plan, held = self.plan, 0
+        plan.check(request)
         check_weights(view)
         if request.start:
             check_start(view, request.start, request.sparsities, request.groups, request.pattern)
@@ -104,8 +113,14 @@ class Engine:
             check_fits(view, request.pattern)
         else:
             check_budgets(self._parts(view, request, before=request.start), request.sparsities, request.groups)
-        if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
-            self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
+        if isinstance(plan.reconstruction, WholeModel) and rounds is not None:
+            held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
+        if free is None:
+            return
+        demand = plan.demand(request, rows=held)
+        needed = preflight_bytes(demand, view)
+        logger.info("%s needs at most %s, besides the model and its activations", self.name, needed)
+        check_memory(needed, free, demand)
 
     def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
@@ -142,27 +157,11 @@ class Engine:
             wanted.insert(0, plan.score.statistic)
         found = Measured(self._collect(view, wanted, reading), origin=origin)
         if plan.probes and not request.pattern:
-            self._probe(view, reading, request, found, before)
+            parts, score = self._parts(view, request, before=before), partial(self._score, view, seed=request.seed)
+            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before)
+            found.sensitivity = probing.run(origin)
+            found.statistics |= found.sensitivity.statistics
         return found
-
-    def _probe(
-        self, view: PrunableView, reading: CalibrationPass, request: Request, found: Measured, before: Masks | None
-    ) -> None:
-        """Add to what was measured what the allocation asks of each layer."""
-        score = self.plan.score
-
-        def scored(name: str, statistics: Mapping[str, Tensor]) -> Tensor:
-            known = found.statistics.get(self.plan.statistic or "", {})
-            if self.plan.statistic in statistics:  # of the layer's inputs
-                known = score.prepare(view, {name: statistics[self.plan.statistic]})
-            made = self._score(view, name, known.get(name), request.seed)
-            return made if before is None else lowered(made, alive_of(view, before, name))
-
-        parts = self._parts(view, request, before=before)
-        found.sensitivity = Probing(self.plan, view, reading, parts, scored, request.seed).run(found.origin)
-        importance = found.sensitivity.importance
-        if importance:
-            found.statistics[ZEROTH_ORDER] = {name: torch.tensor(value) for name, value in importance.items()}
 
     def _collect(
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
@@ -234,28 +233,25 @@ class Engine:
         self, view: PrunableView, measured: Measured, request: Request, record: Mapping[str, Any]
     ) -> Iterator[tuple[Sparsity, Masks]]:
         """Masks for all sparsities from one set of scores."""
-        scores = self._scores_of(view, measured, request.seed)
-        selected = self._select(view, scores, request, measured)
-        for one, kept in zip(request.each(), selected, strict=True):
-            yield one.target, as_masks(view, dict(kept), {**record, "sparsity": str(one.target)})
+        requests = request.each()
+        found: list[dict[str, Bits]] = [{} for _ in requests]
+        for name, of_each in self._select(view, self._scores_of(view, measured, request.seed), request, measured):
+            for bits, kept in zip(found, of_each, strict=True):
+                bits[name] = packed(view, name, kept)
+        for one, bits in zip(requests, found, strict=True):
+            yield one.target, as_masks(view, bits, {**record, "sparsity": str(one.target)})
         forget(measured.origin)
 
     def _scores_of(
         self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
     ) -> Callable[[Sequence[str]], Named]:
-        """Return what computes scores by name: again at each pass, or held where that is dear.
-
-        before: masks of the step before, which stay.
-        """
+        """Return what computes scores by name, again at each pass. before: masks of the step before, which stay."""
 
         def computed(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
             for name, score in self.scores(view, measured, seed=seed, names=names):
                 yield name, score if before is None else lowered(score, alive_of(view, before, name))
 
-        if self.plan.score.cheap:
-            return computed
-        held = dict(computed(list(view.weights)))
-        return lambda names: ((name, held[name]) for name in names)
+        return computed
 
     def _select(
         self,
@@ -264,10 +260,10 @@ class Engine:
         request: Request,
         measured: Measured,
         before: Masks | None = None,
-    ) -> Iterator[Named]:
-        """The masks by scores of the whole model, for each sparsity, or once for a pattern."""
+    ) -> Kept:
+        """Return (name, what is kept for each sparsity, or the one pattern), by scores of the whole model."""
         if request.pattern:
-            return iter([follow(request.pattern, scores(list(view.weights)))])
+            return ((name, [kept]) for name, kept in follow(request.pattern, scores(list(view.weights))))
         parts = self._parts(view, request, scores, measured, before)
         return select(parts, self.plan.allocation, self.plan.scope)
 
@@ -285,9 +281,8 @@ class Engine:
         error = found.sensitivity.error if found.sensitivity.errors else None
         moved = found.sensitivity.output if found.sensitivity.outputs else None
         facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
-        parts = budgets(
-            Part(view, list(view.weights), scores or self._no_scores, *facts), request.sparsities, request.groups
-        )
+        whole = Part(view, list(view.weights), scores or self._no_scores, *facts)
+        parts = budgets(whole, request.sparsities, request.groups)
         return within_groups(parts) if plan.within == "group" else parts
 
     @staticmethod
@@ -335,18 +330,19 @@ class Engine:
         """The masks of one step, with updated weights where the plan reconstructs."""
         plan = self.plan
         if isinstance(plan.reconstruction, WholeModel):
-            return self._solve_all(plan.reconstruction, view, measured, target, before, facts)
+            return self._solve_all(plan.reconstruction, view, measured, target, reading, before, facts)
         statistic = plan.score.statistic
         if statistic is not None and not isinstance(statistic, str):
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
-            layers.quotas = quotas(self._parts(view, target, None, measured, before), plan.allocation)
+            layers.quotas = quotas(self._parts(view, target, None, measured, before), plan.allocation, plan.scope)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
-        kept = dict(next(self._select(view, scores, target, measured, before)))
-        return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
+        selected = self._select(view, scores, target, measured, before)
+        masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
+        return layers.run(None, masks) if plan.reconstruction else masks
 
     def _learned(
         self,
@@ -366,8 +362,8 @@ class Engine:
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            (kept,) = chosen([(replace(p, scores=scores), c, s) for p, c, s in contests], self.plan.scope)
-            return kept
+            contested = [(replace(part, scores=scores), contest, shares) for part, contest, shares in contests]
+            return ((name, kept) for name, (kept,) in chosen(contested, self.plan.scope))
 
         with reading.arithmetic():
             learned = statistic.collect(view, reading, Target(target.target, target.pattern, choose))
@@ -379,16 +375,19 @@ class Engine:
         view: PrunableView,
         measured: Measured,
         target: Request,
+        reading: CalibrationPass,
         before: Masks | None,
         facts: Mapping[str, Any],
     ) -> Masks:
         """The masks of a reconstruction that solves all layers together."""
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
         pruned = 0 if target.pattern else budget(target.target, view.numel)
-        kept, updated = {}, {}
-        for name, mask, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
-            kept[name], updated[name] = mask, solved
-        return as_masks(view, kept, facts, updated)
+        done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
+        for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
+            done.save(number, {name: (solved[0], solved[1])})
+        masks = as_masks(view, done.kept, facts, done.updates)
+        done.forget()
+        return masks
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -19,6 +19,7 @@ from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.run.axes import ALLOCATIONS, BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN
+from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
@@ -39,7 +40,6 @@ class Score(Protocol):
     calibration: ClassVar[str]
     draws: ClassVar[bool]
     in_steps: ClassVar[bool]
-    cheap: ClassVar[bool]
 
     def score(self, weight: Tensor, statistic: Any, generator: torch.Generator) -> Tensor: ...
 
@@ -155,6 +155,19 @@ class Plan:
         if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1 or request.start:
             return False
         return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+
+    def demand(self, request: Request, rows: int = 0) -> Demand:
+        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
+        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
+        together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
+        return Demand(
+            [*self.statistics, *(["hessian"] if LAYER_ERRORS in self.allocation.statistics else [])],
+            sparsities=max(1, len(request.sparsities)),
+            solver=self.reconstruction is not None,
+            sequential=not together and (self.sequential or self.reconstruction is not None or self.probes),
+            offload=self.offload,
+            rows=rows,
+        )
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""

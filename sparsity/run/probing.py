@@ -22,12 +22,14 @@ from sparsity.allocation.budget import budget, fraction
 from sparsity.allocation.ecoflap import zeroth_order
 from sparsity.allocation.error import ladder
 from sparsity.errors import UserError
+from sparsity.masks import Masks
 from sparsity.replay.replayed import Replayed
 from sparsity.resume.kept import load_kept, save_kept
+from sparsity.run.outcome import alive_of
 from sparsity.run.plan import Plan
 from sparsity.run.select import Budget
 from sparsity.run.sequential import stages
-from sparsity.selection import check_finite, keep_exactly
+from sparsity.selection import check_finite, keep_exactly, lowered
 from sparsity.sensitivity.ladder import LayerError
 from sparsity.sensitivity.measured import Sensitivity
 from sparsity.sensitivity.outputs import Outputs
@@ -44,23 +46,25 @@ logger = logging.getLogger(__name__)
 BATCHES = 16  # of all ranks together, with which the whole model is run for each layer
 
 Curves = dict[str, dict[Fraction, float]]
-Scorer = Callable[[str, Mapping[str, Tensor]], Tensor]  # (name, statistics of its inputs) -> scores (out, in)
+Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic) -> scores (out, in)
 
 
 @dataclass(frozen=True)
 class Probing:
     """What is to be measured for the allocation of a plan, and how.
 
-    parts: the budgets, whose sparsities are asked for. score: of the weights of a layer, those that were pruned before
-    below all others.
+    parts: the budgets, whose sparsities are asked for. statistics: of the first pass. before: the masks of the step
+    before, which the model has.
     """
 
     plan: Plan
     view: PrunableView
     reading: CalibrationPass
     parts: Sequence[Budget]
+    statistics: Mapping[str, Mapping[str, Tensor]]
     score: Scorer
     seed: int
+    before: Masks | None = None
 
     @property
     def wanted(self) -> list[str]:
@@ -119,8 +123,7 @@ class Probing:
         for name, statistics in self._inputs():
             weight = self.view.weights[name]
             matrix = weight.matrix()
-            score = self.score(name, statistics)
-            check_finite(name, score)
+            score = self._scores(name, statistics)
             error = LayerError(name, matrix, statistics["hessian"], solved=self._solved, damp=self._damp)
 
             def kept(sparsity: Fraction, name: str = name, score: Tensor = score) -> Tensor:
@@ -135,6 +138,16 @@ class Probing:
                         moved = self._total(before.change(weight, pruned)) / batches
                     outputs[name][target] = moved / lost if lost > 0 else 0.0
         return errors, outputs
+
+    def _scores(self, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return the scores of a layer, (out, in): what was pruned before lies below all others."""
+        own = self.plan.statistic or ""
+        known = self.statistics.get(own, {})
+        if own in statistics:  # of the layer's inputs
+            known = self.plan.score.prepare(self.view, {name: statistics[own]})
+        found = self.score(name, known.get(name))
+        check_finite(name, found)
+        return found if self.before is None else lowered(found, alive_of(self.view, self.before, name))
 
     def _inputs(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Return (name, the statistics of its inputs that it takes) of each layer, block by block."""
