@@ -3,6 +3,7 @@
     python prune.py -m xvlm -p multiflow
     python prune.py -m xvlm -p omp -s 50,75 --pool layer --evaluate
     python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
+    python prune.py -m xvlm -p wanda --allocation error:output -s 75 --save_allocation errors.yaml
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
 
@@ -11,6 +12,7 @@ Masks, run times and a report are written to <output_dir>/<pruner>/.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import models
@@ -19,10 +21,8 @@ from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from sparsity.allocation.budget import parse_sparsities
 from sparsity.errors import UserError
 from sparsity.files import check_writable
-from sparsity.pattern import parse_pattern
 from sparsity.run.request import Request
 
 SPARSITIES = "63,75,90"
@@ -66,13 +66,7 @@ def list_data(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
-    args.pattern = parse_pattern(args.pattern)
-    for option in ("sparsities", "pool", "allocation", "scope"):
-        if args.pattern and getattr(args, option) is not None:
-            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = (
-        None if args.pattern else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
-    )
+    options.resolve_targets(args, SPARSITIES)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)
@@ -101,11 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrations, preflight, timed
+    from engine.pruning.start import load_start
     from engine.ranks import place_of
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
     fabric = launch(args, folder)
     view = subject.load(fabric)
+    request = replace(request, start=load_start(view, args.from_mask, args.from_weights))
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
@@ -116,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
     with results.calibration():
         measured = engine.measure(view, passes(0), request)
+    results.pictures.sensitivity = measured.sensitivity
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:

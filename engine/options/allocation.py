@@ -58,6 +58,8 @@ def check_mask_options(args: argparse.Namespace) -> None:
         raise UserError("--save_allocation writes what one sparsity takes from each layer: give one to --sparsities")
     if args.save_allocation and args.save_allocation.suffix not in ENDINGS:
         raise UserError(f"--save_allocation {args.save_allocation}: its name must end in .yaml, to be read again")
+    if args.from_mask and args.save_scores:
+        raise UserError("--save_scores are those of the dense model: leave it out with --from_mask")
     if args.from_weights and not args.from_mask:
         raise UserError("--from_weights are the updated weights of the run of --from_mask: give that, too")
     files: Mapping[str, Path | None] = {"from_mask": args.from_mask, "from_weights": args.from_weights}

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
-from engine.options.allocation import add_allocation_options, add_mask_options, resolved
+from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
+from sparsity.pattern import parse_pattern
 from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
 
 # Options of models that are not the project's own.
@@ -134,6 +135,19 @@ def add_targets(add: Callable[..., Any]) -> None:
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
     add_mask_options(add)
+
+
+def resolve_targets(args: argparse.Namespace, usual: str) -> None:
+    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where there is a pattern.
+
+    usual: sparsities where neither is given. UserError for options that a pattern leaves nothing to decide.
+    """
+    args.pattern = parse_pattern(args.pattern)
+    for option in ("sparsities", "pool", "allocation", "scope"):
+        if args.pattern and getattr(args, option) is not None:
+            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
+    args.sparsities = None if args.pattern else parse_sparsities(usual if args.sparsities is None else args.sparsities)
+    check_mask_options(args)
 
 
 def group_sparsity(text: str) -> dict[str, Decimal]:

@@ -157,7 +157,7 @@ def sharing(plans: Mapping[str, Entry]) -> list[list[str]]:
     for name, entry in plans.items():
         plan = entry.plan
         request = entry.request([], 0)
-        anew = plan.whole or plan.by_blocks(request) or plan.joint(request) or plan.learned
+        anew = plan.whole or plan.by_blocks(request) or plan.joint(request) or plan.learned or plan.probes
         same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if not anew else name
         together.setdefault(same, []).append(name)
     return list(together.values())
@@ -230,7 +230,8 @@ def _masks(
 ) -> Iterator[tuple[Run, Masks, float]]:
     """(run, its masks, seconds that it took to choose them), all from one statistic."""
     first = todo[0][0]
-    request = plans[first].request([], seed)
+    targets = {label: sparsity for _, _, missing in todo for label, sparsity in missing.items()}
+    request = plans[first].request(list(targets.values()), seed)
     measured = plans[first].engine.measure(view, calibrations(first, seed)(0), request)
     for name, own, missing in todo:
         request = plans[name].request(list(missing.values()), seed)
