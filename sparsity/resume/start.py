@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparsity.allocation.base import Part
 from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.bits import shape_in
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.pattern import NM
-from sparsity.view import PrunableView
+from sparsity.view import PrunableView, members
 
 
 def begun(view: PrunableView, masks: Masks, weights: Mapping[str, Tensor] | None = None) -> Masks:
@@ -26,31 +27,27 @@ def begun(view: PrunableView, masks: Masks, weights: Mapping[str, Tensor] | None
     return Masks(resolved, masks.provenance, view.aliases, own)
 
 
-def check_start(
-    view: PrunableView, start: Masks, sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity], pattern: NM | None
-) -> None:
-    """Raise UserError where less is asked for than is pruned already, and where a pattern cannot be completed."""
-    if pattern is not None:
-        _check_pattern(view, start, pattern)
-        return
-    pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in start.items()}
-    _check_count("", view.numel, sum(pruned.values()), sparsities)
-    for group, sparsity in groups.items():
-        names = view.groups.get(group, [])
-        numel = sum(view.weights[name].numel for name in names)
-        _check_count(f" of {group}", numel, sum(pruned[name] for name in names), [sparsity])
+def check_start(start: Masks, parts: Sequence[tuple[Part, Sequence[Sparsity]]]) -> None:
+    """Raise UserError where less is asked for than is pruned already. parts: with the sparsities that are wanted."""
+    for part, shares in parts:
+        pruned = sum(lost(start[name]) for name in part.names)
+        for share in shares:
+            if budget(share, part.numel) < pruned:
+                groups = members(part.groups) if len(part.names) < len(part.view.weights) else {}
+                where = f" of {', '.join(groups)}" if groups else ""
+                raise UserError(
+                    f"--from_mask: {pruned} of {part.numel} weights{where} are pruned already"
+                    f" ({100 * pruned / part.numel:.4g} %), more than {100 * float(fraction(share)):.4g} %: ask for a"
+                    " higher sparsity"
+                )
 
 
-def _check_count(where: str, numel: int, pruned: int, sparsities: Sequence[Sparsity]) -> None:
-    for sparsity in sparsities:
-        if budget(sparsity, numel) < pruned:
-            raise UserError(
-                f"--from_mask: {pruned} of {numel} weights{where} are pruned already ({100 * pruned / numel:.4g} %),"
-                f" more than {100 * float(fraction(sparsity)):.4g} %: ask for a higher sparsity"
-            )
+def lost(mask: Tensor) -> int:
+    """Return how many weights a mask prunes."""
+    return mask.numel() - int(mask.count_nonzero())
 
 
-def _check_pattern(view: PrunableView, start: Masks, pattern: NM) -> None:
+def check_pattern(view: PrunableView, start: Masks, pattern: NM) -> None:
     """Raise UserError, with the number of groups that have fewer weights left than the pattern keeps."""
     short, total, first = 0, 0, ""
     for name, weight in view.weights.items():

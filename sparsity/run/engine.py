@@ -24,7 +24,7 @@ from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM
 from sparsity.reconstruction.base import WholeModel
-from sparsity.resume.start import begun, check_start, nested
+from sparsity.resume.start import begun, check_pattern, check_start, lost, nested
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
 from sparsity.run.memory import Memory, check_memory, preflight_bytes
@@ -35,6 +35,7 @@ from sparsity.run.request import Request
 from sparsity.run.select import (
     Budget,
     Kept,
+    at_least,
     budgets,
     check_budgets,
     chosen,
@@ -107,11 +108,13 @@ class Engine:
         plan, held = self.plan, 0
         plan.check(request)
         check_weights(view)
-        if request.start:
-            check_start(view, request.start, request.sparsities, request.groups, request.pattern)
         if request.pattern:
             check_fits(view, request.pattern)
+            if request.start:
+                check_pattern(view, request.start, request.pattern)
         else:
+            if request.start:
+                check_start(request.start, self._parts(view, request))
             check_budgets(self._parts(view, request, before=request.start), request.sparsities, request.groups)
         if isinstance(plan.reconstruction, WholeModel) and rounds is not None:
             held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
@@ -139,7 +142,7 @@ class Engine:
             return step_sparsity(sparsity, step, plan.steps, plan.schedule)
 
         groups = {group: reached(sparsity) for group, sparsity in request.groups.items()}
-        return replace(request, sparsities=tuple(map(reached, request.sparsities)), groups=groups, start=None)
+        return replace(request, sparsities=tuple(map(reached, request.sparsities)), groups=groups)
 
     def _measure(
         self, view: PrunableView, reading: CalibrationPass, request: Request, before: Masks | None
@@ -275,15 +278,15 @@ class Engine:
         measured: Measured | None = None,
         before: Masks | None = None,
     ) -> list[Budget]:
-        """Return the parts of the model that have budgets, with the sparsities of each."""
+        """Return the parts that have budgets, with the sparsities of each, at least what is pruned before."""
         plan, found = self.plan, measured or Measured()
-        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
+        pruned = {name: lost(mask) for name, mask in (before or {}).items()}
         error = found.sensitivity.error if found.sensitivity.errors else None
         moved = found.sensitivity.output if found.sensitivity.outputs else None
         facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
         whole = Part(view, list(view.weights), scores or self._no_scores, *facts)
         parts = budgets(whole, request.sparsities, request.groups)
-        return within_groups(parts) if plan.within == "group" else parts
+        return at_least(within_groups(parts) if plan.within == "group" else parts)
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -381,7 +384,8 @@ class Engine:
     ) -> Masks:
         """The masks of a reconstruction that solves all layers together."""
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
-        pruned = 0 if target.pattern else budget(target.target, view.numel)
+        before_it = sum(map(lost, (alive or {}).values()))
+        pruned = 0 if target.pattern else max(budget(target.target, view.numel), before_it)
         done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
         for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
             done.save(number, {name: (solved[0], solved[1])})

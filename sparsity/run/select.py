@@ -66,6 +66,18 @@ def within_groups(parts: Sequence[Budget]) -> list[Budget]:
     return [(own, shares) for part, shares in parts for own in by_groups(part)]
 
 
+def at_least(parts: Sequence[Budget]) -> list[Budget]:
+    """Return the parts with sparsities that are not below what they have lost already: the first of several steps may
+    be asked for less than a mask that is there.
+    """
+    raised: list[Budget] = []
+    for part, shares in parts:
+        gone = sum(part.pruned.get(name, 0) for name in part.names)
+        lowest = Fraction(gone, part.numel)
+        raised.append((part, [share if budget(share, part.numel) >= gone else lowest for share in shares]))
+    return raised
+
+
 def check_budgets(parts: Sequence[Budget], sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity]) -> None:
     """Raise UserError for a budget that the bounds of its layers forbid. Warn where all parts together come to another
     sparsity than what is asked for, as far as two decimals of a per cent: groups that are all named decide.
