@@ -18,7 +18,7 @@ from sparsity.allocation.given import Given
 from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
-from sparsity.run.axes import ALLOCATIONS, BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN
 from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.statistics.passes import OF_INPUTS
@@ -126,9 +126,9 @@ class Plan:
     @property
     def bounds(self) -> dict[str, Any]:
         """Return the options that bound what layers and modalities lose, those that are given."""
-        given = {"allocation_within": self.within, "min_keep": self.min_keep, "max_keep": self.max_keep}
-        usual = dict(zip(BOUNDS, ("model", 0, 1), strict=True))
-        return {option: value for option, value in given.items() if value != usual[option]}
+        usual = {"allocation_within": "model", "min_keep": 0, "max_keep": 1}
+        given = zip(usual.items(), (self.within, self.min_keep, self.max_keep), strict=True)
+        return {option: value for (option, default), value in given if value != default}
 
     @property
     def resumes(self) -> bool:

@@ -152,7 +152,7 @@ class Probing:
     def _inputs(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Return (name, the statistics of its inputs that it takes) of each layer, block by block."""
         reading, own = self.reading, self.plan.score.statistic
-        wanted = list(dict.fromkeys(["hessian", *([own] if isinstance(own, str) and own in OF_INPUTS else [])]))
+        wanted = ["hessian", *([own] if isinstance(own, str) and own in OF_INPUTS and own != "hessian" else [])]
         with reading.arithmetic():  # of the traced pass
             replayed = Replayed(
                 self.view,
