@@ -5,6 +5,7 @@ and refuses by name what it could only prune wrongly. `canonical` is the one pla
 (compile, Fabric, DDP) are stripped from a name.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -130,11 +131,11 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch and
-    is to keep when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
-    they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
-    pruned as they are.
+    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch
+    and is taught to give when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself
+    changes (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision,
+    while they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that
+    cannot be pruned as they are.
     """
 
     def __init__(
@@ -164,6 +165,20 @@ class PrunableView:
     def groups(self) -> dict[str, list[str]]:
         """Group -> names of its weights, both in prunable order."""
         return members({weight.name: weight.group for weight in self.weights.values()})
+
+    def without(self, groups: Sequence[str]) -> "PrunableView":
+        """Return a view of the same model where these groups stay dense. UserError for a group that it does not have,
+        and where no weight would be left.
+        """
+        if unknown := [group for group in groups if group not in self.groups]:
+            raise UserError(f"there is no group {unknown[0]!r} to keep dense; there are: {', '.join(self.groups)}")
+        left = copy.copy(self)
+        left.weights = {name: weight for name, weight in self.weights.items() if weight.group not in groups}
+        if not left.weights:
+            raise UserError(f"all groups are to be kept dense ({', '.join(groups)}): nothing would be pruned")
+        gone = [key for weight in self.weights.values() if weight.group in groups for key in weight.aliases]
+        left.dense = (*self.dense, *gone)
+        return left
 
     @property
     def aliases(self) -> dict[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from models.blip.outputs import outputs
 from models.blip.vision import VisionConfig, vision_transformer
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM, Image, Projected, TextConfig
@@ -21,7 +22,7 @@ from models.parts.similarity import head, normalised, similarity, without_autoca
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
 from sparsity.errors import UserError
-from sparsity.view import Output, Outputs, PrunableView
+from sparsity.view import PrunableView
 
 Pair = tuple[Tensor, Tensor]  # of images and of texts, or the two ways between them
 TEMPERATURES = (0.001, 0.5)
@@ -358,23 +359,6 @@ def calibrate(model: BLIP, batch: dict) -> None:
     ids, atts = batch["text_ids"], batch["text_atts"]
     model.text_encoder(started(ids, model.encoder_start), atts, image)
     model.text_decoder.bert(started(ids, model.decoder_start), atts, image)
-
-
-def outputs(model: BLIP, batch: dict) -> Outputs:
-    """Return the features of both towers, whether text i matches its own image and the image of text i + 1, and the
-    decoder's logits of the token after each.
-    """
-    atts = batch["text_atts"]
-    image, image_feature = model.encode_image(batch["image"])
-    grounded, text_feature = model.encode_text(batch["text_ids"], atts)
-    logits = model.decode(started(batch["text_ids"], model.decoder_start), atts, image)
-    return {
-        "image": Output("embedding", image_feature),
-        "text": Output("embedding", text_feature),
-        "match": Output("logits", model.match(grounded, atts, image)),
-        "mismatch": Output("logits", model.match(grounded, atts, image.roll(-1, 0))),
-        "words": Output("logits", logits, real=atts.bool()),
-    }
 
 
 def group_of(name: str) -> str:

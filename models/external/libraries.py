@@ -21,6 +21,7 @@ class Library:
     """Any nn.Module. A batch is a dict of keyword arguments, a tuple or list of positional ones, or the only one."""
 
     group = "model"  # of the layers whose names say nothing
+    classifies = False  # whether a bare tensor that the model returns has the logits of classes
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -61,6 +62,11 @@ class Timm(Library):
     """timm: a batch is the images, or (images, labels)."""
 
     group = "vision"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a head of classes: without one it returns features."""
+        return self.model.num_classes > 0
 
     def heads(self) -> set[str]:
         return _names_of(self.model, self.model.get_classifier())

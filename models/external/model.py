@@ -20,10 +20,11 @@ from models.checkpoint import HALF, TIMM, WRAPPERS, half_dtypes, load_weights, r
 from models.external.dtypes import published_dtypes, widened
 from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
+from models.external.outputs import outputs_of
 from models.external.preprocessing import preprocessing as preprocessing
 from models.hub import first_line, hub_answers, local_only
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.view import PrunableView, bare, module_name
+from sparsity.view import Outputs, PrunableView, bare, module_name
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,12 @@ def prunable_view(
         with seeded(0, next(model.parameters())):
             return library.forward(batch)
 
-    run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
+    def outputs(own: nn.Module, batch: Any) -> Outputs:
+        with seeded(0, next(own.parameters())):
+            run = library_of(own)
+            return outputs_of(run.forward(batch), batch, classifies=run.classifies)
+
+    run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens, "outputs": outputs}
     view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)
     if not heads & set(names):
         log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")

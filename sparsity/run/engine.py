@@ -32,19 +32,7 @@ from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, p
 from sparsity.run.plan import Plan
 from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
-from sparsity.run.select import (
-    Budget,
-    Kept,
-    at_least,
-    budgets,
-    check_budgets,
-    chosen,
-    follow,
-    quotas,
-    select,
-    shared,
-    within_groups,
-)
+from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen, follow, parts_of, quotas, select, shared
 from sparsity.run.sequential import Blocks, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.sensitivity.measured import Measured as Measured
@@ -156,7 +144,8 @@ class Engine:
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
         wanted = [] if request.pattern else [name for name in plan.allocation.statistics if name not in PROBES]
-        if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
+        alone = plan.by_blocks(request) or (plan.joint(request) and plan.local(request))
+        if isinstance(plan.score.statistic, str) and not alone:
             wanted.insert(0, plan.score.statistic)
         found = Measured(self._collect(view, wanted, reading), origin=origin)
         if plan.probes and not request.pattern:
@@ -285,8 +274,7 @@ class Engine:
         moved = found.sensitivity.output if found.sensitivity.outputs else None
         facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
         whole = Part(view, list(view.weights), scores or self._no_scores, *facts)
-        parts = budgets(whole, request.sparsities, request.groups)
-        return at_least(within_groups(parts) if plan.within == "group" else parts)
+        return parts_of(whole, request.sparsities, request.groups, within_groups=plan.within == "group")
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -340,10 +328,14 @@ class Engine:
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
             layers.quotas = quotas(self._parts(view, target, None, measured, before), plan.allocation, plan.scope)
-        if plan.by_blocks(target) or plan.joint(target):
+        if plan.by_blocks(target) or (plan.joint(target) and plan.local(target)):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
         selected = self._select(view, scores, target, measured, before)
+        if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
+            counts = ((name, kept.numel() - int(kept.count_nonzero())) for name, (kept,) in selected)
+            layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
+            return layers.run(None)
         masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
         return layers.run(None, masks) if plan.reconstruction else masks
 

@@ -54,7 +54,8 @@ class Plan:
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
     fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. within:
     "model", or "group": each modality loses the same share, which the allocation spreads inside it. min_keep, max_keep:
-    fractions of each layer that must, and that may, be kept.
+    fractions of each layer that must, and that may, be kept. preset: what the provenance of masks says of the preset
+    that stood for this plan.
     """
 
     score: Score
@@ -68,6 +69,7 @@ class Plan:
     within: str = "model"
     min_keep: Sparsity = 0
     max_keep: Sparsity = 1
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -150,11 +152,17 @@ class Plan:
         return self.sequential and self._scores_inputs and self.local(request)
 
     def joint(self, request: Request) -> bool:
-        """Return whether the reconstruction finds the mask together with the weights, in place of the score."""
+        """Return whether the reconstruction finds the mask together with the weights, in place of the score.
+
+        One that projects does so always: where layers compete, scores say only how many weights each loses.
+        """
         solver = self.reconstruction
-        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1 or request.start:
+        if solver is None or solver.whole or self.score.solver != solver.name:
             return False
-        return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        if request.start and not (solver.projects and (request.pattern or self.scope == "layer")):
+            return False  # rows and blocks may have lost more than their share
+        even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        return solver.projects or (even and self.steps == 1)
 
     def demand(self, request: Request, rows: int = 0) -> Demand:
         """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
@@ -202,6 +210,8 @@ class Plan:
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
         found: dict[str, Any] = {"pruner": self.name, "seed": request.seed}
+        if self.preset is not None:
+            found["preset"] = self.preset
         if request.pattern:
             found["pattern"] = str(request.pattern)
         else:

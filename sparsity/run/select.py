@@ -61,12 +61,18 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     return [*given, (rest, shares)]
 
 
-def within_groups(parts: Sequence[Budget]) -> list[Budget]:
-    """Return a part for each modality of each part, all with the sparsities of that."""
-    return [(own, shares) for part, shares in parts for own in by_groups(part)]
+def parts_of(
+    whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity], *, within_groups: bool = False
+) -> list[Budget]:
+    """Return the parts of a model as `budgets` does, with sparsities of at least what they have lost already.
+
+    within_groups: each modality is a part of its own, with the same sparsities as the others of its part.
+    """
+    parts = budgets(whole, sparsities, groups)
+    return _at_least([(own, shares) for part, shares in parts for own in by_groups(part)] if within_groups else parts)
 
 
-def at_least(parts: Sequence[Budget]) -> list[Budget]:
+def _at_least(parts: Sequence[Budget]) -> list[Budget]:
     """Return the parts with sparsities that are not below what they have lost already: the first of several steps may
     be asked for less than a mask that is there.
     """
