@@ -25,7 +25,7 @@ from typing import Any
 
 import models
 import pruners
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -67,9 +67,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     models.check(args.model)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.KINDS[args.model]])
-    read_yaml(config.model_config)
-    config.check_weights()
-    config.check_evaluation(str(args.config))
+    config.check(str(args.config), evaluate=True)
     check_writable(args.output_dir, "--output_dir")
     return config.reranking(args.k_test)
 

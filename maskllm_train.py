@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 import models
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS
 from configs.sources import images_of
 from engine.launch import launch, run, script
@@ -80,12 +80,8 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
+    config.check(str(args.config), args.evaluate)
     config.check_calibration(str(args.config))
-    if args.evaluate:
-        config.check_evaluation(str(args.config))
     return recipe, config
 
 

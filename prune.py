@@ -3,6 +3,7 @@
     python prune.py -m xvlm -p multiflow
     python prune.py -m xvlm -p omp -s 50,75 --pool layer --evaluate
     python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
+    python prune.py -m xvlm -p wanda --allocation error:output -s 75 --save_allocation errors.yaml
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
     python prune.py -m dino -p sparsegpt --reconstruct lsq -s 90 --recover 1000 --evaluate
@@ -12,11 +13,12 @@ Masks, run times and a report are written to <output_dir>/<pruner>/.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import models
 import pruners
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -70,11 +72,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     options.resolve_targets(args, SPARSITIES)
     recovery_options(args)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
-    if args.evaluate:
-        config.check_evaluation(str(args.config))
+    config.check(str(args.config), args.evaluate)
     check_writable(args.output_dir / args.pruner, "--output_dir")
     return config
 
@@ -97,12 +95,14 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrations, preflight, timed
+    from engine.pruning.start import load_start
     from engine.ranks import place_of
     from engine.recovery.recovery import build_recovery
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
     fabric = launch(args, folder, unused_parameters=bool(args.recover))
     view = subject.load(fabric)
+    request = replace(request, start=load_start(view, args.from_mask, args.from_weights))
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics or args.recover else None
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
     with results.calibration():
         measured = engine.measure(view, passes(0), request)
+    results.pictures.sensitivity = measured.sensitivity
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:

@@ -71,6 +71,21 @@ class PrunedModel:
         """The file with the weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
+    def check(self, where: str, evaluate: bool) -> None:
+        """Raise UserError or FileNotFoundError for a model's configuration or weights that cannot be read.
+
+        where: the file of this configuration. evaluate: whether evaluation data must be there, too.
+        """
+        if self.model_config:
+            read_yaml(self.model_config)
+        self.check_weights()
+        if evaluate:
+            self.check_evaluation(where)
+
+    def check_evaluation(self, where: str) -> None:
+        """Raise UserError or FileNotFoundError where evaluation data is not configured or not there."""
+        raise NotImplementedError
+
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():

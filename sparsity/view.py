@@ -195,6 +195,11 @@ class PrunableView:
         return accelerators(next(iter(self.weights.values())).parameter)
 
     @property
+    def has_outputs(self) -> bool:
+        """Return whether the view says what the model gives for a batch."""
+        return self._outputs is not None
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the first weight: where ranks add up, and what is computed lies."""
         return next(iter(self.weights.values())).parameter.device

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
+from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import parse_pattern
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
@@ -84,6 +85,7 @@ def byte_count(text: str) -> int:
 
 # The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
+PLAN += BOUNDS
 PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
 
 
@@ -91,7 +93,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     """The options of `PLAN`: the axes, and what single methods have."""
     add = parser.add_argument_group("plan").add_argument
     add("--pool", choices=POOLS, help="one word for --allocation and --scope (default: the pruner's)")
-    add("--allocation", choices=ALLOCATIONS.names(), help="how much each layer loses (default: the pruner's)")
+    add_allocation_options(add, share)
     add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns (default: the pruner's)")
     updates = ("none", *RECONSTRUCTIONS.names())
     add(
@@ -123,14 +125,16 @@ def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     unset = object()
     everything: dict[str, Any] = {action.dest: unset for action in parser._actions}
     parsed, _ = parser.parse_known_args(arguments, argparse.Namespace(**everything))
-    return {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+    given = {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+    return {name: resolved(value) if name == "allocation" else value for name, value in given.items()}
 
 
 def add_targets(add: Callable[..., Any]) -> None:
-    """`--pattern` and `--group_sparsity`."""
+    """`--pattern`, `--group_sparsity`, and the masks that a run begins with."""
     add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
+    add_mask_options(add)
 
 
 def resolve_targets(args: argparse.Namespace, usual: str) -> None:
@@ -143,6 +147,7 @@ def resolve_targets(args: argparse.Namespace, usual: str) -> None:
         if args.pattern and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
     args.sparsities = None if args.pattern else parse_sparsities(usual if args.sparsities is None else args.sparsities)
+    check_mask_options(args)
 
 
 def group_sparsity(text: str) -> dict[str, Decimal]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs.allocation import save_allocation
 from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
@@ -24,6 +25,7 @@ from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from sparsity.allocation.given import to_rules
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.run.engine import Engine
@@ -216,6 +218,8 @@ class Results:
         if self.writes:
             masks.save(path)
         self.written.append(path)
+        if self.options["save_allocation"]:
+            self._save_allocation(masks, self.options["save_allocation"], label)
         if masks.weights:
             self._save_weights(masks, path.with_name(path.name.replace("_pruning_masks", "_weights")))
         report = masks.report(self.view)
@@ -258,6 +262,12 @@ class Results:
         self.rows.append(row | {name: metrics[key] for name, key in self.columns.items() if key in metrics})
         loss = f"held-out loss {found.before:.4g} -> {found.after:.4g}, after step {found.step}"
         self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
+
+    def _save_allocation(self, masks: Masks, path: Path, label: str) -> None:
+        """What the masks take from each layer, as --allocation reads it."""
+        if self.writes:
+            save_allocation(path, to_rules(self.view, masks), f"{self.stem} at {label}")
+        self.written.append(path)
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
         """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""

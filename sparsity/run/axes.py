@@ -7,7 +7,7 @@ ALLOCATIONS = Registry(
     "allocation",
     "sparsity.allocation",
     "sparsity.allocation.base:Allocation",
-    ("base", "budget", "ratios", "given", "ecoflap", "error"),
+    ("base", "budget", "ratios", "given"),
 )
 RECONSTRUCTIONS = Registry(
     "reconstruction",
@@ -18,6 +18,9 @@ RECONSTRUCTIONS = Registry(
 CALIBRATIONS = ("dense", "sequential")
 # Options of every plan; a score and a reconstruction add their own.
 AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")
+BOUNDS = ("allocation_within", "min_keep", "max_keep")
+AXES += BOUNDS
+WITHIN = ("model", "group")  # what competes for the budget: all layers, or those of each modality
 # One word for allocation and scope.
 POOLS = {
     "global": ("global", "layer"),

@@ -54,7 +54,7 @@ class Layers:
         """
         label = str(self.target.pattern or self.target.target).replace(":", "of").replace("/", "over")
         label += f"_step{self.facts['step']}" if self.plan.steps > 1 else ""
-        method = [self.facts, chosen and chosen.digest()]
+        method = [self.facts, chosen and chosen.digest(), {name: str(quota) for name, quota in self.quotas.items()}]
         folder, reduce = self.reading.scratch and self.reading.scratch.path.parent, self.reading.reduce
         done = Blocks(self.view, self.origin, folder=folder, label=label, method=method, reduce=reduce)
         with self._replayed(folder) as replayed, PrunedStages(self.view, replayed.order, done) as put:

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation
-from sparsity.allocation.budget import check_schedule, fraction
+from sparsity.allocation.base import LAYER_ERRORS, PROBES, Allocation
+from sparsity.allocation.budget import Sparsity, check_schedule, fraction
+from sparsity.allocation.given import Given
+from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN
 from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.statistics.passes import OF_INPUTS
@@ -50,8 +52,10 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
-    what the provenance of masks says of the preset that stood for this plan.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. within:
+    "model", or "group": each modality loses the same share, which the allocation spreads inside it. min_keep, max_keep:
+    fractions of each layer that must, and that may, be kept. preset: what the provenance of masks says of the preset
+    that stood for this plan.
     """
 
     score: Score
@@ -62,6 +66,9 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    within: str = "model"
+    min_keep: Sparsity = 0
+    max_keep: Sparsity = 1
     preset: str | None = None
 
     @property
@@ -111,12 +118,26 @@ class Plan:
     @property
     def one_pass(self) -> bool:
         """Whether one pass over the data, or none, serves all sparsities."""
-        return self.scored and self.reconstruction is None
+        return self.scored and self.reconstruction is None and not self.probes
+
+    @property
+    def probes(self) -> bool:
+        """Whether the allocation measures layers by forward passes of their own."""
+        return any(name in PROBES for name in self.allocation.statistics)
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """Return the options that bound what layers and modalities lose, those that are given."""
+        usual = {"allocation_within": "model", "min_keep": 0, "max_keep": 1}
+        given = zip(usual.items(), (self.within, self.min_keep, self.max_keep), strict=True)
+        return {option: value for (option, default), value in given if value != default}
 
     @property
     def resumes(self) -> bool:
         """Whether steps or blocks that are done are kept for a run that is killed."""
-        return self.steps > 1 or (not self.whole and (self.sequential or self.reconstruction is not None))
+        return (
+            self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.reconstruction is not None))
+        )
 
     @property
     def _scores_inputs(self) -> bool:
@@ -138,6 +159,8 @@ class Plan:
         solver = self.reconstruction
         if solver is None or solver.whole or self.score.solver != solver.name:
             return False
+        if request.start and not (solver.projects and (request.pattern or self.scope == "layer")):
+            return False  # rows and blocks may have lost more than their share
         even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
         return solver.projects or (even and self.steps == 1)
 
@@ -146,10 +169,10 @@ class Plan:
         # Gram matrices of all layers are there together only where scores made of them are compared between layers.
         together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
         return Demand(
-            self.statistics,
+            [*self.statistics, *(["hessian"] if LAYER_ERRORS in self.allocation.statistics else [])],
             sparsities=max(1, len(request.sparsities)),
             solver=self.reconstruction is not None,
-            sequential=not together and (self.sequential or self.reconstruction is not None),
+            sequential=not together and (self.sequential or self.reconstruction is not None or self.probes),
             offload=self.offload,
             rows=rows,
         )
@@ -164,6 +187,8 @@ class Plan:
             raise UserError(
                 f"--group_sparsity: the pattern {request.pattern} decides what each group loses: leave it out"
             )
+        for option in self.bounds if request.pattern else ():
+            raise UserError(f"--{option}: the pattern {request.pattern} decides what each layer loses: leave it out")
         if not request.pattern and not request.sparsities:
             raise UserError("give at least one sparsity, or a pattern")
         if request.pattern and self.steps > 1:
@@ -172,6 +197,8 @@ class Plan:
             )
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
+        if self.whole and request.start and request.pattern:
+            raise UserError(f"--from_mask: {self.name} makes {request.pattern} of a dense model: leave it out")
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
         if self.sequential and self.reconstruction is None and not self.by_blocks(request):
@@ -189,9 +216,12 @@ class Plan:
             found["pattern"] = str(request.pattern)
         else:
             pool = next((pool for pool, both in POOLS.items() if both == (self.allocation.name, self.scope)), None)
-            found |= {"allocation": self.allocation.name, "scope": self.scope} | ({"pool": pool} if pool else {})
+            found |= {**self.allocation.facts(), "scope": self.scope} | ({"pool": pool} if pool else {})
+            found |= {option: str(value) for option, value in self.bounds.items()}
         if request.groups:
             found["group_sparsity"] = {group: str(sparsity) for group, sparsity in request.groups.items()}
+        if request.start:
+            found["from_mask"] = request.start.digest()
         if self.of_inputs:
             found["calibration_mode"] = self.calibration
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
@@ -208,19 +238,23 @@ def make_plan(
     score: Score,
     *,
     pool: str | None = None,
-    allocation: str | Allocation | None = None,
+    allocation: str | Mapping[str, Sparsity] | Allocation | None = None,
     scope: str | None = None,
     reconstruct: str | Reconstruction | None = None,
     calibration_mode: str | None = None,
     offload: bool = False,
     epochs: int = 1,
     schedule: str | None = None,
+    allocation_within: str = "model",
+    min_keep: Sparsity = 0,
+    max_keep: Sparsity = 1,
     **own: Any,
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
-    pool: one word for allocation and scope, see `POOLS`. own: options of the reconstruction. UserError, in one line,
-    for a value that does not exist, an option that the plan does not read, and what cannot be combined.
+    pool: one word for allocation and scope, see `POOLS`. allocation: a name, "error:output", or rules, glob or group ->
+    sparsity (see `Given`). own: options of the reconstruction. UserError, in one line, for a value that does not exist,
+    an option that the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -233,14 +267,15 @@ def make_plan(
     if solver and solver.whole and (allocation, scope) not in ((None, None), POOLS["global"]):
         what = f"pool {pool!r}" if pool else "--allocation and --scope"
         raise UserError(f"{name} decides by itself how many weights each block keeps: leave {what} out")
-    chosen = score.allocation if allocation is None else allocation
-    shared = ALLOCATIONS.find(chosen)() if isinstance(chosen, str) else chosen
+    shared = _allocation(score.allocation if allocation is None else allocation)
     scope = score.scope if scope is None else scope
     _among("scope", scope, SCOPES)
     check_schedule(epochs, schedule or "exp")
     if schedule is not None and epochs == 1:
         raise UserError("--schedule is how --epochs above 1 reach the sparsity: leave it out, or give --epochs")
-    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload)
+    bounds = (allocation_within, min_keep, max_keep)
+    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload, *bounds)
+    _check_bounds(plan)
     for option, given in (("calibration_mode", calibration_mode is not None), ("offload", offload)):
         if given and not plan.of_inputs:
             raise UserError(f"--{option}: {name} reads no inputs of layers: leave it out")
@@ -248,6 +283,40 @@ def make_plan(
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
     return replace(plan, calibration=calibration_mode)
+
+
+def _allocation(given: str | Mapping[str, Sparsity] | Allocation) -> Allocation:
+    """Return what decides how much each layer loses. UserError for a name that does not exist."""
+    if isinstance(given, Allocation):
+        return given
+    if isinstance(given, Mapping):
+        return Given(given)
+    name, colon, of = given.partition(":")
+    kind = ALLOCATIONS.find(name)
+    if colon and not inspect.signature(kind).parameters:
+        raise UserError(f"--allocation {given}: {name} takes nothing after it")
+    return kind(of) if colon else kind()
+
+
+def _check_bounds(plan: Plan) -> None:
+    """Raise UserError for bounds, and for what an allocation measures, that the plan cannot have."""
+    _among("allocation_within", plan.within, WITHIN)
+    check_bounds(plan.min_keep, plan.max_keep)
+    if plan.whole:
+        for option in plan.bounds:
+            raise UserError(f"{plan.name} decides by itself how many weights each block keeps: leave --{option} out")
+    if plan.learned and LAYER_ERRORS in plan.allocation.statistics:
+        raise UserError(
+            f"--allocation error measures what the masks of a layer cost, and {plan.name} learns its scores for the"
+            " layers' shares: take another allocation"
+        )
+    if plan.learned and plan.allocation.by_scores and {"min_keep", "max_keep"} & set(plan.bounds):
+        raise UserError(
+            f"--allocation {plan.allocation.name}: {plan.name} learns its scores for what each layer loses, and they"
+            " would decide that: leave --min_keep and --max_keep out, or take another allocation"
+        )
+    if plan.steps > 1 and "max_keep" in plan.bounds:
+        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave it out")
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sparsity.allocation.budget import Sparsity
+from sparsity.masks import Masks
 from sparsity.pattern import NM
 
 
@@ -12,13 +13,16 @@ class Request:
     """Which masks are wanted.
 
     sparsities: fractions, one set of masks for each; or else a pattern, which takes their place. groups: the sparsity
-    of each of these modalities, whatever the others lose. seed: of what is drawn.
+    of each of these modalities, whatever the others lose. seed: of what is drawn. start: masks that are there, see
+    `sparsity.resume.start.begun`: their zeros stay and count towards what is asked for, their updated weights take the
+    place of the model's.
     """
 
     sparsities: Sequence[Sparsity] = ()
     pattern: NM | None = None
     seed: int = 42
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
+    start: Masks | None = None
 
     def each(self) -> "list[Request]":
         """Return a request for each set of masks."""

@@ -10,8 +10,10 @@ from functools import partial
 
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation, Contest, Part
+from sparsity.allocation.base import Allocation, Contest, Part, by_groups
 from sparsity.allocation.budget import Sparsity, budget, fraction
+from sparsity.allocation.ratios import limits as bounds_of
+from sparsity.allocation.ratios import rounded, spread, total_of
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import (
@@ -22,8 +24,11 @@ from sparsity.selection import (
     counts_by_name,
     keep_exactly,
     keep_pattern,
+    keep_units,
     keep_within,
+    pruned_before,
     thresholds,
+    units_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -56,11 +61,39 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     return [*given, (rest, shares)]
 
 
-def warn_of_sum(parts: Sequence[Budget], sparsities: Sequence[Sparsity], numel: int) -> None:
-    """Warn where all parts together come to another sparsity than what is asked for, as far as two decimals of a per
-    cent: groups that are all named decide.
+def parts_of(
+    whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity], *, within_groups: bool = False
+) -> list[Budget]:
+    """Return the parts of a model as `budgets` does, with sparsities of at least what they have lost already.
+
+    within_groups: each modality is a part of its own, with the same sparsities as the others of its part.
     """
-    for i, sparsity in enumerate(sparsities):
+    parts = budgets(whole, sparsities, groups)
+    return _at_least([(own, shares) for part, shares in parts for own in by_groups(part)] if within_groups else parts)
+
+
+def _at_least(parts: Sequence[Budget]) -> list[Budget]:
+    """Return the parts with sparsities that are not below what they have lost already: the first of several steps may
+    be asked for less than a mask that is there.
+    """
+    raised: list[Budget] = []
+    for part, shares in parts:
+        gone = sum(part.pruned.get(name, 0) for name in part.names)
+        lowest = Fraction(gone, part.numel)
+        raised.append((part, [share if budget(share, part.numel) >= gone else lowest for share in shares]))
+    return raised
+
+
+def check_budgets(parts: Sequence[Budget], sparsities: Sequence[Sparsity], groups: Mapping[str, Sparsity]) -> None:
+    """Raise UserError for a budget that the bounds of its layers forbid. Warn where all parts together come to another
+    sparsity than what is asked for, as far as two decimals of a per cent: groups that are all named decide.
+    """
+    for part, shares in parts:
+        bounds = bounds_of(part)
+        for share in shares:
+            total_of(part, share, bounds)
+    numel = sum(part.numel for part, _ in parts)
+    for i, sparsity in enumerate(sparsities if groups else ()):
         lost = sum(budget(shares[i], part.numel) for part, shares in parts)
         if abs(lost - budget(sparsity, numel)) > numel / 10_000:
             told = "--group_sparsity names every group, and they come to %.4g %% of all weights, not to %.4g %%"
@@ -136,8 +169,30 @@ class Quota:
         """Return what is kept of the layer, bool (out, in). Raises UserError, naming the layer, for NaN or Inf."""
         if self.share is None:
             check_finite(name, score)
-            return keep_exactly(name, score, self.scope, self.count)
-        return keep_within(name, score, self.scope, partial(budget, self.share))
+            kept = keep_exactly(name, score, self.scope, self.count)
+        else:
+            kept = keep_within(name, score, self.scope, partial(budget, self.share))
+        revived = kept & pruned_before(score)
+        return keep_unevenly(name, score, self.scope, count_of(~kept)) if revived.any() else kept
+
+
+def keep_unevenly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
+    """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, where some rows or blocks
+    have lost more than an even share before: they lose no more, and the others share out the rest in proportion to
+    their size. Raises UserError where the layer has lost more than that.
+    """
+    units = units_of(score, scope)
+    gone = [count_of(pruned_before(unit)) for unit in units]
+    sizes = [unit.numel() for unit in units]
+    if sum(gone) > count:
+        raise UserError(f"layer {name!r} has lost {sum(gone)} weights before, more than the {count} that it is to lose")
+    counts = rounded(spread(count, [Fraction(size) for size in sizes], gone, sizes), count)
+    return keep_units(name, score, scope, counts)
+
+
+def count_of(true: Tensor) -> int:
+    """Return how many of a bool tensor are True."""
+    return int(true.count_nonzero())
 
 
 def quotas(parts: Sequence[Budget], allocation: Allocation, scope: str) -> dict[str, Quota]:
