@@ -233,10 +233,11 @@ class Calls:
 
     # Forward passes with stubs
 
-    def capture(self, state: State, batch: Any, stage: int) -> None:
+    def capture(self, state: State, batch: Any, stage: int, put_all: Callable[[], None]) -> None:
         """Run the model with stubs until code between blocks reads what no block has computed yet.
 
-        Calls that can be settled before this stage are run; of others the arguments are captured.
+        Calls that can be settled before this stage are run; of others the arguments are captured. put_all: makes sure
+        that the model has the pruned weights of all stages before this one.
         """
         try:
             self._forward(batch, _Capturing(self, state, stage))
@@ -245,6 +246,7 @@ class Calls:
                 return
             # Another output is read than in the first batch, and was not kept: pruned blocks are run once more.
             self.forget(state)
+            put_all()
             try:
                 self._forward(batch, _Capturing(self, state, stage))
             except ReadPending:

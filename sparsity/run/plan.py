@@ -37,7 +37,6 @@ class Score(Protocol):
     calibration: ClassVar[str]
     draws: ClassVar[bool]
     in_steps: ClassVar[bool]
-    cheap: ClassVar[bool]
 
     def score(self, weight: Tensor, statistic: Any, generator: torch.Generator) -> Tensor: ...
 
