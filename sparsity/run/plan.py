@@ -128,11 +128,15 @@ class Plan:
         return self.sequential and self._scores_inputs and self.local(request)
 
     def joint(self, request: Request) -> bool:
-        """Return whether the reconstruction finds the mask together with the weights, in place of the score."""
+        """Return whether the reconstruction finds the mask together with the weights, in place of the score.
+
+        One that projects does so always: where layers compete, scores say only how many weights each loses.
+        """
         solver = self.reconstruction
-        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
+        if solver is None or solver.whole or self.score.solver != solver.name:
             return False
-        return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        return solver.projects or (even and self.steps == 1)
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""

@@ -14,7 +14,8 @@ from sparsity.statistics.gradients import Gradients, batch_generator
 from sparsity.statistics.inputs import MEASURES, Statistics
 from sparsity.view import PrunableView
 
-GRADIENT = "mean_gradient"
+GRADIENT, SQUARED = "mean_gradient", "squared_gradient"
+OF_GRADIENTS = (GRADIENT, SQUARED)
 # Statistic -> the measure that adds up, and its factor over the n real tokens.
 _OWN = {"hessian": ("gram", 2.0), "input_means": ("input_sums", 1.0)}
 _OF_DENSE = {"cross": ("products", 1.0), "dense_hessian": ("dense_gram", 2.0), "dense_means": ("dense_sums", 1.0)}
@@ -28,7 +29,7 @@ _SPLIT: dict[str, tuple[str, str | None, float]] = {
 }
 _HELD_OUT = "held_out_tokens"
 OF_INPUTS = (*MEASURES, *_SCALED, *_SPLIT)
-PASSES = (*(name for name in OF_INPUTS if name not in _OF_DENSE), GRADIENT)  # the others take two models
+PASSES = (*(name for name in OF_INPUTS if name not in _OF_DENSE), *OF_GRADIENTS)  # the others take two models
 
 
 def collect(
@@ -46,9 +47,10 @@ def collect(
     the batches gathers, statistic -> such a mapping.
 
     "input_norms" (in,): sums of squares over the n real tokens, "input_means" (in,), "hessian": (2/n) X X^T as strips
-    (`sparsity.statistics.hessian`), "mean_gradient" (out, in). "input_sums" and "gram" are the bare sums. "held_out" and
-    "training" are the hessian over a tenth of the samples and over the others, "held_out_means" and "training_means"
-    their means. Layers that have read the very same tensors get the very same statistic: nobody may write to it.
+    (`sparsity.statistics.hessian`), "mean_gradient" (out, in), "squared_gradient" (out, in): mean over the batches of
+    the square of each one's gradient. "input_sums" and "gram" are the bare sums. "held_out" and "training" are the
+    hessian over a tenth of the samples and over the others, "held_out_means" and "training_means" their means. Layers
+    that have read the very same tensors get the very same statistic: nobody may write to it.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
     generator of what the loss draws there. names: of the weights that are asked about (default: all), without those
@@ -65,13 +67,17 @@ def collect(
     measures = measures_of(wanted)
     nobody = names is not None and not names
     inputs = Statistics(view, measures, names, offload=offload) if measures and not nobody else None
-    gradients = Gradients(view, generators or partial(batch_generator, 42)) if GRADIENT in wanted else None
+    gradients, of_gradients = None, [statistic for statistic in OF_GRADIENTS if statistic in wanted]
+    if len(of_gradients) > 1:
+        raise UserError(f"{' and '.join(of_gradients)} come from a pass each: ask for one of them")
+    if of_gradients:
+        gradients = Gradients(view, generators or partial(batch_generator, 42), squared=SQUARED in wanted)
     found: dict[str, dict[str, Tensor]] = {statistic: {} for statistic in wanted}
     _read(inputs, gradients, batches, reduce, announced)
     if inputs:
         found |= scaled(inputs.results(), inputs.tokens, wanted)
     if gradients:
-        found[GRADIENT] = gradients.means(reduce)
+        found[of_gradients[0]] = gradients.means(reduce)
     return found[statistics] if isinstance(statistics, str) else found
 
 
@@ -82,14 +88,9 @@ def measures_of(statistics: Sequence[str]) -> list[str]:
         if statistic in _SPLIT:
             part, whole, _ = _SPLIT[statistic]
             found += [part, _HELD_OUT, *([whole] if whole else [])]
-        elif statistic != GRADIENT:
+        elif statistic not in OF_GRADIENTS:
             found.append(_SCALED[statistic][0] if statistic in _SCALED else statistic)
     return list(dict.fromkeys(found))
-
-
-def reads_dense(statistics: Sequence[str]) -> bool:
-    """Return whether the inputs of the dense model are measured beside the pruned one's."""
-    return any(statistic in _OF_DENSE for statistic in statistics)
 
 
 def _read(
