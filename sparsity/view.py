@@ -93,6 +93,14 @@ class PrunableWeight:
     def numel(self) -> int:
         return self.parameter.numel()
 
+    @property
+    def biases(self) -> dict[str, nn.Parameter]:
+        """State-dict key -> bias of each layer that uses the weight; empty unless all of them have one."""
+        found = [module._parameters.get("bias") for module in self.modules]
+        keys = [f"{use.removesuffix('weight')}bias" for use in self.uses]
+        known = {key: bias for key, bias in zip(keys, found, strict=True) if bias is not None}
+        return known if len(known) == len(found) else {}
+
     def matrix(self) -> Tensor:
         """The weight as (out, in), without gradient, on the parameter's own storage."""
         return self.as_matrix(self.parameter.detach())
