@@ -9,7 +9,8 @@ from sparsity.reconstruction.equations import equations, gram
 from sparsity.reconstruction.projection import project
 from sparsity.solvers.conjugate import least_squares
 
-Damp = float | str  # "auto"
+AUTO = "auto"
+Damp = float | str  # AUTO
 
 CHOICES = (1e-3, 1e-2, 1e-1)
 _ROWS = 256  # of a layer that is larger, so many are solved
@@ -17,7 +18,7 @@ _ROWS = 256  # of a layer that is larger, so many are solved
 
 def check_damp(damp: Damp) -> Damp:
     """Return the damping. UserError unless it is a number above 0, or "auto"."""
-    if damp != "auto" and not (isinstance(damp, int | float) and 0 < damp < float("inf")):
+    if damp != AUTO and not (isinstance(damp, int | float) and 0 < damp < float("inf")):
         raise UserError(f"damp must be a number above 0, such as 0.01, or auto, got {damp!r:.60}")
     return damp
 

@@ -169,7 +169,7 @@ class Engine:
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
         if request.pattern:
             record["dense_layers"] = dense_layers(view, request.pattern)
-        if plan.scored and plan.reconstruction is None:
+        if plan.scored and not plan.refines:
             yield from self._at_once(view, measured, request, record)
             return
         trails = []
@@ -297,7 +297,7 @@ class Engine:
         if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
             layers.quotas = {n: Quota(int((~mask).count_nonzero()), None, plan.scope) for n, mask in masks.items()}
             return layers.run(None)
-        return layers.run(None, masks) if plan.reconstruction else masks
+        return layers.run(None, masks) if plan.refines else masks
 
     def _learned(
         self,

@@ -16,8 +16,10 @@ from sparsity.allocation.base import Allocation
 from sparsity.allocation.budget import check_schedule, fraction
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.reconstruction.damping import AUTO, Damp
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
 from sparsity.run.request import Request
+from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
 from sparsity.view import PrunableView
@@ -50,6 +52,10 @@ class Plan:
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
     fresh statistics of the model that the step before has left. offload: what is added up is kept on the host.
+
+    dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
+    model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
+    layer_errors: also those errors of layers are measured that cost sums of their own.
     """
 
     score: Score
@@ -60,6 +66,10 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    dense_share: float = 0.0
+    correct_bias: bool = False
+    swaps: int = 0
+    layer_errors: bool = False
 
     @property
     def name(self) -> str:
@@ -82,8 +92,30 @@ class Plan:
         """Return the names of all statistics that are read from calibration data."""
         solver = self.reconstruction
         of_score = [] if self.statistic is None or self.whole else [self.statistic]
-        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ())]
+        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ()), *self._of_refinement]
         return list(dict.fromkeys(both))
+
+    @property
+    def _of_refinement(self) -> list[str]:
+        """The statistics that options of the reconstruction, and exchanges, need beside its own."""
+        found = ["hessian"] if self.swaps else []
+        if self.dense_share:
+            found += ["cross"] + (["dense_hessian"] if self.layer_errors else [])
+        if self.correct_bias:
+            found += ["input_means"] + (["dense_means"] if self.dense_share else [])
+        if self.damp == AUTO or self.layer_errors:
+            found += ["training", "held_out"] + (["training_means", "held_out_means"] if self.correct_bias else [])
+        return found
+
+    @property
+    def damp(self) -> Damp:
+        """Return the damping of the Gram matrices of layers."""
+        return self.reconstruction.options().get("damp", DAMPING) if self.reconstruction else DAMPING
+
+    @property
+    def refines(self) -> bool:
+        """Whether layers are worked on one by one once there are scores: their weights, or their masks."""
+        return self.reconstruction is not None or self.swaps > 0
 
     @property
     def of_inputs(self) -> bool:
@@ -108,12 +140,12 @@ class Plan:
     @property
     def one_pass(self) -> bool:
         """Whether one pass over the data, or none, serves all sparsities."""
-        return self.scored and self.reconstruction is None
+        return self.scored and not self.refines
 
     @property
     def resumes(self) -> bool:
         """Whether steps or blocks that are done are kept for a run that is killed."""
-        return self.steps > 1 or (not self.whole and (self.sequential or self.reconstruction is not None))
+        return self.steps > 1 or (not self.whole and (self.sequential or self.refines))
 
     @property
     def _scores_inputs(self) -> bool:
@@ -158,7 +190,7 @@ class Plan:
             fraction(sparsity)
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
-        if self.sequential and self.reconstruction is None and not self.by_blocks(request):
+        if self.sequential and not self.refines and not self.by_blocks(request):
             raise UserError(
                 f"allocation {self.allocation.name!r} compares layers with each other, which sequential calibration"
                 " prunes one after the other: take allocation layer, or calibration_mode dense"
@@ -178,6 +210,9 @@ class Plan:
             found["calibration_mode"] = self.calibration
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
         found |= options_of(self.score) | (self.reconstruction.options() if self.reconstruction else {})
+        if self.dense_share:
+            found["target"] = f"dense:{self.dense_share:g}"
+        found |= {name: getattr(self, name) for name in ("correct_bias", "swaps") if getattr(self, name)}
         return found | {"epochs": self.steps, "schedule": self.schedule}
 
 
@@ -197,11 +232,15 @@ def make_plan(
     offload: bool = False,
     epochs: int = 1,
     schedule: str | None = None,
+    target: str | None = None,
+    correct_bias: bool = False,
+    swaps: int = 0,
+    layer_errors: bool = False,
     **own: Any,
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
-    pool: one word for allocation and scope, see `POOLS`. own: options of the reconstruction. UserError, in one line,
+    pool: one word for allocation and scope, see `POOLS`. target: "same", or "dense:a", see `dense_share`. own: options of the reconstruction. UserError, in one line,
     for a value that does not exist, an option that the plan does not read, and what cannot be combined.
     """
     name = score.name
@@ -222,14 +261,46 @@ def make_plan(
     check_schedule(epochs, schedule or "exp")
     if schedule is not None and epochs == 1:
         raise UserError("--schedule is how --epochs above 1 reach the sparsity: leave it out, or give --epochs")
-    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload)
+    given_share = 0.0 if target is None else dense_share(target)
+    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload, given_share)
+    plan = replace(plan, correct_bias=correct_bias, swaps=check_swaps(swaps), layer_errors=layer_errors)
+    for option, given in (("target", target is not None), ("correct_bias", correct_bias), ("layer_errors", layer_errors)):
+        if given and (solver is None or solver.whole):
+            raise UserError(f"--{option} is for what updates each layer's weights: leave it out, or give --reconstruct")
+    if swaps and plan.whole:
+        raise UserError(f"--swaps: {name} decides by itself which weights are pruned: leave it out")
     for option, given in (("calibration_mode", calibration_mode is not None), ("offload", offload)):
         if given and not plan.of_inputs:
             raise UserError(f"--{option}: {name} reads no inputs of layers: leave it out")
     if calibration_mode is None:
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
-    return replace(plan, calibration=calibration_mode)
+    plan = replace(plan, calibration=calibration_mode)
+    _check_target(plan)
+    return plan
+
+
+def _check_target(plan: Plan) -> None:
+    """Raise UserError for a dense target that the plan cannot have."""
+    solver = plan.reconstruction
+    if not plan.dense_share or solver is None:
+        return
+    if "dense" not in solver.targets:
+        raise UserError(f"--target dense: {solver.name} knows no target but the layer's own output: leave it out")
+    if not plan.sequential:
+        raise UserError(
+            "--target dense: in dense calibration layers get the dense model's inputs: leave it out, or take"
+            " --calibration_mode sequential"
+        )
+    if plan.steps > 1:
+        raise UserError("--target dense needs --epochs 1: after the first step the model is not dense any more")
+
+
+def check_swaps(swaps: int) -> int:
+    """Return the rounds of exchanges. UserError unless it is a whole number from 0."""
+    if not isinstance(swaps, int) or swaps < 0:
+        raise UserError(f"swaps must be a whole number from 0, got {swaps!r:.60}")
+    return swaps
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:
