@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.replay.capture import Calls, State
+from sparsity.replay.capture import Calls, LostError, State
 from sparsity.replay.store import Store
 from sparsity.replay.trace import Trace, UnfitError, executed, trace
 from sparsity.statistics.inputs import Statistics, untouched
@@ -128,8 +128,8 @@ class Replayed:
             with self._unpruned():
                 for state in beside.states:
                     beside.calls.settle(state, number)
-            if not self._ready(names):
-                self._capture(number)
+        if not self._ready(names):
+            self._capture(number)
         states = zip_longest(self._states, beside.states)
         if self._ready(names):
             settled_before = number + 1 if self._dense else 0
@@ -197,13 +197,12 @@ class Replayed:
             self._forget()
 
     def _capture(self, number: int) -> None:
-        fresh = not self._states
-        for place, batch in enumerate(self._over()):
-            if fresh:
-                self._states.append(self._calls.state(batch))
-            if self._beside:
-                self._capture_beside(self._beside, place, batch, number)
-            self._calls.capture(self._states[place], batch, number, partial(self._put_all, number))
+        try:
+            self._capture_all(number)
+        except LostError:  # pruned blocks are run once more
+            self._forget()
+            self._put_all(number)
+            self._capture_all(number)
         there = [set(state.captured) | set(state.results) for state in self._states]
         logger.info(
             "captured up to %d of %d calls, %.3g MB in memory",
@@ -212,12 +211,22 @@ class Replayed:
             self._store.held / 1e6,
         )
 
+    def _capture_all(self, number: int) -> None:
+        fresh = not self._states
+        with self._quiet():
+            for place, batch in enumerate(self._over()):
+                if fresh:
+                    self._states.append(self._calls.state(batch))
+                if self._beside:
+                    self._capture_beside(self._beside, place, batch, number)
+                self._calls.capture(self._states[place], batch, number)
+
     def _capture_beside(self, beside: "_Beside", place: int, batch: Any, number: int) -> None:
         """Capture the calls of the dense model, which draws the random numbers that the pruned one will draw."""
         if place == len(beside.states):
             beside.states.append(beside.calls.state(batch))
         with self._unpruned(), torch.random.fork_rng(self._view.accelerators):
-            beside.calls.capture(beside.states[place], batch, number, lambda: None)
+            beside.calls.capture(beside.states[place], batch, number)
 
     def _gathered(
         self, names: Collection[str], statistics: Sequence[str], runs: Iterable[tuple[Any, Run | None, Run]]
@@ -249,7 +258,7 @@ class Replayed:
                 found = trace(self._view, batch)
         except Exception as error:  # models do what they like; without the trace an error of their own comes again
             found = Trace(unfit=f"the traced forward pass failed: {type(error).__name__}: {error}")
-        logger.info("order of blocks: %s", found.describe())
+        logger.debug("order of blocks: %s", found.describe())
         if found.unfit:
             logger.warning("sequential calibration runs the whole model for each block: %s", found.unfit)
         return found

@@ -6,6 +6,7 @@ the results, so that a run that was killed goes on after them.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from sparsity.pattern import NM
 from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
+from sparsity.run.memory import Memory, check_memory, preflight_bytes
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
@@ -35,6 +37,8 @@ from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
 from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,21 +89,35 @@ class Engine:
         yield from self.masks(view, self.measure(view, reading, request), request, lambda epoch: reading)
 
     def preflight(
-        self, view: PrunableView, request: Request, *, rounds: Sequence[int] | None = None, folder: Path | None = None
+        self,
+        view: PrunableView,
+        request: Request,
+        *,
+        rounds: Sequence[int] | None = None,
+        folder: Path | None = None,
+        free: Memory | None = None,
     ) -> None:
         """Raise UserError for what this model cannot have, before any data is read.
 
-        rounds: of the calibration pass. folder: where what is too large for memory would be kept.
+        rounds: of the calibration pass. folder: where what is too large for memory would be kept. free: bytes, which
+        are then compared with what the plan takes at most.
         """
-        self.plan.check(request)
+        plan, held = self.plan, 0
+        plan.check(request)
         check_weights(view)
         if request.pattern:
             check_fits(view, request.pattern)
         else:
             parts = budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
             warn_of_sum(parts, request.sparsities, view.numel)
-        if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
-            self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
+        if isinstance(plan.reconstruction, WholeModel) and rounds is not None:
+            held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
+        if free is None:
+            return
+        demand = plan.demand(request, rows=held)
+        needed = preflight_bytes(demand, view)
+        logger.info("%s needs at most %s, besides the model and its activations", self.name, needed)
+        check_memory(needed, free, demand)
 
     def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.

@@ -18,6 +18,7 @@ from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.reconstruction.damping import AUTO, Damp
 from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
+from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
@@ -169,6 +170,20 @@ class Plan:
             return False
         even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
         return solver.projects or (even and self.steps == 1)
+
+    def demand(self, request: Request, rows: int = 0) -> Demand:
+        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
+        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
+        alone = self.by_blocks(request) or (self.joint(request) and self.local(request))
+        together = self.statistic == "hessian" and not alone
+        return Demand(
+            self.statistics,
+            sparsities=max(1, len(request.sparsities)),
+            solver=self.reconstruction is not None,
+            sequential=not together and (self.sequential or self.refines),
+            offload=self.offload,
+            rows=rows,
+        )
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
