@@ -79,11 +79,12 @@ class Layers:
     def _replayed(self, folder: Path | None) -> Replayed:
         """Return what measures one block after another. folder: of captured calls that are too large for memory."""
         reading, plan = self.reading, self.plan
+        view = self.view.in_full() if plan.reconstruction else self.view
         with reading.arithmetic():  # of the traced pass
             return Replayed(
-                self.view,
+                view,
                 lambda: reading.batches or (),
-                stages(self.view),
+                stages(view),
                 progress=reading.progress,
                 reduce=reading.reduce,
                 dense=not plan.sequential,
