@@ -87,7 +87,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def is_binary(value: Tensor) -> bool:
-    """Return whether all are 0 or 1; a damaged bool holds other bytes, too, and a sparse or meta tensor is none of ours."""
+    """Return whether all are 0 or 1; a damaged bool holds other bytes, too, and no sparse or meta tensor is ours."""
     if value.layout != torch.strided or value.is_meta:
         return False
     value = value.contiguous().view(torch.uint8) if value.dtype == torch.bool else value

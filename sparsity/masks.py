@@ -64,9 +64,9 @@ class Masks(Mapping[str, Tensor]):
 
     masks: name -> bool tensor or `Bits`, in prunable order, or pairs one by one. provenance: whatever can be written as
     JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
-    layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a layer's bias ->
-    what it becomes. Both are put in wherever the masks are applied, and are no part of the mask file. errors: name ->
-    what a method tells of the layer's error (`sparsity.reconstruction.errors`), for reports.
+    layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a layer's bias
+    -> what it becomes. Both are put in wherever the masks are applied, and are no part of the mask file. errors: name
+    -> what a method tells of the layer's error (`sparsity.reconstruction.errors`), for reports.
     """
 
     def __init__(

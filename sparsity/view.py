@@ -123,10 +123,10 @@ class PrunableView:
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
     for layer-wise methods. in_full(batch): runs a calibration batch in every mode in which the model is evaluated, for
-    what fits weights to their inputs, where `forward` runs fewer. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
-    they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
-    pruned as they are.
+    what fits weights to their inputs, where `forward` runs fewer. moved_by_loss: globs over the names of the parameters
+    that the loss itself changes (momentum copies). halves: state-dict key -> dtype of tensors that the model's source
+    has in half precision, while they are wider here: what is written goes back to it. Raises UserError, naming the
+    layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reconstruction_options(add: Callable[..., Any]) -> None:
-    """What a reconstruction of layers can be told: `--damp`, `--target`, `--correct_bias`, `--swaps`, `--layer_errors`."""
+    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
     held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
     add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
     wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"

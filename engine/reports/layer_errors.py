@@ -22,8 +22,7 @@ def error_rows(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict
         if any(not math.isnan(values[i]) for values in found.values())
     ]
     return [
-        {"layer": name}
-        | {f"{label}: {_COLUMNS[i]} %": _percent(errors[label].get(name, ()), i) for label, i in shown}
+        {"layer": name} | {f"{label}: {_COLUMNS[i]} %": _percent(errors[label].get(name, ()), i) for label, i in shown}
         for name in sorted(names, key=lambda name: -worst[name])
     ]
 

@@ -13,8 +13,8 @@ from sparsity.files import append, write_atomic
 
 Metrics = Mapping[str, float]
 ERRORS = (
-    "Squared error of a layer's output, over the size of that output, on the inputs that it had in calibration: with the"
-    " mask alone, and with the updated weights. Held out: on a tenth of the samples, with least squares on the others."
+    "Squared error of a layer's output over the size of that output, on the inputs that it had in calibration: with the"
+    " mask alone, and with the updated weights. Held out: on a tenth of the samples, by least squares on the others."
 )
 
 

@@ -15,8 +15,8 @@ class Errors(NamedTuple):
     """Relative squared errors of a layer's output, over at most 256 of its rows.
 
     before, after: of the calibration samples, with the mask alone and with the updated weights. held_out_before,
-    held_out_after: of the samples that are held out, with the mask alone and with least squares on the others; NaN where
-    none are.
+    held_out_after: of the samples that are held out, with the mask alone and with least squares on the others; NaN
+    where none are.
     """
 
     before: float

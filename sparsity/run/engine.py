@@ -30,7 +30,7 @@ from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, p
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Kept, Quota, budgets, chosen, follow, quotas, select, shared, warn_of_sum
-from sparsity.run.sequential import Blocks, origin_of
+from sparsity.run.sequential import Blocks, Solved, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.statistics.checks import check_weights
 from sparsity.statistics.gradient_rows import Scratch
@@ -358,7 +358,7 @@ class Engine:
         pruned = 0 if target.pattern else budget(target.target, view.numel)
         done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
         for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
-            done.save(number, {name: (solved[0], solved[1])})
+            done.save(number, {name: Solved(solved[0], solved[1])})
         masks = as_masks(view, done.kept, facts, done.updates)
         done.forget()
         return masks

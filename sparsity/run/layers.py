@@ -52,7 +52,9 @@ class Layers:
         self.plan, self.view, self.target, self.reading = plan, view, target, reading
         self.facts, self.before, self.origin = facts, before, origin
         self.quotas: Mapping[str, Quota] = {}
-        biases = Counter(id(bias) for w in view.weights.values() for bias in {id(b): b for b in w.biases.values()}.values())
+        biases = Counter(
+            id(bias) for w in view.weights.values() for bias in {id(b): b for b in w.biases.values()}.values()
+        )
         self._corrected = {
             name
             for name, weight in view.weights.items()

@@ -11,6 +11,7 @@ read the same inputs share one is not counted on), all in bytes:
 | scores, comparison with the threshold, keys near it | device | | 32 t + 2^26 a sparsity |
 | input_norms, input_means: float64 | device, or host with offload | 8 i over all layers | |
 | hessian: of all layers, or sequential of the largest block | device, or host with offload | g | |
+| cross; dense_hessian; training and held_out: likewise | device, or host with offload | 2 g; g; 3 g | |
 | mean_gradient: in float32 or better | device | max(w, 4) n | max(w, 4) t |
 | squared_gradient: the same, beside the gradient of a batch | device | 2 max(w, 4) n | max(w, 4) t |
 | learned_scores: score, gradient, moments, masked weight | device | 18 n | 8 t |
@@ -38,6 +39,7 @@ _MASKS = 1 / 8  # bytes a weight
 _SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
 _KEYS = 1 << 26  # of scores near one threshold
 _LEARNED, _ROW_SUM, _UPDATES = 18, 8, 3
+_GRAMS = {"hessian": 1, "cross": 2, "dense_hessian": 1, "training": 1, "held_out": 2}  # of g; a square has 16 / 9
 _TRANSIENT = {"mean_gradient": 4, "squared_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
 
@@ -109,10 +111,11 @@ def _sums(demand: Demand, view: PrunableView) -> int:
     together = stages(view) if demand.sequential else [list(view.weights)]
     total = 0
     for statistic in demand.statistics:
-        if statistic in ("input_norms", "input_means"):
+        if statistic in ("input_norms", "input_means", "dense_means"):
             total += max(sum(_DOUBLE * view.weights[name].shape[1] for name in names) for names in together)
-        elif statistic == "hessian":
-            total += max(sum(_gram(view.weights[name].shape[1]) for name in names) for names in together)
+        elif statistic in _GRAMS:
+            size = max(sum(_gram(view.weights[name].shape[1]) for name in names) for names in together)
+            total += _GRAMS[statistic] * size
     return total
 
 

@@ -255,8 +255,9 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
-    pool: one word for allocation and scope, see `POOLS`. target: "same", or "dense:a", see `dense_share`. own: options of the reconstruction. UserError, in one line,
-    for a value that does not exist, an option that the plan does not read, and what cannot be combined.
+    pool: one word for allocation and scope, see `POOLS`. target: "same", or "dense:a", see `dense_share`. own: options
+    of the reconstruction. correct_bias, swaps, layer_errors: of `Plan`. UserError, in one line, for a value that does
+    not exist, an option that the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -279,7 +280,11 @@ def make_plan(
     given_share = 0.0 if target is None else dense_share(target)
     plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload, given_share)
     plan = replace(plan, correct_bias=correct_bias, swaps=check_swaps(swaps), layer_errors=layer_errors)
-    for option, given in (("target", target is not None), ("correct_bias", correct_bias), ("layer_errors", layer_errors)):
+    for option, given in (
+        ("target", target is not None),
+        ("correct_bias", correct_bias),
+        ("layer_errors", layer_errors),
+    ):
         if given and (solver is None or solver.whole):
             raise UserError(f"--{option} is for what updates each layer's weights: leave it out, or give --reconstruct")
     if swaps and plan.whole:

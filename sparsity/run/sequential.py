@@ -57,8 +57,8 @@ def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
 class Solved(NamedTuple):
     """What a weight becomes.
 
-    kept: bool (out, in). updated: (out, in), or None where the kept weights stay. change: what is added to the biases of
-    its layers, (out,), or None. errors: of `sparsity.reconstruction.errors`, as a tensor, or None.
+    kept: bool (out, in). updated: (out, in), or None where the kept weights stay. change: what is added to the biases
+    of its layers, (out,), or None. errors: of `sparsity.reconstruction.errors`, as a tensor, or None.
     """
 
     kept: Tensor
@@ -70,7 +70,7 @@ class Solved(NamedTuple):
 def by_blocks(
     order: Sequence[Sequence[str]],
     measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
-    prune: Callable[[str, Mapping[str, Tensor]], Solved | tuple[Tensor, Tensor | None]],
+    prune: Callable[[str, Mapping[str, Tensor]], Solved],
     done: "Blocks",
 ) -> None:
     """Prune one stage after the other, but for those that are done.
@@ -87,7 +87,7 @@ def by_blocks(
         block = {}
         for name in names:
             own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
-            block[name] = Solved(*prune(name, own))
+            block[name] = prune(name, own)
         done.save(number, block)
 
 
@@ -139,9 +139,7 @@ class Blocks:
             self.errors |= _named(small, "errors ")
             self.updates.add(self._path(number), {name: f"weight {name}" for name in updated})
 
-    def _read(
-        self, number: int, names: Sequence[str]
-    ) -> tuple[dict[str, Bits], list[str], dict[str, Tensor]] | None:
+    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, Bits], list[str], dict[str, Tensor]] | None:
         """Return the masks of a stage, the names of its updated weights, and what else is stored; None where they are
         not there.
         """
@@ -152,19 +150,20 @@ class Blocks:
         masks = {name: Bits.of(stored[0][f"mask {name}"]) for name in names}
         return masks, [name for name in names if f"weight {name}" in stored[0]], small
 
-    def save(self, number: int, block: Mapping[str, Solved | tuple[Tensor, Tensor | None]]) -> None:
+    def save(self, number: int, block: Mapping[str, Solved]) -> None:
         """Add a stage: name -> what it becomes. Its file is written whole or not at all.
 
         The parameters must hold the dense weights and biases.
         """
-        weights, solved = self._view.weights, {name: Solved(*each) for name, each in block.items()}
-        masks = {name: weights[name].as_stored(each.kept) for name, each in solved.items()}
-        updates = {n: weights[n].as_stored(each.updated) for n, each in solved.items() if each.updated is not None}
+        weights = self._view.weights
+        masks = {name: weights[name].as_stored(each.kept) for name, each in block.items()}
+        updates = {n: weights[n].as_stored(each.updated) for n, each in block.items() if each.updated is not None}
         biases: dict[str, Tensor] = {}
-        for name, each in solved.items():
-            for key, bias in weights[name].biases.items() if each.change is not None else ():
-                biases[key] = (bias.detach().to(each.change) + each.change).to(bias.dtype).cpu()
-        errors = {name: each.errors.cpu() for name, each in solved.items() if each.errors is not None}
+        for name, each in block.items():
+            if each.change is not None:
+                for key, bias in weights[name].biases.items():
+                    biases[key] = (bias.detach().to(each.change) + each.change).to(bias.dtype).cpu()
+        errors = {name: each.errors.cpu() for name, each in block.items() if each.errors is not None}
         if updates or self._origin:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
             tensors |= {f"weight {name}": new for name, new in updates.items()}

@@ -167,9 +167,7 @@ class Statistics:
         self._inside.clear()
         self._stack.close()
 
-    def add(
-        self, batch: Any, run: Callable[[], Any] | None = None, dense: Callable[[], Any] | None = None
-    ) -> None:
+    def add(self, batch: Any, run: Callable[[], Any] | None = None, dense: Callable[[], Any] | None = None) -> None:
         """Run one batch through the view's forward, or through `run` in its place: a part of the model, on what it got
         for this batch. dense: runs the same in the dense model before that, for measures of both.
         """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pruners
+from models.blip import model as blip
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.pattern import NM
@@ -274,6 +275,24 @@ def test_errors_fall_and_are_those_of_the_layers(view, target):
     assert "layer_errors" not in masks.provenance
 
 
+def test_weights_are_fitted_to_every_mode_of_blip(small_blip, blip_batches):
+    """Scores alone read what they always did; a reconstruction also what the text encoder gets without an image."""
+    view, seen = blip.prunable_view(small_blip), []
+    small_blip.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[2] is None))
+    batches = blip_batches["general"][:2]
+    once("wanda", view, batches, reconstruct="none", calibration_mode="sequential")
+    assert seen and not any(seen)
+    masks = once("wanda", view, batches, reconstruct="lsq", correct_bias=True, target="dense:0.5")
+    assert any(seen)
+    before = {key: bias.clone() for w in view.weights.values() for key, bias in w.biases.items()}
+    tied = [key for w in view.weights.values() if len(w.modules) > 1 for key in w.biases]
+    assert set(tied) <= masks.biases.keys() <= before.keys()
+    with masks.applied(view):
+        state = small_blip.state_dict()
+        assert all(torch.equal(state[key], masks.biases[key]) for key in masks.biases)
+    assert all(torch.equal(small_blip.state_dict()[key], bias) for key, bias in before.items())
+
+
 REFUSED = [
     ("wanda", {"target": "dense"}, "--target is for what updates each layer's weights"),
     ("wanda", {"correct_bias": True}, "--correct_bias is for what updates each layer's weights"),
@@ -281,7 +300,11 @@ REFUSED = [
     ("chita", {"target": "dense"}, "--target is for what updates each layer's weights"),
     ("chita", {"swaps": 2}, "--swaps: chita decides by itself"),
     ("wanda", {"reconstruct": "sparsegpt", "target": "dense:0.5"}, "sparsegpt knows no target but the layer's own"),
-    ("wanda", {"reconstruct": "lsq", "target": "dense", "calibration_mode": "dense"}, "in dense calibration layers get"),
+    (
+        "wanda",
+        {"reconstruct": "lsq", "target": "dense", "calibration_mode": "dense"},
+        "in dense calibration layers get",
+    ),
     ("wanda", {"reconstruct": "lsq", "target": "dense", "epochs": 2}, "--target dense needs --epochs 1"),
     ("wanda", {"reconstruct": "lsq", "target": "sparse"}, "target must be same, dense, or dense:A"),
     ("wanda", {"reconstruct": "lsq", "target": "dense:2"}, "A above 0 and at most 1, got 'dense:2'"),

@@ -6,14 +6,13 @@ from threading import Thread
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.blip import model as blip
 from models.external.model import prunable_view
 from models.xvlm import model as xvlm
 from sparsity.errors import UserError
 from sparsity.replay.replayed import Replayed
-from sparsity.run.sequential import Blocks, PrunedStages, stages
+from sparsity.run.sequential import Blocks, PrunedStages, Solved, stages
 from sparsity.statistics.hessian import gram
 from sparsity.statistics.inputs import input_sums
 from sparsity.statistics.passes import scaled
@@ -30,6 +29,10 @@ OF_BOTH = ["hessian", "input_means", "cross", "dense_hessian", "dense_means"]
 batches = single.batches
 
 
+def pairs(weight):
+    return zip(weight.modules, weight.uses, strict=True)
+
+
 def inputs_of(view: PrunableView, batch: object, names: Sequence[str]) -> list[tuple[str, str, Tensor]]:
     """(name, key, real tokens) of each call of these layers, by hooks of our own."""
     seen: list[tuple[str, str, Tensor]] = []
@@ -41,7 +44,7 @@ def inputs_of(view: PrunableView, batch: object, names: Sequence[str]) -> list[t
 
         return hook
 
-    uses = [(name, *use) for n in names for name, w in [(n, view.weights[n])] for use in zip(w.modules, w.uses)]
+    uses = [(name, *use) for n in names for name, w in [(n, view.weights[n])] for use in pairs(w)]
     hooks = [module.register_forward_pre_hook(note(name, key)) for name, module, key in uses]
     with torch.no_grad():
         view.forward(batch)
@@ -92,7 +95,9 @@ def check(view: PrunableView, batches: Sequence, **options) -> None:
                     differs += not torch.equal(found["input_means"][name], found["dense_means"][name])
             put(())
             norms = found["input_norms"]
-            done.save(number, {n: wanda(n, view.weights[n].matrix(), {"input_norms": norms[n]}) for n in names})
+            done.save(
+                number, {n: Solved(*wanda(n, view.weights[n].matrix(), {"input_norms": norms[n]})) for n in names}
+            )
     assert differs or len(calls.order) == 1
     assert all(torch.equal(value, before[key]) for key, value in view.model.state_dict().items())
 
@@ -170,7 +175,7 @@ def test_ranks_add_up(batches):
             for number, names in enumerate(calls.order):
                 sums |= {(s, name): v for s, of in calls.measure(names, OF_BOTH).items() for name, v in of.items()}
                 put(())
-                done.save(number, {name: (view.weights[name].matrix() > 0, None) for name in names})
+                done.save(number, {name: Solved(view.weights[name].matrix() > 0) for name in names})
         return sums
 
     def run(rank: int) -> None:
@@ -210,7 +215,7 @@ def test_layers_that_are_called_otherwise_by_the_pruned_model(batches):
         for number, names in enumerate(order):
             calls.measure(names, OF_BOTH)
             weight = view.weights[names[0]].matrix()
-            done.save(number, {names[0]: (torch.zeros_like(weight, dtype=torch.bool), None)})
+            done.save(number, {names[0]: Solved(torch.zeros_like(weight, dtype=torch.bool))})
 
 
 def test_xvlm(small_xvlm, small_batches):
@@ -218,8 +223,11 @@ def test_xvlm(small_xvlm, small_batches):
     check(xvlm.prunable_view(small_xvlm), mixed)
 
 
-def test_blip(small_blip, blip_batches):
-    check(blip.prunable_view(small_blip), blip_batches["general"][:2])
+@pytest.mark.parametrize("full", [False, True])
+def test_blip(small_blip, blip_batches, full):
+    """In full the text encoder runs without an image, too, on the blocks that it shares with the decoder."""
+    view = blip.prunable_view(small_blip)
+    check(view.in_full() if full else view, blip_batches["general"][:2])
 
 
 @pytest.mark.parametrize("kind", ["clip", "llava"])
