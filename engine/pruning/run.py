@@ -177,6 +177,7 @@ class Results:
         self.warnings: list[str] = []
         self.written: list[Path] = []
         self.errors: dict[str, dict[str, list[float]]] = {}  # of the layers, for each set of masks
+        self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -197,6 +198,7 @@ class Results:
         label = str(self.options["pattern"] or percent(sparsity))
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
+        self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
         if self.writes:
             masks.save(path)
@@ -255,6 +257,7 @@ class Results:
     def finish(self) -> str:
         """Write configuration, run times, plot and report; returns the summary for the reader of the terminal."""
         facts = {
+            **self.preset,
             "weights": self.config.weights,
             "prunable weights": f"{self.view.numel:,} in {len(self.view.weights)} layers",
             "seed": self.options["seed"],

@@ -311,10 +311,11 @@ class Engine:
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
         selected = self._select(view, scores, target, measured, before)
-        masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
         if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
-            layers.quotas = {n: Quota(int((~mask).count_nonzero()), None, plan.scope) for n, mask in masks.items()}
+            counts = ((name, kept.numel() - int(kept.count_nonzero())) for name, (kept,) in selected)
+            layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
             return layers.run(None)
+        masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
         return layers.run(None, masks) if plan.refines else masks
 
     def _learned(

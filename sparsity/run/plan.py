@@ -52,7 +52,8 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
+    what the provenance of masks says of the preset that stood for this plan.
 
     dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
     model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
@@ -71,6 +72,7 @@ class Plan:
     correct_bias: bool = False
     swaps: int = 0
     layer_errors: bool = False
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -214,6 +216,8 @@ class Plan:
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
         found: dict[str, Any] = {"pruner": self.name, "seed": request.seed}
+        if self.preset is not None:
+            found["preset"] = self.preset
         if request.pattern:
             found["pattern"] = str(request.pattern)
         else:

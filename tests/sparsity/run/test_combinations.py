@@ -113,7 +113,7 @@ def test_every_combination_is_a_plan_or_one_line(plans):
 
 def test_what_is_refused_is_refused_for_a_reason_of_its_axes(plans):
     """No score that reads inputs is refused a plan in dense calibration and one step, but for solvers of all layers and
-    for another reconstruction than the one that finds the masks; refinements have tests of their own.
+    for a reconstruction other than the pruner's own; refinements have tests of their own.
     """
     for values, found in plans.items():
         chosen = dict(zip(AXES, values, strict=True))
