@@ -106,7 +106,10 @@ def own_options(
     known |= {"enable_update"} if updates(name) else set()
     known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
     known -= set() if plan.score.in_steps else {"epochs", "schedule"}
-    known -= {"pool", "allocation", "scope", *BOUNDS} if plan.whole else set()
+    known -= {"pool", "allocation", "scope", "swaps", *BOUNDS} if plan.whole else set()
+    solver = plan.reconstruction if plan.reconstruction and not plan.whole else None
+    known -= set() if solver else {"target", "correct_bias", "layer_errors"}
+    known -= set() if solver and "dense" in solver.targets else {"target"}
     return {option: value for option, value in given.items() if option in known}
 
 

@@ -111,6 +111,14 @@ class PrunableWeight:
     def numel(self) -> int:
         return self.parameter.numel()
 
+    @property
+    def biases(self) -> dict[str, nn.Parameter]:
+        """State-dict key -> bias of each layer that uses the weight; empty unless all of them have one."""
+        found = [module._parameters.get("bias") for module in self.modules]
+        keys = [f"{use.removesuffix('weight')}bias" for use in self.uses]
+        known = {key: bias for key, bias in zip(keys, found, strict=True) if bias is not None}
+        return known if len(known) == len(found) else {}
+
     def matrix(self) -> Tensor:
         """The weight as (out, in), without gradient, on the parameter's own storage."""
         return self.as_matrix(self.parameter.detach())
@@ -131,11 +139,12 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. outputs(model, batch): name -> what the model, this one or a copy of it, gives for a batch
-    and is taught to give when it is pruned. moved_by_loss: globs over the names of the parameters that the loss itself
-    changes (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision,
-    while they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that
-    cannot be pruned as they are.
+    for layer-wise methods. in_full(batch): runs a calibration batch in every mode in which the model is evaluated, for
+    what fits weights to their inputs, where `forward` runs fewer. outputs(model, batch): name -> what the model, this
+    one or a copy of it, gives for a batch and is taught to give when it is pruned. moved_by_loss: globs over the names
+    of the parameters that the loss itself changes (momentum copies). halves: state-dict key -> dtype of tensors that
+    the model's source has in half precision, while they are wider here: what is written goes back to it. Raises
+    UserError, naming the layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class PrunableView:
         group_of: Callable[[str], str],
         keep_dense: Sequence[str] = (),
         forward: Callable[[Any], Any] | None = None,
+        in_full: Callable[[Any], Any] | None = None,
         loss: Callable[[Any, torch.Generator | None], Tensor] | None = None,
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
@@ -159,6 +169,7 @@ class PrunableView:
         )
         self.blocks = blocks
         self._forward, self._loss, self._valid_tokens, self._outputs = forward, loss, valid_tokens, outputs
+        self._in_full = in_full or forward
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
 
     @property
@@ -209,6 +220,12 @@ class PrunableView:
             raise UserError("this pruner needs calibration data, and the model's view has no forward to run it")
         with eager(self.model):
             return self._forward(batch)
+
+    def in_full(self) -> "PrunableView":
+        """Return the same view, whose forward runs every mode in which the model is evaluated."""
+        view = copy.copy(self)
+        view._forward = self._in_full
+        return view
 
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""

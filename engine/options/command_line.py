@@ -17,7 +17,7 @@ from engine.options.allocation import add_allocation_options, add_mask_options, 
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import parse_pattern
-from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
@@ -70,6 +70,20 @@ share = _checked(float, lambda v: 0 <= v <= 1, "a fraction between 0 and 1")
 seed = _checked(int, lambda v: 0 <= v < 2**32, "an integer from 0 to 2^32 - 1")
 
 
+def damp(text: str) -> float | str:
+    """argparse type: a number above 0, or "auto"."""
+    return text if text == "auto" else positive_float(text)
+
+
+def target(text: str) -> str:
+    """argparse type: same, dense, or dense:A."""
+    try:
+        dense_share(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def seeds(text: str) -> list[int]:
     """argparse type: a comma separated list of seeds, each once."""
     return list(dict.fromkeys(seed(item) for item in text.split(",")))
@@ -87,6 +101,7 @@ def byte_count(text: str) -> int:
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
 PLAN += BOUNDS
 PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
+PLAN += ("target", "correct_bias", "swaps", "layer_errors")
 
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +124,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--offload", action="store_true", help=OFFLOAD)
     add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
     add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
-    add("--damp", type=positive_float, default=0.01, help="of a reconstruction's Gram matrix (default: %(default)s)")
+    add_reconstruction_options(add)
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
     add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
@@ -118,6 +133,19 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
     add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
+
+
+def add_reconstruction_options(add: Callable[..., Any]) -> None:
+    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
+    held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
+    add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
+    wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
+    add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
+    add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")
+    exchanges = "exchanges of a kept weight for a pruned one in each row, before --reconstruct (default: %(default)s)"
+    add("--swaps", type=count, default=0, metavar="K", help=exchanges)
+    errors = "report errors of held-out samples, and of a dense target's output, which take more sums (default: no)"
+    add("--layer_errors", action="store_true", help=errors)
 
 
 def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:

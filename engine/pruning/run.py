@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from engine.export import save_model
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
+from engine.reports.layer_errors import error_rows
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.allocation.given import to_rules
@@ -192,6 +194,7 @@ class Results:
         self.facts: dict[str, str] = {}  # of recovery
         self.warnings: list[str] = []
         self.written: list[Path] = []
+        self.errors: dict[str, dict[str, list[float]]] = {}  # of the layers, for each set of masks
         self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
@@ -222,6 +225,8 @@ class Results:
             self._save_allocation(masks, self.options["save_allocation"], label)
         if masks.weights:
             self._save_weights(masks, path.with_name(path.name.replace("_pruning_masks", "_weights")))
+        if masks.errors:
+            self.errors[label] = {name: values.tolist() for name, values in masks.errors.items()}
         report = masks.report(self.view)
         self.warnings += [f"{label}: {line}" for line in report.warnings]
         self.pictures.add(label, masks, report, path)
@@ -270,8 +275,11 @@ class Results:
         self.written.append(path)
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
-        """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""
+        """The updated weights and biases alone, under every name that they have in the model, in the dtypes of its
+        source.
+        """
         named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        named += masks.biases.items()
         self._save_tensors(named, path)
 
     def _save_tensors(self, named: Sequence[tuple[str, Tensor]], path: Path) -> None:
@@ -330,12 +338,14 @@ class Results:
             for n, g in groups.items()
         ]
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
+        parts["errors"] = error_rows(self.errors)
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
 
 
 def check_finite(masks: Masks) -> None:
-    """UserError, naming the first, where weights that a method has updated are NaN or infinite."""
-    bad = [name for name, weight in masks.weights.items() if not bool(weight.isfinite().all())]
+    """UserError, naming the first, where weights or biases that a method has updated are NaN or infinite."""
+    updated = chain(masks.weights.items(), masks.biases.items())
+    bad = [name for name, tensor in updated if not bool(tensor.isfinite().all())]
     if bad:
         told = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
         raise UserError(f"NaN or infinite after the update: {told}; nothing of it is saved: try --precision 32-true")

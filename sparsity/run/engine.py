@@ -27,13 +27,13 @@ from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.start import begun, check_pattern, check_start, lost, nested
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
-from sparsity.run.memory import Memory, check_memory, preflight_bytes
+from sparsity.run.memory import Memory, check_memory, demand_of, preflight_bytes
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
 from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen, follow, parts_of, quotas, select, shared
-from sparsity.run.sequential import Blocks, origin_of
+from sparsity.run.sequential import Blocks, Solved, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.sensitivity.measured import Measured as Measured
 from sparsity.statistics.checks import check_weights
@@ -108,7 +108,7 @@ class Engine:
             held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
         if free is None:
             return
-        demand = plan.demand(request, rows=held)
+        demand = demand_of(plan, request, held)
         needed = preflight_bytes(demand, view)
         logger.info("%s needs at most %s, besides the model and its activations", self.name, needed)
         check_memory(needed, free, demand)
@@ -205,7 +205,7 @@ class Engine:
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
         if request.pattern:
             record["dense_layers"] = dense_layers(view, request.pattern)
-        if plan.scored and plan.reconstruction is None and request.start is None:
+        if plan.scored and not plan.refines and request.start is None:
             yield from self._at_once(view, measured, request, record)
             return
         trails = []
@@ -337,7 +337,7 @@ class Engine:
             layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
             return layers.run(None)
         masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
-        return layers.run(None, masks) if plan.reconstruction else masks
+        return layers.run(None, masks) if plan.refines else masks
 
     def _learned(
         self,
@@ -380,7 +380,7 @@ class Engine:
         pruned = 0 if target.pattern else max(budget(target.target, view.numel), before_it)
         done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
         for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
-            done.save(number, {name: (solved[0], solved[1])})
+            done.save(number, {name: Solved(solved[0], solved[1])})
         masks = as_masks(view, done.kept, facts, done.updates)
         done.forget()
         return masks

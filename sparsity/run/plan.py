@@ -18,9 +18,11 @@ from sparsity.allocation.given import Given
 from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN
-from sparsity.run.memory import Demand
+from sparsity.reconstruction.damping import AUTO, Damp
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN, dense_share
 from sparsity.run.request import Request
+from sparsity.solvers.swaps import check_swaps
+from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
 from sparsity.view import PrunableView
@@ -56,6 +58,10 @@ class Plan:
     "model", or "group": each modality loses the same share, which the allocation spreads inside it. min_keep, max_keep:
     fractions of each layer that must, and that may, be kept. preset: what the provenance of masks says of the preset
     that stood for this plan.
+
+    dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
+    model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
+    layer_errors: also those errors of layers are measured that cost sums of their own.
     """
 
     score: Score
@@ -69,6 +75,10 @@ class Plan:
     within: str = "model"
     min_keep: Sparsity = 0
     max_keep: Sparsity = 1
+    dense_share: float = 0.0
+    correct_bias: bool = False
+    swaps: int = 0
+    layer_errors: bool = False
     preset: str | None = None
 
     @property
@@ -92,8 +102,30 @@ class Plan:
         """Return the names of all statistics that are read from calibration data."""
         solver = self.reconstruction
         of_score = [] if self.statistic is None or self.whole else [self.statistic]
-        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ())]
+        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ()), *self._of_refinement]
         return list(dict.fromkeys(both))
+
+    @property
+    def _of_refinement(self) -> list[str]:
+        """The statistics that options of the reconstruction, and exchanges, need beside its own."""
+        found = ["hessian"] if self.swaps else []
+        if self.dense_share:
+            found += ["cross"] + (["dense_hessian"] if self.layer_errors else [])
+        if self.correct_bias:
+            found += ["input_means"] + (["dense_means"] if self.dense_share else [])
+        if self.damp == AUTO or self.layer_errors:
+            found += ["training", "held_out"] + (["training_means", "held_out_means"] if self.correct_bias else [])
+        return found
+
+    @property
+    def damp(self) -> Damp:
+        """Return the damping of the Gram matrices of layers."""
+        return self.reconstruction.options().get("damp", DAMPING) if self.reconstruction else DAMPING
+
+    @property
+    def refines(self) -> bool:
+        """Whether layers are worked on one by one once there are scores: their weights, or their masks."""
+        return self.reconstruction is not None or self.swaps > 0
 
     @property
     def of_inputs(self) -> bool:
@@ -118,7 +150,7 @@ class Plan:
     @property
     def one_pass(self) -> bool:
         """Whether one pass over the data, or none, serves all sparsities."""
-        return self.scored and self.reconstruction is None and not self.probes
+        return self.scored and not self.refines and not self.probes
 
     @property
     def probes(self) -> bool:
@@ -135,9 +167,7 @@ class Plan:
     @property
     def resumes(self) -> bool:
         """Whether steps or blocks that are done are kept for a run that is killed."""
-        return (
-            self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.reconstruction is not None))
-        )
+        return self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.refines))
 
     @property
     def _scores_inputs(self) -> bool:
@@ -164,44 +194,25 @@ class Plan:
         even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
         return solver.projects or (even and self.steps == 1)
 
-    def demand(self, request: Request, rows: int = 0) -> Demand:
-        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
-        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
-        together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
-        return Demand(
-            [*self.statistics, *(["hessian"] if LAYER_ERRORS in self.allocation.statistics else [])],
-            sparsities=max(1, len(request.sparsities)),
-            solver=self.reconstruction is not None,
-            sequential=not together and (self.sequential or self.reconstruction is not None or self.probes),
-            offload=self.offload,
-            rows=rows,
-        )
-
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
         if request.pattern and request.sparsities:
-            raise UserError(
-                f"the pattern {request.pattern} decides how many weights are pruned and where: give no sparsity"
-            )
+            raise UserError(f"pattern {request.pattern} says how many weights are pruned and where: give no sparsity")
         if request.pattern and request.groups:
-            raise UserError(
-                f"--group_sparsity: the pattern {request.pattern} decides what each group loses: leave it out"
-            )
+            raise UserError(f"--group_sparsity: pattern {request.pattern} decides what each group loses: leave it out")
         for option in self.bounds if request.pattern else ():
             raise UserError(f"--{option}: the pattern {request.pattern} decides what each layer loses: leave it out")
         if not request.pattern and not request.sparsities:
             raise UserError("give at least one sparsity, or a pattern")
         if request.pattern and self.steps > 1:
-            raise UserError(
-                f"{self.name} prunes step by step to a sparsity: a pattern needs epochs = 1, got {self.steps}"
-            )
+            raise UserError(f"{self.name} prunes in steps to a sparsity: a pattern needs epochs = 1, not {self.steps}")
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
         if self.whole and request.start and request.pattern:
             raise UserError(f"--from_mask: {self.name} makes {request.pattern} of a dense model: leave it out")
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
-        if self.sequential and self.reconstruction is None and not self.by_blocks(request):
+        if self.sequential and not self.refines and not self.by_blocks(request):
             raise UserError(
                 f"allocation {self.allocation.name!r} compares layers with each other, which sequential calibration"
                 " prunes one after the other: take allocation layer, or calibration_mode dense"
@@ -226,6 +237,9 @@ class Plan:
             found["calibration_mode"] = self.calibration
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
         found |= options_of(self.score) | (self.reconstruction.options() if self.reconstruction else {})
+        if self.dense_share:
+            found["target"] = f"dense:{self.dense_share:g}"
+        found |= {name: getattr(self, name) for name in ("correct_bias", "swaps") if getattr(self, name)}
         return found | {"epochs": self.steps, "schedule": self.schedule}
 
 
@@ -248,13 +262,18 @@ def make_plan(
     allocation_within: str = "model",
     min_keep: Sparsity = 0,
     max_keep: Sparsity = 1,
+    target: str | None = None,
+    correct_bias: bool = False,
+    swaps: int = 0,
+    layer_errors: bool = False,
     **own: Any,
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
     pool: one word for allocation and scope, see `POOLS`. allocation: a name, "error:output", or rules, glob or group ->
-    sparsity (see `Given`). own: options of the reconstruction. UserError, in one line, for a value that does not exist,
-    an option that the plan does not read, and what cannot be combined.
+    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. correct_bias, swaps, layer_errors: of
+    `Plan`. own: options of the reconstruction. UserError, in one line, for a value that does not exist, an option that
+    the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -273,16 +292,38 @@ def make_plan(
     check_schedule(epochs, schedule or "exp")
     if schedule is not None and epochs == 1:
         raise UserError("--schedule is how --epochs above 1 reach the sparsity: leave it out, or give --epochs")
-    bounds = (allocation_within, min_keep, max_keep)
-    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload, *bounds)
+    plan = Plan(score, shared, scope, solver, steps=epochs, schedule=schedule or "exp", offload=offload)
+    plan = replace(plan, within=allocation_within, min_keep=min_keep, max_keep=max_keep)
+    plan = replace(plan, dense_share=0.0 if target is None else dense_share(target), correct_bias=correct_bias)
+    plan = replace(plan, swaps=check_swaps(swaps), layer_errors=layer_errors)
     _check_bounds(plan)
+    for option, given in (("target", target), ("correct_bias", correct_bias), ("layer_errors", layer_errors)):
+        if given and (solver is None or solver.whole):
+            raise UserError(f"--{option} is for what updates each layer's weights: leave it out, or give --reconstruct")
+    if swaps and plan.whole:
+        raise UserError(f"--swaps: {name} decides by itself which weights are pruned: leave it out")
     for option, given in (("calibration_mode", calibration_mode is not None), ("offload", offload)):
         if given and not plan.of_inputs:
             raise UserError(f"--{option}: {name} reads no inputs of layers: leave it out")
     if calibration_mode is None:
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
-    return replace(plan, calibration=calibration_mode)
+    plan = replace(plan, calibration=calibration_mode)
+    _check_target(plan)
+    return plan
+
+
+def _check_target(plan: Plan) -> None:
+    """Raise UserError for a dense target that the plan cannot have."""
+    solver = plan.reconstruction
+    if not plan.dense_share or solver is None:
+        return
+    if "dense" not in solver.targets:
+        raise UserError(f"--target dense: {solver.name} knows no target but the layer's own output: leave it out")
+    if not plan.sequential:
+        raise UserError("--target dense is for sequential calibration: in dense calibration it is the same as none")
+    if plan.steps > 1:
+        raise UserError("--target dense needs --epochs 1: after the first step the model is not dense any more")
 
 
 def _allocation(given: str | Mapping[str, Sparsity] | Allocation) -> Allocation:

@@ -37,7 +37,17 @@ AXES = {
     "calibration_mode": CALIBRATIONS,
     "epochs": [1, 2],
 }
+REFINED = {
+    "plain": {},
+    "target": {"target": "dense:0.5"},
+    "biases": {"correct_bias": True},
+    "damping": {"damp": "auto"},
+    "exchanges": {"swaps": 2},
+    "all": {"target": "dense", "correct_bias": True, "damp": "auto", "swaps": 2, "layer_errors": True},
+}
+AXES["refined"] = [*REFINED]
 MOST = 350  # plans that are run
+TRIED = 0.1  # of the combinations with a refinement, a share that has all pairs
 
 
 class Net(nn.Module):
@@ -70,8 +80,8 @@ def batches_of(count=3):
 
 def options_of(chosen):
     """Options of `build`. Calibration that a plan does not read is refused, "dense" is what it is by itself."""
-    given = {axis: value for axis, value in chosen.items() if axis not in ("score", "pattern")}
-    given |= ALLOCATED[chosen["allocation"]]
+    given = {axis: value for axis, value in chosen.items() if axis not in ("score", "pattern", "refined")}
+    given |= ALLOCATED[chosen["allocation"]] | REFINED[chosen["refined"]]
     return given if given["epochs"] == 1 else given | {"schedule": "linear"}
 
 
@@ -87,7 +97,11 @@ def plan_of(chosen):
 
 
 def every():
-    return (dict(zip(AXES, values, strict=True)) for values in product(*AXES.values()))
+    chance = random.Random(0)
+    for values in product(*AXES.values()):
+        chosen = dict(zip(AXES, values, strict=True))
+        if chosen["refined"] == "plain" or chance.random() < TRIED:
+            yield chosen
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +119,13 @@ def test_every_combination_is_a_plan_or_one_line(plans):
 
 def test_what_is_refused_is_refused_for_a_reason_of_its_axes(plans):
     """No score that reads inputs is refused a plan in dense calibration and one step, but for solvers of all layers and
-    for a reconstruction other than the pruner's own.
+    for a reconstruction other than the pruner's own; refinements have tests of their own.
     """
     for values, found in plans.items():
         chosen = dict(zip(AXES, values, strict=True))
         whole = "chita" in (chosen["score"], chosen["reconstruct"])
         other = chosen["score"] in ("admm", "alps") and chosen["reconstruct"] != chosen["score"]
+        other = other or chosen["refined"] != "plain"
         reads = pruners.build(chosen["score"]).plan.of_inputs or chosen["reconstruct"] in ("lsq", "sparsegpt")
         if chosen["calibration_mode"] == "dense" and chosen["epochs"] == 1 and reads and not (whole or other):
             learned = chosen["score"] == "tamt" and chosen["allocation"].startswith(("error", "bounded global"))
