@@ -37,7 +37,7 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    only = f"comma separated list of {pruners.listed()} (default: all of one pass at most), or plans of --plans"
+    only = f"comma separated list of {pruners.listed()} (default: all of one pass at most), or of plans of --plans"
     add("-p", "--pruners", help=only)
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
