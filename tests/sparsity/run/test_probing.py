@@ -115,10 +115,11 @@ def test_a_layer_that_does_nothing_to_the_output_loses_most():
 def test_two_ranks_decide_as_one(allocation):
     options = {"scope": "layer", "reconstruct": "lsq", "allocation": allocation}
     data, ranks, found = batches_of(4), Ranks(2), {}
+    views = [view_of(Net().eval()) for _ in range(2)]  # the seed of their weights is the process'
 
     def run(rank):
-        view = view_of(Net().eval())
-        ((_, found[rank]),) = pruners.build("wanda", **options).prune(view, data[rank::2], [SPARSITY], reduce=ranks)
+        engine = pruners.build("wanda", **options)
+        ((_, found[rank]),) = engine.prune(views[rank], data[rank::2], [SPARSITY], reduce=ranks)
 
     threads = [Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
