@@ -70,9 +70,12 @@ share = _checked(float, lambda v: 0 <= v <= 1, "a fraction between 0 and 1")
 seed = _checked(int, lambda v: 0 <= v < 2**32, "an integer from 0 to 2^32 - 1")
 
 
+_number_or_auto = _checked(float, lambda v: 0 < v < math.inf, "a number above 0, or auto")
+
+
 def damp(text: str) -> float | str:
     """argparse type: a number above 0, or "auto"."""
-    return text if text == "auto" else positive_float(text)
+    return text if text == "auto" else _number_or_auto(text)
 
 
 def target(text: str) -> str:

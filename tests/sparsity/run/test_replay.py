@@ -260,7 +260,7 @@ def test_towers_are_pruned_in_the_order_in_which_they_run(batches, caplog):
     torch.manual_seed(0)
     model = Pair()
     view = view_of(model, blocks=[*model.decoder, *model.encoder])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         calls = check(view, batches)
     tops = [sorted({name.rpartition(".")[0].rpartition(".")[0] or name for name in names}) for names in calls.order]
     assert tops == [
