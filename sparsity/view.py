@@ -169,7 +169,7 @@ class PrunableView:
         )
         self.blocks = blocks
         self._forward, self._loss, self._valid_tokens, self._outputs = forward, loss, valid_tokens, outputs
-        self._in_full = in_full or forward
+        self._in_full = in_full
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
 
     @property
@@ -223,6 +223,8 @@ class PrunableView:
 
     def in_full(self) -> "PrunableView":
         """Return the same view, whose forward runs every mode in which the model is evaluated."""
+        if self._in_full is None:
+            return self
         view = copy.copy(self)
         view._forward = self._in_full
         return view

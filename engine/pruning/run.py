@@ -24,9 +24,9 @@ from engine.export import save_model
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
-from engine.reports.layer_errors import error_rows
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from engine.reports.sensitivity import error_rows
 from sparsity.allocation.given import to_rules
 from sparsity.errors import UserError
 from sparsity.masks import Masks

@@ -1,7 +1,10 @@
-"""The sensitivity of every layer and modality, as an allocation has measured it: a table, a plot and a CSV file."""
+"""What reports tell of single layers: their sensitivity, as an allocation has measured it (a table, a plot and a CSV
+file), and how well their outputs are kept.
+"""
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,3 +81,31 @@ def _write_csv(path: Path, view: PrunableView, found: Sensitivity) -> None:
             (name, weight.group, weight.numel, float(s), errors.get(s, ""), outputs.get(s, "")) for s in points
         )
     write_atomic(path, text.getvalue().encode())
+
+
+# Of `sparsity.reconstruction.errors.Errors`, in its order.
+_ERRORS = ("before", "after", "held out before", "held out after")
+
+
+def error_rows(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, str]]:
+    """Return the rows of a table, the layer with the largest error after the update first.
+
+    errors: name of a target -> name of a layer -> relative squared errors as `_ERRORS` has them, NaN where one was not
+    measured. In per cent.
+    """
+    names = list(dict.fromkeys(name for found in errors.values() for name in found))
+    worst = {name: max((found[name][1] for found in errors.values() if name in found), default=0.0) for name in names}
+    shown = [
+        (label, i)
+        for label, found in errors.items()
+        for i in range(len(_ERRORS))
+        if any(not math.isnan(values[i]) for values in found.values())
+    ]
+    return [
+        {"layer": name} | {f"{label}: {_ERRORS[i]} %": _percent(errors[label].get(name, ()), i) for label, i in shown}
+        for name in sorted(names, key=lambda name: -worst[name])
+    ]
+
+
+def _percent(values: Sequence[float], place: int) -> str:
+    return f"{100 * values[place]:.3g}" if place < len(values) and not math.isnan(values[place]) else "-"

@@ -1,6 +1,6 @@
 """The table of layers' errors."""
 
-from engine.reports.layer_errors import error_rows
+from engine.reports.sensitivity import error_rows
 
 NAN = float("nan")
 
