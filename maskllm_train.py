@@ -13,11 +13,12 @@ run that was stopped goes on when the same command is given again. scripts/maskl
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 import models
 from configs.loading import configure, read_yaml
-from configs.pruning import PRUNE_CONFIGS
+from configs.pruning import PRUNE_CONFIGS, ExternalPruneConfig
 from configs.sources import images_of
 from engine.launch import launch, run, script
 from engine.options.command_line import (
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_learning_options(parser, tuple(RECIPES))
     add_training_options(parser)
     add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY, trains=True)
     add_device_options(parser, "-p")
     args = parser.parse_args(arguments)
     fill_from_preset(args)
@@ -79,6 +80,8 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
+    if isinstance(config, ExternalPruneConfig):
+        config = replace(config, dtype="float32")  # learned step by step, which needs the bits
     if config.model_config:
         read_yaml(config.model_config)
     config.check_weights()

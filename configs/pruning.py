@@ -11,7 +11,9 @@ from configs.general_loader import GeneralLoader
 from configs.loading import load_config, read_yaml
 from configs.sources import FUNCTION, Files, LabelledImages, at_least, is_hosted
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import weights_files
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # auto: that of the weights
 BUNDLED_SPLITS = ("scenes", "unseen_scenes", "unseen_glyphs")
 
 
@@ -72,8 +74,8 @@ class PrunedModel:
         return None if self.weights == "random" else self.weights
 
     def check_weights(self) -> None:
-        """Raises FileNotFoundError where the file is not there."""
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+        """Raises FileNotFoundError where the file, or the folder with it, is not there."""
+        if self.checkpoint is not None and not weights_files(self.checkpoint):
             raise MissingFileError(
                 f"{self.checkpoint}: weights file not found; give --weights PATH, or --weights random"
             )
@@ -222,7 +224,9 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
+    weights: "published", "random", or a file, or a folder or index of shards; weights_key: where they stand in the
+    file. dtype: what the model computes in, of `DTYPES`. img_size, model_kwargs: of models of timm, side of the
+    images in pixels and further arguments. calibration: a folder of
     images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
     package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
     over layers that are prunable and that are not. groups: name -> globs over its layers.
@@ -235,6 +239,9 @@ class ExternalPruneConfig(PrunedModel):
     weights: str = "published"
     workers: int = 0
     weights_key: str = ""
+    dtype: str = "auto"
+    img_size: int | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     calibration: str = ""
     class_map: str = ""
@@ -245,6 +252,8 @@ class ExternalPruneConfig(PrunedModel):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.loss and not FUNCTION.fullmatch(self.loss):
             raise UserError(f"loss must be package.module:function, got {self.loss!r}")
 

@@ -11,7 +11,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from configs.decoding import GROUNDS, Decoding
+from configs.pruning import DTYPES
 from engine.exit_codes import BAD_INPUT
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
@@ -19,6 +22,7 @@ from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS,
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
+EXTERNAL += ("dtype", "img_size", "model_kwargs")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
@@ -163,10 +167,24 @@ def group_globs(text: str) -> dict[str, list[str]]:
     return groups
 
 
-def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
+def keywords(text: str) -> dict[str, Any]:
+    """argparse type: comma separated name=value, where a value is what YAML reads."""
+    found: dict[str, Any] = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if not (name.isidentifier() and value):
+            raise argparse.ArgumentTypeError(f"expected name=value,name=value, got {item!r}")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise argparse.ArgumentTypeError(f"{name}: expected a number or a text, got {value!r}") from None
+    return found
+
+
+def add_external_options(parser: argparse.ArgumentParser, forms: str, *, trains: bool = False) -> None:
     """What a model that is not the project's own can be told, named as the keys of its configuration.
 
-    forms: how such a model is given.
+    forms: how such a model is given. trains: whether the script trains, in float32.
     """
     add = parser.add_argument_group(f"any other model ({forms})").add_argument
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
@@ -178,6 +196,11 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
     add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
+    if trains:
+        return
+    add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
+    add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")
+    add("--model_kwargs", type=keywords, help="timm: further arguments of the model, name=value,... (default: none)")
 
 
 def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
@@ -185,7 +208,7 @@ def check_external(args: argparse.Namespace, external: bool, names: Sequence[str
     way round.
     """
     for option in EXTERNAL:
-        if not external and getattr(args, option) is not None:
+        if not external and vars(args).get(option) is not None:
             raise UserError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
     if external and args.variant != "auto":
         raise UserError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")

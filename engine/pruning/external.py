@@ -33,7 +33,8 @@ class External:
     def load(self, fabric: Any) -> PrunableView:
         self.fabric, config = fabric, self.config
         loss = self.module.resolve(config.loss, "--loss") if config.loss else self._own_loss
-        model, halves = self.module.load(config.model, config.weights, config.weights_key)
+        how = {"dtype": config.dtype, "image_size": config.img_size, "options": config.model_kwargs}
+        model, halves = self.module.load(config.model, config.weights, config.weights_key, **how)
         self.model = model.to(fabric.device)
         chosen = {"include": config.include, "exclude": config.exclude, "groups": config.groups, "halves": halves}
         return self.module.prunable_view(self.model, loss=loss, **chosen)

@@ -1,7 +1,7 @@
 """How models of timm, of transformers and of neither are dealt with: the output head, how a batch goes in, the loss."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,14 @@ class Library:
     def text_field(self, key: str) -> str | None:
         """The field of a batch with the real tokens of a text layer's input, see `layer_names.text_field`."""
         return text_field(key, encoder_decoder=False)
+
+    def fitted(self, batch: Any) -> Any:
+        """The batch with tensors of float32, as preprocessing makes them, in the dtype that the whole model has."""
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if len(kinds) != 1 or kinds == {torch.float32}:
+            return batch
+        (own,) = kinds
+        return _mapped(batch, lambda tensor: tensor.to(own) if tensor.dtype == torch.float32 else tensor)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch, which it must be able to take (UserError)."""
@@ -124,6 +132,15 @@ def seeded(seed: int, like: Tensor) -> Iterator[None]:
     with torch.random.fork_rng(accelerators(like)):
         torch.manual_seed(seed)
         yield
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Dicts, lists and tuples with their tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return type(value)(_mapped(each, change) for each in value) if type(value) in (list, tuple) else value
 
 
 def _arguments(batch: Any) -> tuple[tuple, Mapping[str, Any]]:
