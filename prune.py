@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)
-    with results.calibration():
+    with results.calibration(data):
         measured = engine.measure(view, passes(0), request)
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes)):
         results.add(sparsity, chosen, seconds, evaluate)

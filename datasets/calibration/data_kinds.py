@@ -44,6 +44,8 @@ class Lockstep:
         folder: where the images that cannot be read are listed.
     """
 
+    told = ""  # what is read, where it is the user's own
+
     def __init__(
         self,
         kinds: Sequence[Sequence["Source"]],

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from configs.decoding import GROUNDS, Decoding
-from configs.pruning import DTYPES
+from configs.pruning import DTYPES, TOKENS
 from engine.exit_codes import BAD_INPUT
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
@@ -22,7 +22,7 @@ from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS,
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
-EXTERNAL += ("dtype", "img_size", "model_kwargs")
+EXTERNAL += ("dtype", "img_size", "model_kwargs", "max_tokens", "calibrate_on", "evaluation")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
@@ -192,12 +192,18 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str, *, trains:
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
     keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
     add("--weights_key", help=keys)
-    add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
+    data = "images (captions: captions.json in it, {image: caption}, or 1.txt beside 1.jpg; classes: its folders)"
+    own = "package.module:function that returns batches"
+    add("--calibration", help=f"folder of {data}; file of texts, .txt or .jsonl; or {own} (default: none)")
+    add("--max_tokens", type=positive_int, help="tokens of a row of texts (default: the model's, at most 2048)")
+    tokens = "tokens of a language model that are counted: all, those of the text, or those of the images"
+    add("--calibrate_on", choices=TOKENS, help=f"{tokens} (default: all)")
     add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
     add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
     if trains:
         return
+    add("--evaluation", help="data of --evaluate, as --calibration (default: one in 8 of its items, held out)")
     add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
     add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")
     add("--model_kwargs", type=keywords, help="timm: further arguments of the model, name=value,... (default: none)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
+from datasets.calibration.own_data import OwnData, split
+from datasets.calibration.texts import TextBatches
 from engine.ranks import place_of
 from sparsity.errors import UserError
 from sparsity.view import PrunableView
@@ -39,17 +42,30 @@ class External:
         chosen = {"include": config.include, "exclude": config.exclude, "groups": config.groups, "halves": halves}
         return self.module.prunable_view(self.model, loss=loss, **chosen)
 
-    def calibration(self, folder: Path, num_batches: int, seed: int) -> FolderBatches | LoaderBatches:
-        config, place = self.config, place_of(self.fabric)
-        if not Path(config.calibration).is_dir():
-            make = self.module.resolve(config.calibration, "--calibration")
-            return LoaderBatches(make, config.calibration, num_batches, seed, place)
-        preprocess = self.module.preprocessing(self.model, config.class_map)
-        batches = FolderBatches(config, preprocess, folder, num_batches, seed, place)
+    def calibration(self, folder: Path, num_batches: int, seed: int) -> OwnData | LoaderBatches:
+        config = self.config
+        held = config.evaluate and not config.evaluation
+        choose = (lambda count: split(count).calibration) if held else None
+        batches = self._batches(config.calibration, folder, num_batches, seed, choose)
         self.unlabelled = batches.unlabelled
         if self.unlabelled and config.loss:
             log.warning("%s: --loss gets batches without labels", self.unlabelled)
+        log.info("calibration on %s", batches.told)
         return batches
+
+    def _batches(
+        self, path: str, folder: Path, num_batches: int, seed: int, choose: Callable[[int], Sequence[int]] | None
+    ) -> OwnData | LoaderBatches:
+        """The batches of a folder, a file or a function. choose: which of the items are read."""
+        config, module, place = self.config, self.module, place_of(self.fabric)
+        if Path(path).is_dir():
+            preprocess = module.preprocessing(self.model, config.class_map)
+            return FolderBatches(config, preprocess, folder, num_batches, seed, place, path=path, choose=choose)
+        if Path(path).is_file():
+            packing = module.packing(self.model, config.max_tokens)
+            return TextBatches(config, packing, folder, num_batches, seed, place, path=path, choose=choose)
+        make = module.resolve(path, "--calibration")
+        return LoaderBatches(make, path, num_batches, seed, place, choose=choose)
 
     def _own_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The model's own; UserError where the classes of the folder are not known to be the model's."""

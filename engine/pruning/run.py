@@ -143,7 +143,7 @@ class Results:
         self.columns = columns
         model = file_name(options["model"])
         self.stem = f"{model}_{options['pruner']}"
-        self.calibration_seconds = 0.0
+        self.calibration_seconds, self.read = 0.0, ""
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.pictures = Pictures(folder, view, model, self.stem)
@@ -154,8 +154,9 @@ class Results:
         return self.folder / name
 
     @contextmanager
-    def calibration(self) -> Iterator[None]:
-        """Takes the time of what is done inside."""
+    def calibration(self, data: Any = None) -> Iterator[None]:
+        """Take the time of what is done inside. data: what is read there, with `told`; None: nothing."""
+        self.read = data.told if data is not None else ""
         begin = time.perf_counter()
         yield
         self.calibration_seconds = time.perf_counter() - begin
@@ -227,6 +228,7 @@ class Results:
             "seed": self.options["seed"],
             "calibration": f"{self.calibration_seconds:.1f} s, once for all sparsities",
         }
+        facts |= {"calibration data": self.read} if self.read else {}
         if self.writes:
             self._write(facts)
         lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]

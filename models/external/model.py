@@ -21,6 +21,7 @@ from models.external.dtypes import compute_in, dtypes_of, file_dtypes, published
 from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.preprocessing import preprocessing as preprocessing
+from models.external.texts import packing as packing
 from models.hub import first_line, hub_answers, local_only
 from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import weights_files
