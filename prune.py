@@ -107,10 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     fabric = launch(args, folder)
     view = subject.load(fabric)
     clear_skipped(folder, place_of(fabric))
-    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
     engine.preflight(view, request, rounds=data.rounds if data is not None else None, folder=folder)
     evaluate = subject.evaluation(folder) if args.evaluate else None
+    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)

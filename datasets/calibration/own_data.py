@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -84,9 +85,10 @@ class OwnData:
         self.unlabelled: UserError | None = None
         self.data, self.gather, self.config, self.seed, self.place = data, gather, config, seed, place
         self.chosen = list(range(len(data))) if chosen is None else list(chosen)
-        self.skipped_path, self.epoch = skipped_path(folder, place.rank), 0
-        self.in_a_pass = math.ceil(len(self.chosen) / config.batch_size)
+        self.epoch, self.in_a_pass = 0, math.ceil(len(self.chosen) / config.batch_size)
         self.batches = min(num_batches, self.in_a_pass)
+        expected = sum(len(self.items_of(number)) for number in self.numbers)
+        self.skipped = SkippedImages(skipped_path(folder, place.rank), max(1, expected), config.max_skipped)
         self.told = f"{data.told}; {self.batches} batches of at most {config.batch_size} an epoch"
         if len(self.chosen) < len(data):
             self.told += f", from {len(self.chosen)} of the {len(data)}"
@@ -110,19 +112,23 @@ class OwnData:
 
     def __iter__(self) -> Iterator[Any]:
         wanted = [self.items_of(number) for number in self.numbers]
-        skipped = SkippedImages(self.skipped_path, max(1, sum(map(len, wanted))), self.config.max_skipped)
+        self.skipped.count = 0  # in each pass the same items
         options = {"num_workers": self.config.workers, "pin_memory": torch.cuda.is_available()}
         read = DataLoader(self.data, batch_sampler=wanted, collate_fn=self.gather, **options)  # pyright: ignore[reportArgumentType]
-        for gathered in skipped.watch(read):
+        for gathered in self.skipped.watch(read):
             yield gathered["batch"]
 
     def items_of(self, number: int) -> list[int]:
         """Return the running numbers of the items in a batch."""
         turn, place = divmod(number, self.in_a_pass)
-        drawn = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(turn,)))
-        order = drawn.permutation(len(self.chosen))
-        size = self.config.batch_size
+        order, size = _order(self.seed, turn, len(self.chosen)), self.config.batch_size
         return [turn * len(self.data) + self.chosen[i] for i in order[place * size : (place + 1) * size]]
 
     def _numbers(self) -> range:
         return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, turn: int, count: int) -> np.ndarray:
+    """Return the order of the items in a pass over them."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(turn,))).permutation(count)

@@ -21,6 +21,7 @@ from models.external.dtypes import compute_in, dtypes_of, file_dtypes, published
 from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.preprocessing import preprocessing as preprocessing
+from models.external.probes import probes as probes
 from models.external.texts import packing as packing
 from models.hub import first_line, hub_answers, local_only
 from sparsity.errors import MissingFileError, UserError, listed
@@ -246,6 +247,7 @@ def prunable_view(
     groups: Mapping[str, Sequence[str]] | None = None,
     loss: Loss | None = None,
     halves: Mapping[str, torch.dtype] | None = None,
+    tokens: str = "all",
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
@@ -258,10 +260,14 @@ def prunable_view(
     Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
+    tokens: of a language model, those that are counted: "all", "text", or "vision", in whose place it reads images.
+
     Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
     model = bare(model)
     library = library_of(model)
+    if tokens != "all" and not library.image_ids:
+        raise UserError(f"--calibrate_on {tokens}: {type(model).__name__} has no language model that reads images")
     names = [module_name(name) for name, _ in model.named_modules()]
     grouped = [glob for globs in (groups or {}).values() for glob in globs]
     for option, globs in {"--include": include, "--exclude": exclude, "--groups": grouped}.items():
@@ -276,7 +282,13 @@ def prunable_view(
     def valid_tokens(key: str, batch: Any) -> Tensor | None:
         field = library.text_field(key) if group_of(key) == TEXT and isinstance(batch, Mapping) else None
         mask = batch.get(field) if field else None
-        return None if mask is None else mask != 0
+        real = None if mask is None else mask != 0
+        if tokens == "all" or field != "attention_mask" or "input_ids" not in batch:
+            return real
+        ids = batch["input_ids"]
+        images = torch.isin(ids, torch.tensor(library.image_ids, device=ids.device))  # (B, T)
+        counted = images if tokens == "vision" else ~images
+        return counted if real is None else counted & real
 
     def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
         with seeded(generator.initial_seed() if generator else 0, next(model.parameters())):
