@@ -1,8 +1,9 @@
-"""Compare pruners by zero-shot retrieval, or by accuracy, over sparsities and seeds, without training.
+"""Compare pruners by retrieval, accuracy, or fidelity to the dense model, over sparsities and seeds, without training.
 
     python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
     python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
     python compare.py -m xvlm -p snip,itersnip --epochs 10
+    python compare.py -m hf:FOLDER -p omp,wanda,sparsegpt --calibration captions.txt
     python compare.py -m xvlm --plans plans.yaml              # name: {pruner: wanda, reconstruct: sparsegpt, ...}
     python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
     python compare.py --nm output/nm_table/results
@@ -17,7 +18,6 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 """
 
 import argparse
-import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    names = ", ".join(pruners.available())
-    add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
+    usual = "(default: all of one pass at most)"
+    add("-p", "--pruners", help=f"comma separated list of {', '.join(pruners.available())} {usual}")
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
-    add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
+    add("-m", "--model", metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
@@ -53,7 +53,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metrics", type=options.globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
     add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
     options.add_config_options(parser, "prune")
+    options.add_external_options(parser, models.ANY)
     options.add_one_device(parser)
+    parser.set_defaults(evaluate=True)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
     if sum(given is not None for given in (args.model, args.finetuned, args.nm)) != 1:
@@ -67,10 +69,11 @@ def check(args: argparse.Namespace) -> PrunedModel:
         args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
         for name in args.pruners:
             pruners.check(name)
-    models.check(args.model)
+    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
-    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.KINDS[args.model]])
-    read_yaml(config.model_config)
+    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
+    if config.model_config:
+        read_yaml(config.model_config)
     config.check_weights()
     config.check_evaluation(str(args.config))
     check_writable(args.output_dir, "--output_dir")
@@ -97,14 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.ranks import place_of
 
     chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
-    subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
+    subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args, args.output_dir)
     view, file = subject.load(fabric), args.output_dir / "results.csv"
-    digest = digests(view, subject.sizes, config, vars(args), chosen)
-    ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
-    if not ledger.rows:  # else it goes on
+    if not file.is_file():  # else it goes on
         clear_skipped(args.output_dir, place_of(fabric))
-    evaluate = subject.evaluation(args.output_dir)
+    digest, evaluate = digests(view, subject.sizes, config, vars(args), chosen), subject.evaluation(args.output_dir)
+    ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
     save_arguments(vars(args), config, args.output_dir)
 
     @lru_cache(maxsize=1)
@@ -120,9 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         entry.engine.preflight(view, entry.request(args.sparsities, 0), rounds=rounds, folder=args.output_dir)
     compare(view, chosen, args.sparsities, args.seeds, ledger, calibrations=passes, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
-    evaluated = dataclasses.asdict(config.evaluation)
-    facts = {"weights": config.weights, "num_batches": args.num_batches}
-    facts |= {name: value for name, value in evaluated.items() if name == "k_test"}  # of retrieval alone
+    facts = {"weights": config.weights, "num_batches": args.num_batches, **config.evaluated}
     print(write_tables(args.output_dir, args.model, facts | {"seeds": ", ".join(map(str, args.seeds))}, rows))
 
 

@@ -75,6 +75,11 @@ class PrunedModel:
         """The file with the weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {}
+
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file, or the folder with it, is not there."""
         if self.checkpoint is not None and not weights_files(self.checkpoint):
@@ -131,6 +136,11 @@ class PruneConfig(PrunedModel):
             self.evaluation.files.check()
         elif not self.evaluation.bundled_scenes:
             raise UserError(f"{where}: no evaluation data: set evaluation.bundled_scenes or evaluation.files")
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {"k_test": self.evaluation.k_test}
 
     def reranking(self, k_test: int) -> PruneConfig:
         """This, where the evaluation re-ranks `k_test` candidates."""
@@ -302,6 +312,11 @@ class ExternalPruneConfig(PrunedModel):
         texts = Path(path).is_file() and Path(path).suffix in TEXT_FILES
         if not (Path(path).is_dir() or texts or FUNCTION.fullmatch(path)):
             raise MissingFileError(f"--{option} {path}: neither a folder, a file of texts nor package.module:function")
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {"evaluated on": self.evaluation or f"items of {self.calibration} that are not calibrated on"}
 
     def reranking(self, k_test: int) -> ExternalPruneConfig:
         """Raises UserError where candidates are to be re-ranked, which is of this project's models."""

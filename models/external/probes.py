@@ -12,6 +12,7 @@ from models.external.libraries import Library, library_of, seeded
 from sparsity.view import PrunableView, eager, module_name
 
 EMBEDDINGS = {"image_embeds": "vision", "text_embeds": "text"}  # of models that compare images and texts -> tower
+LOGITS = ("logits", "logits_per_image")  # fields of an output
 IGNORED = -100  # label of what is not predicted
 
 
@@ -39,7 +40,8 @@ class Probes:
         """Return logits (B, ..., C), the label of each position (B, ...), `IGNORED` where there is none to predict, and
         whether they are words; None for a model without.
         """
-        logits = output.get("logits") if isinstance(output, Mapping) else output
+        named = isinstance(output, Mapping)
+        logits = next((output[key] for key in LOGITS if key in output), None) if named else output
         if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or not logits.is_floating_point():
             return None
         labels = self.library.labels(batch)
