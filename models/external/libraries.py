@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.external.heads import heads_by_kind
-from models.external.layer_names import TEXT, is_head, text_field, tower
+from models.external.layer_names import DECODER, TEXT, is_head, text_field, tower
 from sparsity.errors import UserError
 from sparsity.view import accelerators
 
+READS = {"pixel_values": "vision", "input_features": "audio", "input_values": "audio"}  # main input -> group
 IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")  # of configurations
 WAY_OUT = "give --loss package.module:function, a function of (model, batch) that returns the loss"
 
@@ -114,7 +115,7 @@ class Transformers(Library):
         text = model.config.get_text_config(decoder=True)
         both = {"text_encoder", "text_decoder"} <= {name for name, _ in model.named_children()}  # BLIP's answers
         self.encoder_decoder = bool(model.config.is_encoder_decoder or text.is_encoder_decoder or both)
-        self.group = "vision" if model.main_input_name == "pixel_values" else TEXT
+        self.group = READS.get(model.main_input_name, TEXT)
         self.words = model.get_output_embeddings()
         self.shifts = self.words is not None and not self.encoder_decoder and not _masks(model)
         known = model.config.to_dict()
@@ -127,8 +128,16 @@ class Transformers(Library):
         # A text head is known by its embeddings.
         return super().heads() | words | (heads_by_kind(self.model) if predicts and not words else set())
 
+    def group_of(self, layer: str) -> str:
+        writes = self.encoder_decoder and self.words is not None and DECODER.search(f"{layer}.")
+        return tower(layer) or (TEXT if writes else self.group)
+
     def text_field(self, key: str) -> str | None:
-        return text_field(key, self.encoder_decoder)
+        field = text_field(key, self.encoder_decoder)
+        seen = (
+            self.model.main_input_name in READS
+        )  # its mask is of frames or patches, and the encoder changes their number
+        return None if self.encoder_decoder and seen and field == "attention_mask" else field
 
     def output(self, batch: Any) -> Any:
         if isinstance(batch, Mapping) and self.words is not None and _accepts(self.model, "use_cache"):
