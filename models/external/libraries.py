@@ -134,9 +134,7 @@ class Transformers(Library):
 
     def text_field(self, key: str) -> str | None:
         field = text_field(key, self.encoder_decoder)
-        seen = (
-            self.model.main_input_name in READS
-        )  # its mask is of frames or patches, and the encoder changes their number
+        seen = self.model.main_input_name in READS  # whose mask is of frames or patches, not of what the encoder makes
         return None if self.encoder_decoder and seen and field == "attention_mask" else field
 
     def output(self, batch: Any) -> Any:
