@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.comparison import Entry, Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import calibrations, save_arguments
+    from engine.pruning.run import calibrations, preflight, save_arguments
     from engine.ranks import place_of
 
     chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
@@ -115,11 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def passes(name: str, seed: int) -> Any:
         own = data(seed) if engines[name].plan.statistics else None
-        return calibrations(own, fabric, seed, name, folder=args.output_dir, config=config)
+        return calibrations(own, fabric, seed, name, args.output_dir, config, args.capture_budget)
 
     for entry in chosen.values():
-        rounds = data(args.seeds[0]).rounds if entry.plan.statistics else None
-        entry.engine.preflight(view, entry.request(args.sparsities, 0), rounds=rounds, folder=args.output_dir)
+        own = data(args.seeds[0]) if entry.plan.statistics else None
+        preflight(entry.engine, view, entry.request(args.sparsities, 0), own, args.output_dir, args.devices)
     compare(view, chosen, args.sparsities, args.seeds, ledger, calibrations=passes, evaluate=evaluate)
     rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
     facts = {"weights": config.weights, "num_batches": args.num_batches, **config.evaluated}

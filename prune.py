@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import Results, calibrations, timed
+    from engine.pruning.run import Results, calibrations, preflight, timed
     from engine.ranks import place_of
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
@@ -108,15 +108,15 @@ def main(arguments: list[str] | None = None) -> None:
     view = subject.load(fabric)
     clear_skipped(folder, place_of(fabric))
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
-    engine.preflight(view, request, rounds=data.rounds if data is not None else None, folder=folder)
+    preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     if evaluate:
         results.dense(evaluate())
-    passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)
+    passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
     with results.calibration(data):
         measured = engine.measure(view, passes(0), request)
-    for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes)):
+    for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:
         results.save_scores(engine.scores(view, measured, seed=args.seed))

@@ -110,17 +110,29 @@ class _Search:
         return Threshold(bits.view(dtype).item(), self.rank, self.ties)
 
 
+class Keeper:
+    """Turns one tensor of scores after the other, in the order in which the threshold was computed, into what is kept:
+    exactly the k weights that it was computed for are pruned.
+    """
+
+    def __init__(self, threshold: Threshold):
+        self._threshold, self._remaining = threshold, threshold.take
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Return bool (out, in), True where a weight is kept."""
+        score, limit = score.contiguous(), self._threshold
+        kept = score > limit.value
+        if limit.take < limit.ties:  # some of the ties are kept: all but the first `take` of them
+            tied = (score == limit.value).reshape(-1).nonzero().squeeze(1)
+            kept.view(-1)[tied[self._remaining :]] = True
+            self._remaining = max(0, self._remaining - len(tied))
+        return kept
+
+
 def keep(scores: Scores[Name], threshold: Threshold) -> Iterator[tuple[Name, Tensor]]:
-    """(name, bool (out, in)), True where a weight stays: exactly the k that `threshold` was computed for are False."""
-    remaining = threshold.take
-    for name, score in _named(scores):
-        score = score.contiguous()
-        kept = score > threshold.value
-        if threshold.take < threshold.ties:  # some of the ties stay: all but the first `take` of them
-            tied = (score == threshold.value).reshape(-1).nonzero().squeeze(1)
-            kept.view(-1)[tied[remaining:]] = True
-            remaining = max(0, remaining - len(tied))
-        yield name, kept
+    """(name, bool (out, in)), True where a weight is kept, see `Keeper`."""
+    keeper = Keeper(threshold)
+    return ((name, keeper(score)) for name, score in _named(scores))
 
 
 def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
     add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
+    captured = "inputs of blocks that sequential calibration holds in memory; more go to a file (default: half of it)"
+    add("--capture_budget", type=byte_count, help=captured)
     add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
     add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
@@ -302,6 +304,7 @@ def add_device_options(parser: argparse.ArgumentParser, *short: str) -> None:
     add("--strategy", default="auto", choices=("auto", "ddp"), help="default: %(default)s")
     _add_arithmetic(add, *short)
     add("--seed", type=seed, default=42, help="of all randomness (default: %(default)s)")
+    add("--verbose", action="store_true", help="log more, such as the order in which blocks are executed (default: no)")
 
 
 def add_one_device(parser: argparse.ArgumentParser) -> None:

@@ -234,7 +234,8 @@ def _masks(
     measured = plans[first].engine.measure(view, calibrations(first, seed)(0), request)
     for name, own, missing in todo:
         request = plans[name].request(list(missing.values()), seed)
-        chosen = timed(plans[name].engine.masks(view, measured, request, calibrations(name, seed)))
+        masks = plans[name].engine.masks(view, measured, request, calibrations(name, seed))
+        chosen = timed(masks, plans[name].plan.one_pass)
         for label, (_, masks, seconds) in zip(missing, chosen, strict=True):
             yield (name, label, own), masks, seconds
 

@@ -19,12 +19,15 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
 from engine.export import save_model
+from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.errors import UserError
 from sparsity.masks import Masks
+from sparsity.run.engine import Engine
+from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -48,21 +51,37 @@ class _OnDevice:
         return (self._fabric.to_device(batch) for batch in self._data.at(self._epoch))
 
 
+def preflight(
+    engine: Engine,
+    view: PrunableView,
+    request: Request,
+    data: Any = None,
+    folder: Path | None = None,
+    processes: int = 1,
+) -> None:
+    """Raise UserError for what this model cannot have or this machine has no memory for, before any data is read.
+
+    data: that are read, if any. folder: for what is too large for memory. processes: of this run on this machine.
+    """
+    rounds = None if data is None else data.rounds
+    engine.preflight(view, request, rounds=rounds, folder=folder, free=free_memory(view, processes))
+
+
 def calibrations(
     data: Calibration | None,
     fabric: Any,
     seed: int,
     name: str = "",
-    *,
     folder: Path | None = None,
     config: Any = None,
+    capture_budget: int | None = None,
 ) -> Calibrations:
     """Return what reads the calibration data: epoch -> the pass over its batches, summed over ranks; a pass without
     batches where there is no data.
 
     What a loss draws is a function of the seed and the batch. name: of the pruner, in the names of files. folder: for
     what is kept for a run that is killed, and what is too large for memory; `config`, a dataclass, then says what is
-    read.
+    read. capture_budget: bytes of captured inputs of blocks that are held in memory; None: half of what is free.
     """
 
     def epochs(epoch: int) -> CalibrationPass:
@@ -88,6 +107,7 @@ def calibrations(
             rounds=own.rounds,
             scratch=scratch,
             arithmetic=partial(_arithmetic, fabric),
+            capture_budget=capture_budget or free_on_host() // (2 * fabric.world_size),
         )
 
     return epochs
@@ -100,11 +120,16 @@ def _arithmetic(fabric: Any) -> Iterator[None]:
         yield
 
 
-def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
-    """(sparsity, masks, seconds that it took to choose them)."""
+def timed(masks: Iterable[tuple[Any, Masks]], together: bool = False) -> Iterator[tuple[Any, Masks, float]]:
+    """Return (sparsity, masks, seconds that it took to choose them). together: all are chosen at once, so that each
+    took its share.
+    """
     begin = time.perf_counter()
-    for sparsity, chosen in masks:
-        yield sparsity, chosen, time.perf_counter() - begin
+    found = list(masks) if together else masks
+    share = (time.perf_counter() - begin) / len(found) if isinstance(found, list) and found else None
+    begin = time.perf_counter()
+    for sparsity, chosen in found:
+        yield sparsity, chosen, time.perf_counter() - begin if share is None else share
         begin = time.perf_counter()
 
 

@@ -66,8 +66,12 @@ class WholeModel(Reconstruction):
 
     whole = True
 
-    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> None:
-        """Raise UserError where the statistic does not fit. rounds, folder: of the calibration pass."""
+    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> int:
+        """Return how many bytes of the statistic are held in memory. UserError where it fits nowhere.
+
+        rounds, folder: of the calibration pass.
+        """
+        raise NotImplementedError
 
     def measure(self, view: PrunableView, reading: CalibrationPass, steps: int) -> Any:
         """Return the statistic. steps: of the plan, in each of which it is measured anew."""

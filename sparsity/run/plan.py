@@ -17,6 +17,7 @@ from sparsity.allocation.budget import check_schedule, fraction
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
@@ -37,7 +38,6 @@ class Score(Protocol):
     calibration: ClassVar[str]
     draws: ClassVar[bool]
     in_steps: ClassVar[bool]
-    cheap: ClassVar[bool]
 
     def score(self, weight: Tensor, statistic: Any, generator: torch.Generator) -> Tensor: ...
 
@@ -134,6 +134,19 @@ class Plan:
         if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
             return False
         return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+
+    def demand(self, request: Request, rows: int = 0) -> Demand:
+        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
+        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
+        together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
+        return Demand(
+            self.statistics,
+            sparsities=max(1, len(request.sparsities)),
+            solver=self.reconstruction is not None,
+            sequential=not together and (self.sequential or self.reconstruction is not None),
+            offload=self.offload,
+            rows=rows,
+        )
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
