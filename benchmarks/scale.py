@@ -15,6 +15,7 @@ the first. --limit: seconds for all; what does not fit is left out and named. Pi
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -114,7 +115,7 @@ def make(size: Size, folder: Path, accelerator: str) -> None:
 
 @dataclass
 class Run:
-    """What was seen of a process. blocks: seconds of each; peak: bytes that no file backs; device: the accelerator's."""
+    """What was seen of a process. blocks: seconds of each. peak: bytes that no file backs. device: accelerator's."""
 
     seconds: float = 0.0
     blocks: list[float] = field(default_factory=list)
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
         Pictures.draw = lambda self, title: []
         prune.main(args.run.split())
         print(f"device peak {torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}")
