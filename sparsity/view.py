@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
+_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that multiply nothing
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
 
@@ -278,11 +279,12 @@ def _refuse_opaque(name: str, module: nn.Module) -> None:
 
 
 def _refuse_experts(name: str, module: nn.Module) -> None:
-    """3-D weights (experts, nn.Bilinear); position embeddings (1, tokens, width) and convolutions are none."""
+    """3-D weights (experts, nn.Bilinear); embeddings of positions, biases by position and convolutions are none."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return
     for key, parameter in module._parameters.items():
-        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+        table = any(word in key for word in _TABLES)
+        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1 and not table:
             raise _refusal(name, f"its {key} is 3-D, {tuple(parameter.shape)}")
 
 
