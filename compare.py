@@ -18,7 +18,7 @@ FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
 """
 
 import argparse
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    usual = "(default: all of one pass at most)"
-    add("-p", "--pruners", help=f"comma separated list of {', '.join(pruners.available())} {usual}")
+    add("-p", "--pruners", help=f"comma separated list of {pruners.listed()} (default: all of one pass at most)")
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
@@ -53,9 +52,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metrics", type=options.globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
     add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY)
+    options.add_external_options(parser, models.ANY, evaluates=True)
     options.add_one_device(parser)
-    parser.set_defaults(evaluate=True)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
     if sum(given is not None for given in (args.model, args.finetuned, args.nm)) != 1:
@@ -88,8 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{table}\n\nresults: {path}")
         return
     config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
-    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
-    engines = {name: file.build(name, pruners.build) for name, file in files.items()}
+    own, build = (partial(each, sparsities=args.sparsities) for each in (pruners.own_options, pruners.build))
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, own)
+    engines = {name: file.build(name, build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))
 
@@ -109,9 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
     save_arguments(vars(args), config, args.output_dir)
 
-    @lru_cache(maxsize=1)
-    def data(seed: int) -> Any:
-        return subject.calibration(args.output_dir, args.num_batches, seed)
+    data = lru_cache(maxsize=1)(partial(subject.calibration, args.output_dir, args.num_batches))
 
     def passes(name: str, seed: int) -> Any:
         own = data(seed) if engines[name].plan.statistics else None

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     begin = time.perf_counter()
     if PRUNERS[args.pruner]:
         name = PRUNERS[args.pruner]
-        pruner = pruners.build(name, **plan_of(args))
+        pruner = pruners.build(name, **plan_of(args, target))
         preflight(pruner, view, target, args.seed)
         batches = args.nsamples // config.batch_size
         data = subject.calibration(args.output_dir, batches, args.seed) if pruner.plan.statistics else None

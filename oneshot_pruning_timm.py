@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [("dense", accuracy() if accuracy else {})]
     masks, name = None, PRUNERS[args.pruner]
     if name:
-        pruner = pruners.build(name, **plan_of(args))
+        pruner = pruners.build(name, **plan_of(args, args.target))
         preflight(pruner, view, args.target, args.seed, args.devices)
         data = None
         if pruner.plan.statistics:

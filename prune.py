@@ -31,7 +31,7 @@ SPARSITIES = "63,75,90"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("-p", "--pruner", metavar="PRUNER", help=", ".join(pruners.available()))
+    add("-p", "--pruner", metavar="PRUNER", help=pruners.listed())
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
-    engine = pruners.build(args.pruner, **args.plan)
+    engine = pruners.build(args.pruner, pattern=args.pattern, sparsities=args.sparsities or (), **args.plan)
     request = Request(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:

@@ -183,10 +183,13 @@ def keywords(text: str) -> dict[str, Any]:
     return found
 
 
-def add_external_options(parser: argparse.ArgumentParser, forms: str, *, trains: bool = False) -> None:
+def add_external_options(
+    parser: argparse.ArgumentParser, forms: str, *, trains: bool = False, evaluates: bool = False
+) -> None:
     """What a model that is not the project's own can be told, named as the keys of its configuration.
 
-    forms: how such a model is given. trains: whether the script trains, in float32.
+    forms: how such a model is given. trains: whether the script trains, in float32. evaluates: whether it always
+    evaluates.
     """
     add = parser.add_argument_group(f"any other model ({forms})").add_argument
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
@@ -205,6 +208,8 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str, *, trains:
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
     if trains:
         return
+    if evaluates:
+        parser.set_defaults(evaluate=True)
     add("--evaluation", help="data of --evaluate, as --calibration (default: one in 8 of its items, held out)")
     add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
     add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")

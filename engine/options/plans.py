@@ -22,9 +22,9 @@ class PlanFile:
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def build(self, name: str, build: Callable[..., Any]) -> Any:
-        """Return what `build(pruner, **options)` makes. UserError that names the plan."""
+        """Return what `build(pruner, pattern=..., **options)` makes. UserError that names the plan."""
         try:
-            return build(self.pruner, **self.options)
+            return build(self.pruner, pattern=self.pattern, **self.options)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name != self.pruner else str(error)) from None
 
@@ -35,20 +35,20 @@ def plans_of(
     usual: Sequence[str],
     options: Mapping[str, Any],
     pattern: str | None,
-    own: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+    own: Callable[..., dict[str, Any]],
 ) -> dict[str, PlanFile]:
     """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with this pattern
     and those of the options that it reads.
 
-    own: of a pruner's name and options, those that it reads. UserError where a file and options are given, and for an
-    option that no pruner reads.
+    own: of a pruner's name, options and pattern, the options that it reads. UserError where a file and options are
+    given, and for an option that no pruner reads.
     """
     given = [*(["pruners"] if names else []), *options, *(["pattern"] if pattern else [])]
     if file and given:
         raise UserError(f"--plans {file} says pruners, patterns and options: leave {', '.join(given)} out")
     if file:
         return read_plans(file)
-    read = {name: own(name, options) for name in names or usual}
+    read = {name: own(name, options, pattern=parse_pattern(pattern)) for name in names or usual}
     for option in options:
         if not any(option in each for each in read.values()):
             raise UserError(f"--{option}: none of {', '.join(read)} reads it: leave it out")

@@ -174,6 +174,7 @@ class Results:
         self.pictures = Pictures(folder, view, model, self.stem)
         self.warnings: list[str] = []
         self.written: list[Path] = []
+        self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -195,6 +196,7 @@ class Results:
         label = str(self.options["pattern"] or percent(sparsity))
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
+        self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
         if self.writes:
             masks.save(path)
@@ -248,6 +250,7 @@ class Results:
     def finish(self) -> str:
         """Write configuration, run times, plot and report; returns the summary for the reader of the terminal."""
         facts = {
+            **self.preset,
             "weights": self.config.weights,
             "prunable weights": f"{self.view.numel:,} in {len(self.view.weights)} layers",
             "seed": self.options["seed"],

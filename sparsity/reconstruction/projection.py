@@ -8,34 +8,31 @@ from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.reconstruction.base import Problem
-from sparsity.selection import keep_rows, keep_within
+from sparsity.selection import keep_exactly, keep_rows, keep_within, lowered
 
 
 def project(problem: Problem, scores: Tensor) -> Tensor:
     """Return the mask, (out, in) bool, that a problem allows with the largest scores (out, in): of its N:M pattern, or
-    exactly its sparsity within its scope.
+    exactly its sparsity, or its count, within its scope; what is not alive is pruned first.
     """
-    if problem.pattern:
-        return problem.pattern.keep(scores)
-    assert problem.sparsity is not None, "without a pattern there is a sparsity"
-    return _keep(problem, scores, problem.sparsity)
+    return project_gently(problem, scores, Fraction(1))
 
 
 def project_gently(problem: Problem, scores: Tensor, share: Fraction) -> Tensor:
     """Return a mask that prunes this share of what the problem asks for. N:M: the N largest of each group are kept, and
     of the rest as many as there is room for, compared within the scope.
     """
+    if problem.alive is not None:
+        scores = lowered(scores, problem.alive)
     if problem.pattern is None:
-        assert problem.sparsity is not None, "without a pattern there is a sparsity"
-        return _keep(problem, scores, _share_of(problem.sparsity, share))
+        if problem.count is not None:
+            return keep_exactly(problem.name, scores, problem.scope, int(problem.count * share))
+        assert problem.sparsity is not None, "without a pattern there is a sparsity, or a count"
+        return _keep(problem, scores, problem.sparsity if share == 1 else fraction(problem.sparsity) * share)
     if share == 1:
         return problem.pattern.keep(scores)
     last = torch.finfo(scores.dtype).max
     return _keep(problem, scores.masked_fill(problem.pattern.keep(scores), last), problem.pattern.sparsity * share)
-
-
-def _share_of(sparsity: Sparsity, share: Fraction) -> Sparsity:
-    return sparsity if share == 1 else fraction(sparsity) * share
 
 
 def _keep(problem: Problem, scores: Tensor, sparsity: Sparsity) -> Tensor:

@@ -29,7 +29,7 @@ from sparsity.run.memory import Memory, check_memory, preflight_bytes
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import Kept, budgets, chosen, follow, quotas, select, shared, warn_of_sum
+from sparsity.run.select import Kept, Quota, budgets, chosen, follow, quotas, select, shared, warn_of_sum
 from sparsity.run.sequential import Blocks, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.statistics.checks import check_weights
@@ -132,7 +132,8 @@ class Engine:
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
         wanted = [] if request.pattern else [*plan.allocation.statistics]
-        if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
+        alone = plan.by_blocks(request) or (plan.joint(request) and plan.local(request))
+        if isinstance(plan.score.statistic, str) and not alone:
             wanted.insert(0, plan.score.statistic)
         return Measured(self._collect(view, wanted, reading), origin=origin)
 
@@ -306,10 +307,14 @@ class Engine:
         if plan.allocation.local and not target.pattern:
             whole = self._whole(view, self._no_scores, measured.statistics, before)
             layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation, plan.scope)
-        if plan.by_blocks(target) or plan.joint(target):
+        if plan.by_blocks(target) or (plan.joint(target) and plan.local(target)):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
         selected = self._select(view, scores, target, measured, before)
+        if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
+            counts = ((name, kept.numel() - int(kept.count_nonzero())) for name, (kept,) in selected)
+            layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
+            return layers.run(None)
         masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
         return layers.run(None, masks) if plan.reconstruction else masks
 

@@ -1,6 +1,7 @@
 """Plans that prune layer by layer, each from statistics of its own inputs, in the order of the blocks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,17 @@ class Layers:
         if solver is None:
             assert kept is not None, "without a reconstruction a mask is chosen by scores"
             return kept, None
-        sparsity = self.quotas[name].share if name in self.quotas else None
-        return solver.solve(Problem(name, weight, dict(statistics), kept, sparsity, self.plan.scope, pattern))
+        return solver.solve(self._problem(name, weight, dict(statistics), kept))
+
+    def _problem(self, name: str, weight: Tensor, statistics: dict[str, Tensor], kept: Tensor | None) -> Problem:
+        """Return what the reconstruction solves. kept: (out, in), bool; None where it finds the mask."""
+        problem = Problem(name, weight, statistics, kept, scope=self.plan.scope, pattern=self.target.pattern)
+        if kept is not None:
+            return problem
+        quota = self.quotas.get(name)
+        if quota is not None:
+            problem = replace(problem, sparsity=quota.share, count=quota.count if quota.share is None else None)
+        return problem if self.before is None else replace(problem, alive=alive_of(self.view, self.before, name))
 
     def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
         """Return what the scores of one layer keep of it."""

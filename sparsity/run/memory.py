@@ -12,6 +12,7 @@ read the same inputs share one is not counted on), all in bytes:
 | input_norms, input_means: float64 | device, or host with offload | 8 i over all layers | |
 | hessian: of all layers, or sequential of the largest block | device, or host with offload | g | |
 | mean_gradient: in float32 or better | device | max(w, 4) n | max(w, 4) t |
+| squared_gradient: the same, beside the gradient of a batch | device | 2 max(w, 4) n | max(w, 4) t |
 | learned_scores: score, gradient, moments, masked weight | device | 18 n | 8 t |
 | gradient_rows: sum of the rows, gradients of one | device | 8 n | 12 t |
 | gradient_rows: those held in memory, by `gradient_rows.fit` | host | as said | |
@@ -37,7 +38,7 @@ _MASKS = 1 / 8  # bytes a weight
 _SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
 _KEYS = 1 << 26  # of scores near one threshold
 _LEARNED, _ROW_SUM, _UPDATES = 18, 8, 3
-_TRANSIENT = {"mean_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
+_TRANSIENT = {"mean_gradient": 4, "squared_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
     # Sums of what is measured: on the device, or on the host where they are offloaded.
     sums = _sums(demand, view)
     device, host = (device, host + sums) if demand.offload else (device + sums, host)
-    if "mean_gradient" in demand.statistics:
-        device += max(width, _WIDE) * view.numel
+    for statistic, copies in (("mean_gradient", 1), ("squared_gradient", 2)):
+        if statistic in demand.statistics:
+            device += copies * max(width, _WIDE) * view.numel
     if "learned_scores" in demand.statistics:
         device += _LEARNED * view.numel
     if "gradient_rows" in demand.statistics:
@@ -145,6 +147,6 @@ def _remedies(demand: Demand, *, device: bool) -> list[str]:
         found.append("a lower --memory_budget or --row_dtype bfloat16")
     if demand.sparsities > 1:
         found.append("fewer --sparsities at once")
-    if "learned_scores" in demand.statistics or "mean_gradient" in demand.statistics:
+    if {"learned_scores", "mean_gradient", "squared_gradient"} & set(demand.statistics):
         found.append("a method without gradients")
     return [*found, "a machine with more memory"]

@@ -50,7 +50,8 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
+    what the provenance of masks says of the preset that stood for this plan.
     """
 
     score: Score
@@ -61,6 +62,7 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -129,11 +131,15 @@ class Plan:
         return self.sequential and self._scores_inputs and self.local(request)
 
     def joint(self, request: Request) -> bool:
-        """Return whether the reconstruction finds the mask together with the weights, in place of the score."""
+        """Return whether the reconstruction finds the mask together with the weights, in place of the score.
+
+        One that projects does so always: where layers compete, scores say only how many weights each loses.
+        """
         solver = self.reconstruction
-        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
+        if solver is None or solver.whole or self.score.solver != solver.name:
             return False
-        return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        return solver.projects or (even and self.steps == 1)
 
     def demand(self, request: Request, rows: int = 0) -> Demand:
         """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
@@ -177,6 +183,8 @@ class Plan:
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
         found: dict[str, Any] = {"pruner": self.name, "seed": request.seed}
+        if self.preset is not None:
+            found["preset"] = self.preset
         if request.pattern:
             found["pattern"] = str(request.pattern)
         else:
