@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsity.attention import IN, OUT, has_weights
 from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
@@ -78,10 +79,14 @@ class PrunableWeight:
     uses: tuple[str, ...]  # for each of `modules`, the state-dict key of its weight
     group: str  # modality: "vision", "text", "fusion"
     transposed: bool = False  # transformers' Conv1D stores (in, out)
+    attribute: str = "weight"  # of `modules`; those of nn.MultiheadAttention are in sparsity.attention
 
     @property
     def parameter(self) -> nn.Parameter:
-        weight = self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        inner, _, key = self.attribute.rpartition(".")
+        weight = (
+            self.modules[0].get_submodule(inner)._parameters[key]
+        )  # as stored: a learnable mask changes the reading
         assert weight is not None, "layers without a weight of their own are refused"
         return weight
 
@@ -191,6 +196,7 @@ class _Found:
     modules: list[nn.Module]
     uses: list[str]
     transposed: bool
+    attribute: str = "weight"
 
 
 def _discover(
@@ -200,9 +206,18 @@ def _discover(
     found: dict[int, _Found] = {}
     fixed: set[int] = set()  # parameters that something not prunable uses
     dense: list[str] = []
-    for name, module, kept_dense in _walk(model, keep_dense):
+    attended: set[int] = set()  # output projections of nn.MultiheadAttention, which it does not call
+    walked = list(_walk(model, keep_dense))
+    left = {id(module) for _, module, kept_dense in walked if kept_dense}
+    for name, module, kept_dense in walked:
         if not kept_dense:
             _refuse_experts(name, module)
+        if isinstance(module, nn.MultiheadAttention) and has_weights(module) and not kept_dense:
+            _add_attention(name, module, found, id(module.out_proj) not in left)
+            attended.add(id(module.out_proj))
+            continue
+        if id(module) in attended and not kept_dense:
+            continue
         linear = isinstance(module, nn.Linear) or _is_conv1d(module)
         if kept_dense or not linear:
             if not kept_dense:
@@ -226,11 +241,29 @@ def _discover(
         if name in weights:
             raise UserError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
         weights[name] = PrunableWeight(
-            name, tuple(entry.aliases), tuple(entry.modules), tuple(entry.uses), group_of(name), entry.transposed
+            name,
+            tuple(entry.aliases),
+            tuple(entry.modules),
+            tuple(entry.uses),
+            group_of(name),
+            entry.transposed,
+            entry.attribute,
         )
     if not weights:
         raise UserError("the model has no prunable weight (an nn.Linear that is not kept dense)")
     return weights, tuple(dense)
+
+
+def _add_attention(name: str, module: nn.MultiheadAttention, found: dict[int, _Found], out: bool) -> None:
+    """Note the weights of an nn.MultiheadAttention. out: whether its output projection is prunable."""
+    for attribute in (IN, OUT) if out else (IN,):
+        inner, _, key = attribute.rpartition(".")
+        weight = _plain(f"{name}.{attribute}", module.get_submodule(inner), key)
+        entry = found.setdefault(id(weight), _Found([], [], [], False, attribute))
+        entry.aliases.append(f"{name}.{attribute}")
+        if not any(module is known for known in entry.modules):
+            entry.modules.append(module)
+            entry.uses.append(f"{name}.{attribute}")
 
 
 def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -255,24 +288,30 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
     """The layer's weight, when it is a plain floating-point matrix."""
-    if parametrize.is_parametrized(module, "weight"):
+    weight = _plain(name, module, "weight")
+    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
+        raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")
+    return weight
+
+
+def _plain(name: str, module: nn.Module, key: str) -> nn.Parameter:
+    """A parameter of a module, when it is a plain floating-point tensor."""
+    if parametrize.is_parametrized(module, key):
         raise _refusal(name, "its weight is parametrised")
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(key)
     if weight is None:
         raise _refusal(name, "its weight is computed from others (weight norm, spectral norm, torch.nn.utils.prune)")
     if isinstance(weight, nn.UninitializedParameter):
         raise _refusal(name, "its weight has no shape before a first forward")
     if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise _refusal(name, f"its weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})")
-    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
-        raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")
     return weight
 
 
 def _refuse_opaque(name: str, module: nn.Module) -> None:
     """Layers that hold linear weights where no hook sees their input."""
     if isinstance(module, nn.MultiheadAttention):
-        raise _refusal(name, "the projections of nn.MultiheadAttention cannot be observed")
+        raise _refusal(name, "an nn.MultiheadAttention whose keys or values have a width of their own")
     kind = type(module)
     if "quantized" in kind.__module__ and "Linear" in kind.__name__:
         raise _refusal(name, f"it is quantised ({kind.__module__}.{kind.__name__})")

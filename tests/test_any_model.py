@@ -318,3 +318,47 @@ def test_the_snippet_of_the_readme(capsys):
     assert all(not view.weights[name].parameter[~mask].any() for name, mask in masks.items())
     assert set(masks) < set(model.state_dict())
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 6
+
+
+# The hub
+
+
+class Hub:
+    """What is asked of the hub."""
+
+    asked: list = []
+
+    def create_repo(self, name, **options):
+        self.asked.append(("create", name, options["private"]))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path):
+        self.asked.append(("folder", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+        self.asked.append(("file", repo_id, path_in_repo))
+
+
+def test_models_go_to_the_hub_with_a_card(tmp_path, clip, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.asked = []
+    folder, _ = pruned(tmp_path, f"hf:{clip}", "omp", "--save_model", "--push_to_hub", "me/clip")
+    (saved,) = folder.glob("*_model")
+    text = (saved / "README.md").read_text()
+    assert "library_name: transformers" in text and "- sparsity: 50" in text and "| all " in text
+    assert Hub.asked[0] == ("create", "me/clip-omp-50", True) and "README.md" in Hub.asked[1][2]
+    assert "https://hub/me/clip-omp-50" in capsys.readouterr().out
+    Hub.asked = []
+    given = ["--weights", "random", "--save_model", "--push_to_hub", "me/vit"]
+    pruned(tmp_path / "timm", "timm:test_vit", "omp", *given)
+    assert [each[-1] for each in Hub.asked[1:]] == ["model.safetensors", "README.md"]
+
+
+def test_nothing_goes_to_the_hub_without_a_token_or_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    given = ["--weights", "random", "--push_to_hub", "me/vit"]
+    with pytest.raises(ValueError, match="--push_to_hub uploads what --save_model writes"):
+        pruned(tmp_path, "timm:test_vit", "omp", *given)
+    with pytest.raises(ValueError, match="--push_to_hub: there is no token"):
+        pruned(tmp_path, "timm:test_vit", "omp", *given, "--save_model")

@@ -210,6 +210,9 @@ def add_external_options(
         return
     if evaluates:
         parser.set_defaults(evaluate=True)
+    else:
+        hub = "owner/name, to which -PRUNER-SPARSITY is added: upload each model of --save_model, private (default: no)"
+        add("--push_to_hub", metavar="REPOSITORY", help=hub)
     add("--evaluation", help="data of --evaluate, as --calibration (default: one in 8 of its items, held out)")
     add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
     add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")
@@ -223,8 +226,20 @@ def check_external(args: argparse.Namespace, external: bool, names: Sequence[str
     for option in EXTERNAL:
         if not external and vars(args).get(option) is not None:
             raise UserError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
+    if vars(args).get("push_to_hub"):
+        if not args.save_model:
+            raise UserError("--push_to_hub uploads what --save_model writes: give both")
+        _check_token()
     if external and args.variant != "auto":
         raise UserError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
+
+
+def _check_token() -> None:
+    """UserError where nothing can be uploaded: there is no token."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("--push_to_hub: there is no token: run `hf auth login`, or set HF_TOKEN")
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:

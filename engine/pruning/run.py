@@ -22,9 +22,11 @@ from engine.export import save_model
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
+from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.errors import UserError
+from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
@@ -174,6 +176,7 @@ class Results:
         self.pictures = Pictures(folder, view, model, self.stem)
         self.warnings: list[str] = []
         self.written: list[Path] = []
+        self.uploaded: list[str] = []
         self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
@@ -209,9 +212,10 @@ class Results:
         metrics: Metrics = {}
         if evaluate or self.options["save_model"]:
             with masks.applied(self.view):
-                if self.options["save_model"]:
-                    self._save_model(path.with_name(path.name.replace("_pruning_masks.safetensors", "_model")))
                 metrics = evaluate() if evaluate else {}
+                if self.options["save_model"]:
+                    name = path.name.replace("_pruning_masks.safetensors", "_model")
+                    self._save_model(path.with_name(name), label, masks, metrics)
         groups = {name: 100 * count.sparsity for name, count in report.groups.items()}
         self.rows.append(self._row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
         self.times.append(
@@ -235,10 +239,19 @@ class Results:
             stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
         self.written.append(path)
 
-    def _save_model(self, path: Path) -> None:
-        """The model as it is, as its own library loads it."""
-        if self.writes:
-            self.written.append(save_model(self.view.model, path, self.view.halves))
+    def _save_model(self, path: Path, label: str, masks: Masks, metrics: Metrics) -> None:
+        """The model as it is, as its own library loads it, and on the hub where that is asked for."""
+        if not self.writes:
+            return
+        written = save_model(self.view.model, path, self.view.halves)
+        self.written.append(written)
+        facts = {"pruner": self.options["pruner"], "sparsity": label, "seed": self.options["seed"]}
+        text = card(self.options["model"], masks, self.view, metrics, facts)
+        if written.is_dir():
+            write_atomic(written / CARD, text.encode())
+        if self.options["push_to_hub"]:
+            repository = f"{self.options['push_to_hub']}-{self.options['pruner']}-{label.replace(':', 'of')}"
+            self.uploaded.append(upload(written, repository, text))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""
@@ -261,7 +274,7 @@ class Results:
             self._write(facts)
         lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]
         lines += [f"calibration: {facts['calibration']}", "results:"]
-        lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
+        lines += [f"  {path}" for path in (*self.written, self.path("report.md"), *self.uploaded)]
         return "\n".join(lines)
 
     def _row(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from models.checkpoint import HALF, TIMM, WRAPPERS, load_weights, read_weights
 from models.external.dtypes import compute_in, dtypes_of, file_dtypes, published_dtypes, wanted
@@ -303,6 +304,9 @@ def prunable_view(
     if not heads & set(names):
         log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
     log.info("kept dense: %s", listed(view.dense) or "none")
+    convolutions = [module_name(name) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    if convolutions:
+        log.info("kept dense, since they are convolutions (patch embeddings): %s", listed(convolutions))
     return view
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sparsity.attention import projected
 from sparsity.errors import UserError
 from sparsity.statistics.checks import UNSEEN, finite, look, not_finite, not_reached
 from sparsity.statistics.hessian import gram
@@ -167,10 +168,14 @@ class Statistics:
         self._seen.clear()
         self._sums.settle()
 
-    def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, name: str, key: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inside.add(name)
         self._called.add(name)
-        self._observe(name, key, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        if isinstance(module, nn.MultiheadAttention):
+            source = projected(self._weights[name].attribute, module, args, kwargs)
+        else:
+            source = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self._observe(name, key, source)
 
     def _after(self, name: str, *_: Any) -> None:
         self._inside.discard(name)

@@ -193,7 +193,9 @@ class Experts(nn.Module):
 
 
 def test_what_cannot_be_pruned_is_refused_by_name_with_a_way_out():
-    model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2), "experts": Experts()})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, kdim=4), "experts": Experts()}
+    )
     with pytest.raises(
         ValueError, match="'attention' cannot be pruned: .*nn.MultiheadAttention.* --exclude 'attention'"
     ):
