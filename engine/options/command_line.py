@@ -150,6 +150,20 @@ def group_sparsity(text: str) -> dict[str, Decimal]:
     return found
 
 
+def add_finished_options(add: Callable[..., Any]) -> None:
+    """The options of compare.py that only put finished runs beside each other."""
+    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
+    add("--metrics", type=globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
+    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
+    add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
+
+
+def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error unless a model, or one folder of finished runs, is given."""
+    if sum(given is not None for given in (args.model, args.finetuned, args.nm, args.quality)) != 1:
+        parser.error("give one of -m/--model, --finetuned, --nm and --quality")
+
+
 def globs(text: str) -> list[str]:
     """argparse type: comma separated globs."""
     found = [glob.strip() for glob in text.split(",")]
