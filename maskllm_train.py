@@ -14,12 +14,11 @@ scripts/maskllm.sh has whole recipes.
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from typing import Any
 
 import models
 from configs.loading import configure, read_yaml
-from configs.pruning import PRUNE_CONFIGS, ExternalPruneConfig
+from configs.pruning import PRUNE_CONFIGS
 from configs.sources import images_of
 from engine.launch import launch, run, script
 from engine.options.command_line import (
@@ -81,15 +80,13 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    if isinstance(config, ExternalPruneConfig):
-        config = replace(config, dtype="float32")  # learned step by step, which needs the bits
     if config.model_config:
         read_yaml(config.model_config)
     config.check_weights()
     config.check_calibration(str(args.config))
     if args.evaluate:
         config.check_evaluation(str(args.config))
-    return recipe, config
+    return recipe, config.learning()
 
 
 @script

@@ -80,6 +80,10 @@ class PrunedModel:
         """What a table of evaluations says of how they were made."""
         return {}
 
+    def learning(self) -> PrunedModel:
+        """This, where something is learned step by step, which needs the bits of float32."""
+        return self
+
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file, or the folder with it, is not there."""
         if self.checkpoint is not None and not weights_files(self.checkpoint):
@@ -280,6 +284,10 @@ class ExternalPruneConfig(PrunedModel):
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.loss and not FUNCTION.fullmatch(self.loss):
             raise UserError(f"loss must be package.module:function, got {self.loss!r}")
+
+    def learning(self) -> ExternalPruneConfig:
+        """This, in float32."""
+        return replace(self, dtype="float32")
 
     @property
     def file(self) -> str | None:

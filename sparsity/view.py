@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsity.attention import IN, OUT, has_weights
 from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
+IN, OUT = "in_proj_weight", "out_proj.weight"  # of nn.MultiheadAttention: (3 d, d) for query, key and value, and (d, d)
 _TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that multiply nothing
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
@@ -80,7 +80,7 @@ class PrunableWeight:
     uses: tuple[str, ...]  # for each of `modules`, the state-dict key of its weight
     group: str  # modality: "vision", "text", "fusion"
     transposed: bool = False  # transformers' Conv1D stores (in, out)
-    attribute: str = "weight"  # of `modules`; those of nn.MultiheadAttention are in sparsity.attention
+    attribute: str = "weight"  # of `modules`; of nn.MultiheadAttention, IN or OUT
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -227,7 +227,7 @@ def _discover(
     for name, module, kept_dense in walked:
         if not kept_dense:
             _refuse_experts(name, module)
-        if isinstance(module, nn.MultiheadAttention) and has_weights(module) and not kept_dense:
+        if _is_attention(module) and not kept_dense:
             _add_attention(name, module, found, id(module.out_proj) not in left)
             attended.add(id(module.out_proj))
             continue
@@ -267,6 +267,11 @@ def _discover(
     if not weights:
         raise UserError("the model has no prunable weight (an nn.Linear that is not kept dense)")
     return weights, tuple(dense)
+
+
+def _is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether this is one whose queries, keys and values are made by one matrix: it calls no layer."""
+    return isinstance(module, nn.MultiheadAttention) and module._parameters.get(IN) is not None
 
 
 def _add_attention(name: str, module: nn.MultiheadAttention, found: dict[int, _Found], out: bool) -> None:

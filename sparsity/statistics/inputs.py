@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sparsity.attention import projected
 from sparsity.errors import UserError
+from sparsity.statistics.attention import projected
 from sparsity.statistics.checks import UNSEEN, finite, look, not_finite, not_reached
 from sparsity.statistics.hessian import gram
 from sparsity.statistics.sums import Measured, SharedSums

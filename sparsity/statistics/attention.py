@@ -7,17 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsity.errors import UserError
-
-IN, OUT = "in_proj_weight", "out_proj.weight"  # its weights, (3 d, d) for query, key and value together, and (d, d)
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Return whether this is one whose queries, keys and values are made by one matrix."""
-    return isinstance(module, nn.MultiheadAttention) and module._parameters.get(IN) is not None
+from sparsity.view import OUT
 
 
 def projected(weight: str, module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Return what one of its weights, `IN` or `OUT`, reads in a call with these arguments, (B, T, d) or (T, d).
+    """Return what one of its weights, of `sparsity.view`, reads in a call with these arguments, (B, T, d) or (T, d).
 
     Raises UserError where queries and keys are made of different inputs, for which one matrix has no one statistic.
     """

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import pruners
+from models.external.torch_prune import from_torch, to_torch
 from sparsity.errors import UserError
-from sparsity.torch_prune import from_torch, to_torch
 from sparsity.view import PrunableView
 
 
