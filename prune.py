@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
     preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
-    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
+    results = Results(folder, view, vars(args), config, subject.metrics, fabric)
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)

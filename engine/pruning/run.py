@@ -30,6 +30,7 @@ from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
+from sparsity.run.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -110,6 +111,7 @@ def calibrations(
             scratch=scratch,
             arithmetic=partial(_arithmetic, fabric),
             capture_budget=capture_budget or free_on_host() // (2 * fabric.world_size),
+            place=(fabric.global_rank, fabric.world_size),
         )
 
     return epochs
@@ -153,8 +155,8 @@ class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
     folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
-    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
-    this rank writes files.
+    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. fabric: of the
+    ranks, the first of which writes files; all check that their masks are the same.
     """
 
     def __init__(
@@ -164,9 +166,10 @@ class Results:
         options: Mapping[str, Any],
         config: Any,
         columns: Mapping[str, str],
-        writes: bool = True,
+        fabric: Any,
     ):
-        self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
+        self.folder, self.view, self.options, self.config = folder, view, options, config
+        self.fabric, self.writes = fabric, fabric.is_global_zero
         self.columns = columns
         model = file_name(options["model"])
         self.stem = f"{model}_{options['pruner']}"
@@ -201,6 +204,9 @@ class Results:
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
+        if self.fabric.world_size > 1:
+            reduce = partial(summed, self.fabric)
+            check_same("masks", masks.digest(), reduce, self.fabric.world_size, self.view.device)
         if self.writes:
             masks.save(path)
         self.written.append(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.masks import state_digest
 from sparsity.resume.kept import StoredTensors, load_kept, save_kept
+from sparsity.run.share import ALONE, Share
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -59,11 +60,12 @@ def by_blocks(
     measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
     prune: Callable[[str, Mapping[str, Tensor]], tuple[Tensor, Tensor | None]],
     done: "Blocks",
+    share: Share = ALONE,
 ) -> None:
     """Prune one stage after the other, but for those that are done.
 
     measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, its statistics by
-    name) -> kept, bool (out, in), and the updated weight (out, in) or None.
+    name) -> kept, bool (out, in), and the updated weight (out, in) or None. share: of the layers of a stage.
     """
     done.load(order)
     for number, names in enumerate(order):
@@ -71,11 +73,12 @@ def by_blocks(
             continue
         logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
         statistics = measure(names)
-        block = {}
-        for name in names:
-            own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
-            block[name] = prune(name, own)
-        done.save(number, block)
+
+        def solve(name: str, statistics: dict[str, dict[str, Tensor]] = statistics) -> tuple[Tensor, Tensor | None]:
+            take = dict.pop if share.ranks == 1 else dict.__getitem__  # each is freed when its layer is done
+            return prune(name, {key: take(found, name) for key, found in statistics.items() if name in found})
+
+        done.save(number, share.solve(names, solve, 2))
 
 
 class Blocks:
