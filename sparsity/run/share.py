@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
 
-Fields = tuple[Tensor | None, ...]  # what becomes of a layer
+Fields = TypeVar("Fields", bound=tuple[Tensor | None, ...])  # what becomes of a layer
 DTYPES = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 _AXES = 4  # of a tensor, at most
 
@@ -37,9 +38,9 @@ class Share:
             failed = 1
         if int(self.reduce(torch.tensor([failed], device=self.device))):
             return {name: solve(name) for name in names}
-        return {name: self._spread(mine.get(name), count) for name in names}
+        return {name: cast(Fields, self._spread(mine.get(name), count)) for name in names}
 
-    def _spread(self, fields: Fields | None, count: int) -> Fields:
+    def _spread(self, fields: tuple[Tensor | None, ...] | None, count: int) -> tuple[Tensor | None, ...]:
         """The tensors of the rank that has them, on all ranks. fields: None on the others."""
         assert self.reduce is not None, "else there is nobody to tell"
         facts = torch.zeros(count, 2 + _AXES, dtype=torch.int64, device=self.device)
