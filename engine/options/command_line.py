@@ -22,7 +22,7 @@ from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS,
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
-EXTERNAL += ("dtype", "img_size", "model_kwargs", "max_tokens", "calibrate_on", "evaluation")
+EXTERNAL += ("dtype", "img_size", "model_kwargs", "max_tokens", "calibrate_on", "evaluation", "push_to_hub")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
