@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_learning_options(parser, tuple(RECIPES))
     add_training_options(parser)
     add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY, trains=True)
     add_device_options(parser, "-p")
     args = parser.parse_args(arguments)
     fill_from_preset(args)
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     config.check(str(args.config), args.evaluate)
     config.check_calibration(str(args.config))
-    return recipe, config
+    return recipe, config.learning()
 
 
 @script

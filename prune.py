@@ -104,15 +104,15 @@ def main(arguments: list[str] | None = None) -> None:
     view = subject.load(fabric)
     request = replace(request, start=load_start(view, args.from_mask, args.from_weights))
     clear_skipped(folder, place_of(fabric))
-    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics or args.recover else None
-    results.recovery = build_recovery(args, fabric, view, data, config)
     preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
+    results = Results(folder, view, vars(args), config, subject.metrics, fabric)
+    results.recovery = build_recovery(args, fabric, view, data, config)
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
-    with results.calibration():
+    with results.calibration(data):
         measured = engine.measure(view, passes(0), request)
     results.pictures.sensitivity = measured.sensitivity
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):

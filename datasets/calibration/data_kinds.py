@@ -49,6 +49,7 @@ class Lockstep:
     """
 
     unit = "samples"
+    told = ""  # what is read, where it is the user's own
 
     def __init__(
         self,

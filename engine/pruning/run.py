@@ -24,14 +24,17 @@ from engine.export import save_model
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
+from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
 from sparsity.allocation.given import to_rules
 from sparsity.errors import UserError
+from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
+from sparsity.run.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -112,6 +115,7 @@ def calibrations(
             scratch=scratch,
             arithmetic=partial(_arithmetic, fabric),
             capture_budget=capture_budget or free_on_host() // (2 * fabric.world_size),
+            place=(fabric.global_rank, fabric.world_size),
         )
 
     return epochs
@@ -168,8 +172,9 @@ class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
     folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
-    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
-    this rank writes files. recovery: where it is set, each set of masks is recovered, too.
+    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. fabric: of the
+    ranks, the first of which writes files; all check that their masks are the same. recovery: where it is set, each set
+    of masks is recovered, too.
     """
 
     recovery: Recovering | None = None
@@ -181,13 +186,14 @@ class Results:
         options: Mapping[str, Any],
         config: Any,
         columns: Mapping[str, str],
-        writes: bool = True,
+        fabric: Any,
     ):
-        self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
+        self.folder, self.view, self.options, self.config = folder, view, options, config
+        self.fabric, self.writes = fabric, fabric.is_global_zero
         self.columns = columns
         model = file_name(options["model"])
         self.stem = f"{model}_{options['pruner']}"
-        self.calibration_seconds = 0.0
+        self.calibration_seconds, self.read = 0.0, ""
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.pictures = Pictures(folder, view, model, self.stem)
@@ -195,14 +201,16 @@ class Results:
         self.warnings: list[str] = []
         self.written: list[Path] = []
         self.errors: dict[str, dict[str, list[float]]] = {}  # of the layers, for each set of masks
+        self.uploaded: list[str] = []
         self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
     @contextmanager
-    def calibration(self) -> Iterator[None]:
-        """Takes the time of what is done inside."""
+    def calibration(self, data: Any = None) -> Iterator[None]:
+        """Take the time of what is done inside. data: what is read there, with `told`; None: nothing."""
+        self.read = data.told if data is not None else ""
         begin = time.perf_counter()
         yield
         self.calibration_seconds = time.perf_counter() - begin
@@ -218,6 +226,9 @@ class Results:
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
+        if self.fabric.world_size > 1:
+            reduce = partial(summed, self.fabric)
+            check_same("masks", masks.digest(), reduce, self.fabric.world_size, self.view.device)
         if self.writes:
             masks.save(path)
         self.written.append(path)
@@ -233,9 +244,10 @@ class Results:
         metrics: Metrics = {}
         if evaluate or self.options["save_model"]:
             with masks.applied(self.view):
-                if self.options["save_model"]:
-                    self._save_model(path.with_name(path.name.replace("_pruning_masks.safetensors", "_model")))
                 metrics = evaluate() if evaluate else {}
+                if self.options["save_model"]:
+                    name = path.name.replace("_pruning_masks.safetensors", "_model")
+                    self._save_model(path.with_name(name), label, masks, metrics)
         groups = {name: 100 * count.sparsity for name, count in report.groups.items()}
         self.rows.append(self._row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
         self.times.append(
@@ -288,10 +300,19 @@ class Results:
             stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
         self.written.append(path)
 
-    def _save_model(self, path: Path) -> None:
-        """The model as it is, as its own library loads it."""
-        if self.writes:
-            self.written.append(save_model(self.view.model, path, self.view.halves))
+    def _save_model(self, path: Path, label: str, masks: Masks, metrics: Metrics) -> None:
+        """The model as it is, as its own library loads it, and on the hub where that is asked for."""
+        if not self.writes:
+            return
+        written = save_model(self.view.model, path, self.view.halves)
+        self.written.append(written)
+        facts = {"pruner": self.options["pruner"], "sparsity": label, "seed": self.options["seed"]}
+        text = card(self.options["model"], masks, self.view, metrics, facts)
+        if written.is_dir():
+            write_atomic(written / CARD, text.encode())
+        if self.options["push_to_hub"]:
+            repository = f"{self.options['push_to_hub']}-{self.options['pruner']}-{label.replace(':', 'of')}"
+            self.uploaded.append(upload(written, repository, text))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""
@@ -309,6 +330,7 @@ class Results:
             "seed": self.options["seed"],
             "calibration": f"{self.calibration_seconds:.1f} s, once for all sparsities",
         }
+        facts |= {"calibration data": self.read} if self.read else {}
         if self.recovery:
             facts |= {"recovery": self.recovery.told, **self.facts}
         if self.writes:
@@ -318,7 +340,7 @@ class Results:
         lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]
         told = ("calibration", *(("recovery", *self.facts) if self.recovery else ()))
         lines += [*(f"{name}: {facts[name]}" for name in told), "results:"]
-        lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
+        lines += [f"  {path}" for path in (*self.written, self.path("report.md"), *self.uploaded)]
         return "\n".join(lines)
 
     def _row(

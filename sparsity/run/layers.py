@@ -21,6 +21,7 @@ from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
 from sparsity.run.sequential import Blocks, PrunedStages, Solved, by_blocks, stages
+from sparsity.run.share import Share
 from sparsity.selection import check_finite, keep_pattern, lowered
 from sparsity.solvers.swaps import swap
 from sparsity.statistics.gradient_rows import Scratch
@@ -73,7 +74,9 @@ class Layers:
         done = Blocks(self.view, self.origin, folder=folder, label=label, method=method, reduce=reduce)
         with self._replayed(folder) as replayed, PrunedStages(self.view, replayed.order, done) as put:
             replayed.put = put if self.plan.sequential else None
-            by_blocks(replayed.order, partial(self._measure, replayed), partial(self._prune_layer, score, chosen), done)
+            share = Share(*self.reading.place, reduce, self.view.device)
+            prune = partial(self._prune_layer, score, chosen)
+            by_blocks(replayed.order, partial(self._measure, replayed), prune, done, share)
         masks = as_masks(self.view, done.kept, self.facts, done.updates, biases=done.biases, errors=done.errors)
         done.forget()
         return masks

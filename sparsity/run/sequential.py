@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.masks import state_digest
 from sparsity.resume.kept import StoredTensors, load_kept, save_kept
+from sparsity.run.share import ALONE, Share
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -72,11 +73,12 @@ def by_blocks(
     measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
     prune: Callable[[str, Mapping[str, Tensor]], Solved],
     done: "Blocks",
+    share: Share = ALONE,
 ) -> None:
     """Prune one stage after the other, but for those that are done.
 
     measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, its statistics by
-    name) -> what it becomes.
+    name) -> what it becomes. share: of the layers of a stage.
     """
     done.load(order)
     for number, names in enumerate(order):
@@ -84,11 +86,13 @@ def by_blocks(
             continue
         logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
         statistics = measure(names)
-        block = {}
-        for name in names:
-            own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
-            block[name] = prune(name, own)
-        done.save(number, block)
+
+        def solve(name: str, statistics: dict[str, dict[str, Tensor]] = statistics) -> Solved:
+            take = dict.pop if share.ranks == 1 else dict.__getitem__  # each is freed when its layer is done
+            return prune(name, {key: take(found, name) for key, found in statistics.items() if name in found})
+
+        solved = share.solve(names, solve, len(Solved._fields))
+        done.save(number, {name: Solved(*fields) for name, fields in solved.items()})
 
 
 class Blocks:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsity.errors import UserError
+from sparsity.statistics.attention import projected
 from sparsity.statistics.checks import UNSEEN, finite, look, not_finite, not_reached
 from sparsity.statistics.hessian import gram
 from sparsity.statistics.streams import DenseInputs, Tokens, held_out, of_streams, other_tokens
@@ -194,10 +195,14 @@ class Statistics:
             self._is_dense = False
             self._seen.clear()
 
-    def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, name: str, key: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inside.add(name)
         self._called.add(name)
-        self._observe(name, key, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        if isinstance(module, nn.MultiheadAttention):
+            source = projected(self._weights[name].attribute, module, args, kwargs)
+        else:
+            source = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self._observe(name, key, source)
 
     def _after(self, name: str, *_: Any) -> None:
         self._inside.discard(name)
