@@ -42,7 +42,7 @@ import pruners
 from engine.reports.pictures import Pictures
 from models.external.model import prunable_view
 from sparsity.pattern import parse_pattern
-from sparsity.run.memory import preflight_bytes
+from sparsity.run.memory import demand_of, preflight_bytes
 from sparsity.run.request import Request
 
 PLANS = {
@@ -193,7 +193,7 @@ def preflight(size: Size) -> Iterator[str]:
         ("sparsegpt", Request(pattern=parse_pattern("2:4")), {}),
         ("magnitude", Request([0.5]), {"reconstruct": "lsq"}),
     ):
-        needed = preflight_bytes(pruners.build(name, **options).plan.demand(request), view)
+        needed = preflight_bytes(demand_of(pruners.build(name, **options).plan, request), view)
         yield f"| {name} | {needed.device / 1e9:.1f} | {needed.host / 1e9:.1f} |"
 
 

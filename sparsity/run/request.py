@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparsity.allocation.budget import Sparsity
-from sparsity.masks import Masks
 from sparsity.pattern import NM
+
+if TYPE_CHECKING:  # importing it loads torch
+    from sparsity.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Request:
     pattern: NM | None = None
     seed: int = 42
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
-    start: Masks | None = None
+    start: "Masks | None" = None
 
     def each(self) -> "list[Request]":
         """Return a request for each set of masks."""
