@@ -34,7 +34,7 @@ from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
-from sparsity.run.share import check_same
+from sparsity.solvers.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.masks import state_digest
 from sparsity.resume.kept import StoredTensors, load_kept, save_kept
-from sparsity.run.share import ALONE, Share
+from sparsity.solvers.share import ALONE, Share
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView

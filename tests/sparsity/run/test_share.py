@@ -8,7 +8,7 @@ import torch
 import pruners
 from sparsity.errors import UserError
 from sparsity.run.request import Request
-from sparsity.run.share import Share, check_same
+from sparsity.solvers.share import Share, check_same
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 from tests.toys import Ranks
