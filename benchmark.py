@@ -18,6 +18,7 @@ from configs.loading import configure, read_yaml
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.external import add_external_options, check_external
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
@@ -51,14 +52,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
     add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY)
     options.add_one_device(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
     if config.model_config:
         read_yaml(config.model_config)
@@ -84,9 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.measure import CLOCKS, measure
+    from engine.deployment.report import write_speed
     from engine.deployment.variants import Model, Variants
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.reports.speed import write_speed
     from models.checkpoint import read_weights
     from models.graphs import graphs_of
 
