@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.deployment.variants import Model, Variants
     from engine.pruning.data_kinds import SUBJECTS
     from models.checkpoint import read_weights
-    from models.graphs import graphs_of
+    from models.parts.graphs import graphs_of
 
     fabric = launch(args, args.output_dir)
     if args.threads:

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.reports.model_card import model_card
     from models.checkpoint import read_weights
     from models.dino.published import files_of
-    from models.graphs import graphs_of
+    from models.parts.graphs import graphs_of
 
     fabric, folder = launch(args, args.output_dir), args.output_dir
     module = models.find(args.model)

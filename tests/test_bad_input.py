@@ -112,6 +112,8 @@ TEXTS = ("", "abc", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "a,,b",
 # Options that are texts or paths: bad ones, and what is said of them.
 BAD_VALUES = {
     "save_allocation": {"allocation.txt": "--save_allocation"},
+    "from_mask": {"absent.safetensors": "absent.safetensors"},
+    "from_weights": {"absent.safetensors": "--from_weights"},
     "pruner": {"multiflo": "did you mean 'multiflow'", "": "-p/--pruner", "base": "no pruner 'base'"},
     "pruners": {"omp,multiflo": "did you mean 'multiflow'", "": "no pruner ''", "omp,": "no pruner ''"},
     "model": {"xvml": "did you mean 'xvlm'", "": "no model ''"},
