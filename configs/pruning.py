@@ -77,7 +77,7 @@ class PrunedModel:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {}
 
     def learning(self) -> PrunedModel:
@@ -152,7 +152,7 @@ class PruneConfig(PrunedModel):
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {"k_test": self.evaluation.k_test}
 
     def reranking(self, k_test: int) -> PruneConfig:
@@ -332,7 +332,7 @@ class ExternalPruneConfig(PrunedModel):
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {"evaluated on": self.evaluation or f"items of {self.calibration} that are not calibrated on"}
 
     def reranking(self, k_test: int) -> ExternalPruneConfig:

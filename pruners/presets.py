@@ -29,8 +29,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset stands for. means: in one line. pattern: with N:M. sparsities: from which sparsity on -> choice,
-    ascending, the first from 0.
+    """Hold what a preset stands for. means: in one line. pattern: with N:M. sparsities: from which sparsity on ->
+    choice, ascending, the first from 0.
     """
 
     means: str

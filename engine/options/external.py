@@ -43,7 +43,7 @@ def keywords(text: str) -> dict[str, Any]:
 def add_external_options(
     parser: argparse.ArgumentParser, forms: str, *, trains: bool = False, evaluates: bool = False
 ) -> None:
-    """What a model that is not the project's own can be told, named as the keys of its configuration.
+    """Add what a model that is not the project's own can be told, named as the keys of its configuration.
 
     forms: how such a model is given. trains: whether the script trains, in float32. evaluates: whether it always
     evaluates.

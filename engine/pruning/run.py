@@ -158,7 +158,7 @@ def percent(sparsity: Any) -> str:
 
 
 class Recovering(Protocol):
-    """What trains what is kept; see engine.recovery.recovery. told: how, for the report."""
+    """Train what is kept; see engine.recovery.recovery. told: how, for the report."""
 
     @property
     def told(self) -> str: ...
@@ -284,7 +284,7 @@ class Results:
         self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
 
     def _save_allocation(self, masks: Masks, path: Path, label: str) -> None:
-        """What the masks take from each layer, as --allocation reads it."""
+        """Write what the masks take from each layer, as --allocation reads it."""
         if self.writes:
             save_allocation(path, to_rules(self.view, masks), f"{self.stem} at {label}")
         self.written.append(path)

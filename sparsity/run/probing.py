@@ -51,7 +51,7 @@ Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic
 
 @dataclass(frozen=True)
 class Probing:
-    """What is to be measured for the allocation of a plan, and how.
+    """Measure what the allocation of a plan reads.
 
     parts: the budgets, whose sparsities are asked for. statistics: of the first pass. before: the masks of the step
     before, which the model has.

@@ -15,7 +15,7 @@ from tests.toys import Ranks
 
 
 def on_ranks(number, call):
-    """What `call(rank, reduce)` returns or raises on each of so many ranks."""
+    """Return what `call(rank, reduce)` returns or raises on each of so many ranks."""
     found, reduce = [None] * number, Ranks(number)
 
     def run(rank):
