@@ -30,14 +30,6 @@ def sizes(text: str) -> list[int]:
     return sorted({options.positive_int(item) for item in text.split(",")})
 
 
-def kinds(text: str) -> list[str]:
-    """argparse type: comma separated variants."""
-    found = [item.strip() for item in text.split(",")]
-    if unknown := [item for item in found if item not in KINDS]:
-        raise argparse.ArgumentTypeError(f"there is no variant {unknown[0]!r}; there are {', '.join(KINDS)}")
-    return found
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
@@ -48,7 +40,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     clock = "cpu: of this process, for a CPU that others use too (default: %(default)s)"
     add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     add("--threads", type=options.count, default=0, help="of the CPU (default: as torch chooses)")
-    add("--variants", type=kinds, default=list(KINDS), help=f"comma separated (default: {','.join(KINDS)})")
+    add(
+        "--variants",
+        type=options.among(KINDS, "variant"),
+        default=list(KINDS),
+        help=f"comma separated (default: {','.join(KINDS)})",
+    )
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
     add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
     options.add_config_options(parser, "prune")

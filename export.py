@@ -29,21 +29,18 @@ FORMATS = ("dense", "packed", "onnx", "int8")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def formats(text: str) -> list[str]:
-    """argparse type: comma separated formats."""
-    found = [item.strip() for item in text.split(",")]
-    if unknown := [item for item in found if item not in FORMATS]:
-        raise argparse.ArgumentTypeError(f"there is no format {unknown[0]!r}; there are {', '.join(FORMATS)}")
-    return found
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("--task", choices=("captioning",), help="what the weights were fine-tuned for (default: none, or other tasks)")
     add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
-    add("--formats", type=formats, default=list(FORMATS), help=f"comma separated (default: {','.join(FORMATS)})")
+    add(
+        "--formats",
+        type=options.among(FORMATS, "format"),
+        default=list(FORMATS),
+        help=f"comma separated (default: {','.join(FORMATS)})",
+    )
     add("--packed_dtype", choices=DTYPES, help="of the weights of the packed file (default: as they are)")
     add("-o", "--output_dir", type=Path, default=Path("output/export"), help="default: %(default)s")
     options.add_config_options(parser, "prune")

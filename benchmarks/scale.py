@@ -115,7 +115,7 @@ def make(size: Size, folder: Path, accelerator: str) -> None:
 
 @dataclass
 class Run:
-    """Keep what is seen of a process. blocks: seconds of each. peak: bytes that no file backs; device: accelerator's."""
+    """Keep what is seen of a process. blocks: seconds of each. peak: bytes that no file backs; device: of it."""
 
     seconds: float = 0.0
     blocks: list[float] = field(default_factory=list)

@@ -85,6 +85,18 @@ def target(text: str) -> str:
     return text
 
 
+def among(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
+    """Return the argparse type of a comma separated list of known words. what: such a word is."""
+
+    def parse(text: str) -> list[str]:
+        found = [item.strip() for item in text.split(",")]
+        if unknown := [item for item in found if item not in known]:
+            raise argparse.ArgumentTypeError(f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}")
+        return found
+
+    return parse
+
+
 def seeds(text: str) -> list[int]:
     """argparse type: a comma separated list of seeds, each once."""
     return list(dict.fromkeys(seed(item) for item in text.split(",")))
