@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import models
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -58,9 +58,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
+    config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
     if args.evaluate:
