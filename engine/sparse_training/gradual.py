@@ -25,8 +25,9 @@ Magnitudes = Callable[[str], Tensor]  # name of a weight -> |W|, (out, in)
 class Gradual:
     """The masks of a run: the smallest weights are pruned, more and more of them.
 
-    start: the mask that the run begins with; None: dense. steps: of the run. Each mask is nested in the one before, unless weights may
-    return. Of equal magnitudes the first go, as in prune.py. UserError where the start is sparser than the target.
+    start: the mask that the run begins with; None: dense. steps: of the run. Each mask is nested in the one before,
+    unless weights may return. Of equal magnitudes the first are pruned, as in prune.py. UserError where the start is
+    sparser than the target.
     """
 
     def __init__(self, options: GradualOptions, view: PrunableView, start: Masks | None, steps: int, seed: int):

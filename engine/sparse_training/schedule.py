@@ -36,6 +36,8 @@ class Schedule:
         return within or step == self.last
 
     def sparsity(self, step: int, before: Fraction, target: Fraction) -> Fraction:
-        """Return s + (s0 - s) (1 - (t - t0) / (t1 - t0))^3, exactly: s0 = `before` at `first`, s = `target` at `last`."""
+        """Return s + (s0 - s) (1 - (t - t0) / (t1 - t0))^3, exactly: s0 = `before` at t0 = `first`, s = `target` at
+        t1 = `last`.
+        """
         left = Fraction(self.last - step, self.last - self.first) if step < self.last else Fraction(0)
         return target + (before - target) * left**3

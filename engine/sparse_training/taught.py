@@ -26,12 +26,13 @@ class Taught(nn.Module):
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """Return "loss", the parts of the task's, its loss as "task", and the distillation's as "distill"."""
-        losses = {} if self.weight == 1 else self.model(batch=batch, epoch=epoch)
         with torch.no_grad():
             wanted = self._taught(self._view.outputs(batch, *self.teachers))
-        match = distillation(self._taught(self._view.outputs(batch)), wanted)["loss"]
-        if not losses:
+        if self.weight == 1:
+            match = distillation(self._taught(self._view.outputs(batch)), wanted)["loss"]
             return {"loss": match, "distill": match}
+        losses, own = self.model.taught(batch, epoch, self._view.outputs)
+        match = distillation(self._taught(own), wanted)["loss"]
         loss = (1 - self.weight) * losses["loss"] + self.weight * match
         return losses | {"loss": loss, "task": losses["loss"], "distill": match}
 

@@ -33,8 +33,9 @@ class Run:
     values; a checkpoint of another one is refused. clip_norm: of the gradient; 0 does not clip. validate: called every
     `validate_every` steps on every rank, returns metrics for the log, as validation/<name>. select: the metric whose
     highest value says which weights are the best, of those under the last mask. accumulate: batches of a step. hold:
-    keeps pruned weights at zero, and prunes on the way. snapshot: the checkpoint; default last.pt in `output_dir`. loggers: of rank 0, besides log.csv. best: where the best
-    weights are from. unvalidated: the checkpoint was saved before a validation that is not done.
+    keeps pruned weights at zero, and prunes on the way. snapshot: the checkpoint; default last.pt in `output_dir`.
+    loggers: of rank 0, besides log.csv. best: where the best weights are from. unvalidated: the checkpoint was saved
+    before a validation that is not done.
     """
 
     fabric: Any

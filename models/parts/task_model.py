@@ -11,10 +11,12 @@ A task of a model is the file models/<model>_<task>.py, which `models.find_task`
   of the task model stands for itself. It translates checkpoints and masks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from sparsity.view import Outputs
 
 
 class TaskModel(nn.Module):
@@ -29,6 +31,14 @@ class TaskModel(nn.Module):
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """{"loss": what is minimised, and its parts}. epoch: how many are done, with fractions."""
         raise NotImplementedError
+
+    def taught(
+        self, batch: dict[str, Any], epoch: float, outputs: Callable[[dict[str, Any]], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        """Return the losses of `forward` and what the view's `outputs` gives for the batch, for a model that is taught
+        by another one: in two passes, unless a model gets both out of one.
+        """
+        return self(batch, epoch), outputs(batch)
 
     def blocks(self) -> Sequence[nn.Module]:
         """What gradient checkpointing computes again in the backward pass, block by block."""
