@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = ", ".join(pruners.available())
     add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
-    add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
+    add("--pattern", help="N:M of all plans, instead of sparsities, or blockRxC (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")

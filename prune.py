@@ -22,7 +22,7 @@ from engine.options import command_line as options
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.errors import UserError
 from sparsity.files import check_writable
-from sparsity.pattern import parse_pattern
+from sparsity.pattern import NM, pattern_of
 from sparsity.run.request import Request
 
 SPARSITIES = "63,75,90"
@@ -66,13 +66,12 @@ def list_data(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
-    args.pattern = parse_pattern(args.pattern)
+    args.pattern = pattern_of(args.pattern)
+    decided = isinstance(args.pattern, NM)
     for option in ("sparsities", "pool", "allocation", "scope"):
-        if args.pattern and getattr(args, option) is not None:
+        if decided and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = (
-        None if args.pattern else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
-    )
+    args.sparsities = None if decided else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     if config.model_config:
         read_yaml(config.model_config)
@@ -91,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
     engine = pruners.build(args.pruner, **args.plan)
-    request = Request(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
+    request = Request.of(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:
         raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import UserError
-from sparsity.pattern import NM, parse_pattern
+from sparsity.pattern import NM, Block, pattern_of
 from sparsity.run.axes import AXES
 from sparsity.run.registry import Registry
 
@@ -94,7 +94,7 @@ def prune(
     pruner: str = "wanda",
     *,
     sparsity: "Sparsity | list[Sparsity] | tuple[Sparsity, ...] | None" = None,
-    pattern: "str | NM | None" = None,
+    pattern: "str | NM | Block | None" = None,
     group_sparsity: "Mapping[str, Sparsity] | None" = None,
     data: "Iterable[Any] | None" = None,
     seed: int = 42,
@@ -107,13 +107,13 @@ def prune(
         masks.apply(sparsity.PrunableView(model, ...))
 
     model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
-    tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead.
-    options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
+    tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead,
+    or "block4x4" beside it. options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
     built = build(pruner, **options)
     view = views.generic_view(model)
     wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
-    chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
+    chosen = pattern_of(pattern) if pattern is None or isinstance(pattern, str) else pattern
     found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
     return found if isinstance(sparsity, list | tuple) else found[0]

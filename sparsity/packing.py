@@ -4,6 +4,7 @@ A weight under `name` becomes `name.values` and, by whichever is smallest,
 
 - N:M: `name.indices`, the place in its group of each of the N values of M consecutive weights, ceil(log2 M) bits each
   (2:4 in 16 bits is 9/16 of the dense size);
+- blocks of weights (a pattern such as block4x4, `values` block by block): `name.bitmask`, a bit for each block;
 - any other sparsity: `name.bitmask`, a bit for each weight, 1 where it is kept.
 
 Bits fill bytes from the lowest on. The file's metadata has, as JSON under "packed", of each such weight its shape, its
@@ -24,10 +25,11 @@ from torch import Tensor
 from sparsity.bits import tensors_digest, to_bits, to_bytes
 from sparsity.casting import FLOATS
 from sparsity.errors import UserError
-from sparsity.pattern import NM, parse_pattern, patterns_of
+from sparsity.pattern import NM, Block, pattern_of, patterns_of
 
 PACKED, DIGEST = "packed", "packed_digest"  # keys of the metadata
 _FORMAT = {"format": "pt"}
+BLOCKS = (Block(4, 4), Block(16, 16), Block(4, 1), Block(1, 4))  # that are looked for in zeros
 _VALUES, _INDICES, _BITMASK = ".values", ".indices", ".bitmask"
 
 
@@ -45,7 +47,7 @@ def pack(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
             tensors[name] = tensor.clone().contiguous()
             continue
         layouts[name] = {"shape": list(tensor.shape), **layout}
-        encode = _pack_mask if layout["pattern"] is None else _pack_groups
+        encode = {NM: _pack_groups, Block: _pack_blocks}.get(type(pattern_of(layout["pattern"])), _pack_mask)
         tensors |= {name + kind: part for kind, part in encode(tensor, layout).items()}
     text = json.dumps(layouts)
     return tensors, {**_FORMAT, PACKED: text, DIGEST: _digest(tensors, text)}
@@ -68,7 +70,7 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
     state = {name: tensor for name, tensor in tensors.items() if name not in parts}
     for name, layout in layouts.items():
         try:
-            decode = _unpack_mask if layout["pattern"] is None else _unpack_groups
+            decode = {NM: _unpack_groups, Block: _unpack_blocks}.get(type(pattern_of(layout["pattern"])), _unpack_mask)
             kinds = [kind for kind in (_VALUES, _INDICES, _BITMASK) if name + kind in tensors]
             state[name] = decode({kind: tensors[name + kind] for kind in kinds}, layout)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
@@ -102,12 +104,16 @@ def _smallest(tensor: Tensor) -> dict[str, Any] | None:
             bits = pattern.n / pattern.m * (width + _bits(pattern))
             sizes.append((bits, {"pattern": str(pattern), "dim": dim}))
     sizes.append((kept * width + 1, {"pattern": None}))
+    for block in BLOCKS if tensor.ndim == 2 and kept < 1 else ():
+        if block.fits(tensor.shape):
+            used = float(block.reduce((tensor != 0).float()).count_nonzero()) * block.numel / tensor.numel()
+            sizes.append((used * width + 1 / block.numel, {"pattern": str(block)}))
     return min(sizes, key=lambda entry: entry[0])[1]
 
 
 def _pattern(layout: Mapping[str, Any]) -> NM:
-    pattern = parse_pattern(layout["pattern"])
-    if pattern is None:
+    pattern = pattern_of(layout["pattern"])
+    if not isinstance(pattern, NM):
         raise UserError("its groups have no pattern")
     return pattern
 
@@ -129,6 +135,35 @@ def _unpack_mask(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tens
     result = values.new_zeros(layout["shape"])
     result[torch.from_numpy(kept).bool().view(layout["shape"])] = values
     return result
+
+
+def _pack_blocks(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    block = _block(layout)
+    parts = tensor.unflatten(1, (-1, block.columns)).unflatten(0, (-1, block.rows))  # (out / R, R, in / C, C)
+    parts = parts.movedim(1, 2)  # (out / R, in / C, R, C)
+    kept = parts.count_nonzero((2, 3)) > 0
+    return {_VALUES: (parts[kept] + 0.0).reshape(-1), _BITMASK: to_bytes(kept.numpy())}  # -0 + 0 is +0
+
+
+def _unpack_blocks(parts: Mapping[str, Tensor], layout: Mapping[str, Any]) -> Tensor:
+    block, (rows, columns) = _block(layout), layout["shape"]
+    if not block.fits((rows, columns)):
+        raise UserError("its shape does not divide into blocks")
+    across = (rows // block.rows, columns // block.columns)
+    kept = torch.from_numpy(to_bits(parts[_BITMASK], math.prod(across))).bool().view(across)
+    values = parts[_VALUES]
+    if int(kept.sum()) * block.numel != len(values):
+        raise UserError("there are more or fewer values than blocks")
+    result = values.new_zeros(*across, block.rows, block.columns)
+    result[kept] = values.view(-1, block.rows, block.columns)
+    return result.movedim(2, 1).reshape(rows, columns)
+
+
+def _block(layout: Mapping[str, Any]) -> Block:
+    pattern = pattern_of(layout["pattern"])
+    if not isinstance(pattern, Block):
+        raise UserError("its blocks have no pattern")
+    return pattern
 
 
 def _pack_groups(tensor: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:

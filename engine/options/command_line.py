@@ -125,7 +125,8 @@ def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
 
 def add_targets(add: Callable[..., Any]) -> None:
     """`--pattern` and `--group_sparsity`."""
-    add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
+    both = "N:M, N weights kept of every M, instead of sparsities, e.g. 2:4; or blockRxC, R x C weights as one"
+    add("--pattern", help=f"{both} (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
 

@@ -9,7 +9,7 @@ from configs.loading import read_yaml
 from engine.options.command_line import PLAN
 from sparsity.allocation.budget import Sparsity, parse_sparsities
 from sparsity.errors import UserError
-from sparsity.pattern import NM, parse_pattern
+from sparsity.pattern import NM, Block, pattern_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PlanFile:
 
     pruner: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    pattern: NM | None = None
+    pattern: NM | Block | None = None
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def build(self, name: str, build: Callable[..., Any]) -> Any:
@@ -52,7 +52,7 @@ def plans_of(
     for option in options:
         if not any(option in each for each in read.values()):
             raise UserError(f"--{option}: none of {', '.join(read)} reads it: leave it out")
-    return {name: PlanFile(name, each, parse_pattern(pattern)) for name, each in read.items()}
+    return {name: PlanFile(name, each, pattern_of(pattern)) for name, each in read.items()}
 
 
 def read_plans(path: Path) -> dict[str, PlanFile]:
@@ -82,6 +82,6 @@ def _plan(where: str, entry: Any) -> PlanFile:
         if isinstance(pattern, int):  # YAML reads 2:4 as a number to the base of 60
             raise UserError(f"pattern: write it in quotes, '2:4', got {pattern}")
         groups = {str(group): parse_sparsities(str(share))[0] for group, share in shares.items()}
-        return PlanFile(entry["pruner"], options, parse_pattern(pattern), groups)
+        return PlanFile(entry["pruner"], options, pattern_of(pattern), groups)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

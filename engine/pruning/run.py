@@ -25,6 +25,7 @@ from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from sparsity.errors import UserError
 from sparsity.masks import Masks
+from sparsity.pattern import NM, Block
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -142,7 +143,8 @@ class Results:
         self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
         self.columns = columns
         model = file_name(options["model"])
-        self.stem = f"{model}_{options['pruner']}"
+        block = f"_{options['pattern']}" if isinstance(options["pattern"], Block) else ""
+        self.stem = f"{model}_{options['pruner']}{block}"
         self.calibration_seconds = 0.0
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
@@ -166,7 +168,8 @@ class Results:
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label = str(self.options["pattern"] or percent(sparsity))
+        pattern = self.options["pattern"]
+        label = str(pattern) if isinstance(pattern, NM) else percent(sparsity)
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         check_finite(masks)

@@ -33,18 +33,21 @@ class SemiStructuredLinear(nn.Module):
     algorithm of the library is looked for; None: the library's first.
     """
 
+    packed: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         rows, columns = -self.out_features % _WEIGHT, -self.in_features % _WEIGHT
         padded = nn.functional.pad(weight, (0, columns, 0, rows)).contiguous()
-        self.register_buffer("packed", torch._cslt_compress(padded))
+        self.register_buffer("packed", torch.ops.aten._cslt_compress(padded))
         self.register_buffer("bias", None if bias is None else nn.functional.pad(bias, (0, rows)))
         self.columns, self.algorithm = columns, 0
         if tokens:
             inputs = weight.new_zeros(tokens + -tokens % _TOKENS, padded.shape[1])
             self.algorithm = int(
-                torch._cslt_sparse_mm_search(self.packed, inputs.t(), bias=self.bias, transpose_result=True)
+                torch.ops.aten._cslt_sparse_mm_search(self.packed, inputs.t(), bias=self.bias, transpose_result=True)
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class SemiStructuredLinear(nn.Module):
         tokens = flat.shape[0]
         if self.columns or tokens % _TOKENS:
             flat = nn.functional.pad(flat, (0, self.columns, 0, -tokens % _TOKENS))
-        found = torch._cslt_sparse_mm(
+        found = torch.ops.aten._cslt_sparse_mm(
             self.packed, flat.t(), bias=self.bias, transpose_result=True, alg_id=self.algorithm
         )  # (tokens, out), each padded
         return found[:tokens, : self.out_features].reshape(*inputs.shape[:-1], self.out_features)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
@@ -23,7 +23,7 @@ class Problem:
     kept: (out, in), bool, the mask; None where the reconstruction finds it: then sparsity (a fraction; None with a
     pattern), scope and pattern say what is legal. dense_share: a of `--target dense:a`, the share of the wanted output
     that is the dense model's on the dense inputs; then `statistics` has "cross" too. 0: the output of W on the inputs
-    that the layer gets.
+    that the layer gets. block: a mask that is found prunes whole blocks of weights, its sparsity is that of blocks.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Problem:
     scope: str = "layer"
     pattern: NM | None = None
     dense_share: float = 0.0
+    block: Block | None = None
 
 
 class Reconstruction:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.reconstruction.base import Problem
-from sparsity.selection import keep_rows, keep_within
+from sparsity.selection import SELECTION, keep_rows, keep_within
 
 
 def project(problem: Problem, scores: Tensor) -> Tensor:
     """Return the mask, (out, in) bool, that a problem allows with the largest scores (out, in): of its N:M pattern, or
-    exactly its sparsity within its scope.
+    exactly its sparsity within its scope. Of magnitudes that is the nearest legal one: blocks of weights are compared
+    by their sums of squares.
     """
     if problem.pattern:
         return problem.pattern.keep(scores)
@@ -39,6 +40,10 @@ def _share_of(sparsity: Sparsity, share: Fraction) -> Sparsity:
 
 
 def _keep(problem: Problem, scores: Tensor, sparsity: Sparsity) -> Tensor:
+    if problem.block:
+        blocks, width = problem.block.reduce(scores.square()), SELECTION // problem.block.columns
+        kept = keep_within(problem.name, blocks, problem.scope, partial(budget, sparsity), width)
+        return problem.block.expand(kept)
     if problem.scope == "row":
         counts = torch.full((len(scores),), budget(sparsity, scores.shape[1]))
         return keep_rows(problem.name, scores, counts.to(scores.device))  # a count each: the faster way

@@ -19,11 +19,12 @@ from sparsity.allocation.base import Part
 from sparsity.allocation.budget import Sparsity, budget, step_sparsity
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.steps import Trail
+from sparsity.run.blocks import in_blocks, of_weights
 from sparsity.run.layers import Layers
-from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, versions
+from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, fits, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import budgets, chosen, follow, quotas, select, shared, warn_of_sum
@@ -64,7 +65,7 @@ class Engine:
         batches: Iterable[Any] | None,
         sparsities: Sequence[Sparsity] | None,
         *,
-        pattern: NM | None = None,
+        pattern: NM | Block | None = None,
         seed: int = 42,
         groups: Mapping[str, Sparsity] | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
@@ -76,7 +77,7 @@ class Engine:
         batches: a list, or a loader with a length, where they are read more than once; each step of a plan with several
         reads the same. UserError, before any data is read, for what cannot be.
         """
-        request = Request(sparsities or (), pattern, seed, groups or {})
+        request = Request.of(sparsities or (), pattern, seed, groups)
         reading = CalibrationPass(batches, progress, reduce, generators)
         self.preflight(view, request)
         if not (reading.rereadable or self.plan.one_pass):
@@ -92,11 +93,12 @@ class Engine:
         """
         self.plan.check(request)
         check_weights(view)
-        if request.pattern:
-            check_fits(view, request.pattern)
-        else:
-            parts = budgets(self._whole(view, self._no_scores), request.sparsities, request.groups)
-            warn_of_sum(parts, request.sparsities, view.numel)
+        if found := request.pattern or request.block:
+            check_fits(view, found)
+        if not request.pattern:
+            whole = self._whole(view, self._no_scores, request)
+            parts = budgets(whole, request.sparsities, request.groups)
+            warn_of_sum(parts, request.sparsities, whole.numel)
         if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
             self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
 
@@ -165,8 +167,8 @@ class Engine:
         plan = self.plan
         plan.check(request)
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
-        if request.pattern:
-            record["dense_layers"] = dense_layers(view, request.pattern)
+        if found := request.pattern or request.block:
+            record["dense_layers"] = dense_layers(view, found)
         if plan.scored and plan.reconstruction is None:
             yield from self._at_once(view, measured, request, record)
             return
@@ -219,19 +221,25 @@ class Engine:
         """The masks by scores of the whole model, for each sparsity, or once for a pattern."""
         if request.pattern:
             return iter([follow(request.pattern, scores(list(view.weights)))])
-        whole = self._whole(view, scores, measured.statistics, before)
+        whole = self._whole(view, scores, request, measured.statistics, before)
         parts = budgets(whole, request.sparsities, request.groups)
+        if block := request.block:
+            contests = in_blocks(shared(parts, self.plan.allocation), block)
+            return (of_weights(view, kept, block) for kept in chosen(contests, self.plan.scope))
         return select(parts, self.plan.allocation, self.plan.scope)
 
     @staticmethod
     def _whole(
         view: PrunableView,
         scores: Callable[[Sequence[str]], Named],
+        request: Request,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
         before: Masks | None = None,
     ) -> Part:
+        """Return all weights that compete: those of layers that divide into blocks, where blocks are pruned."""
         pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
-        return Part(view, list(view.weights), scores, statistics or {}, pruned=pruned)
+        names = [name for name, weight in view.weights.items() if fits(request.block, weight.shape)]
+        return Part(view, names, scores, statistics or {}, pruned=pruned)
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -288,8 +296,9 @@ class Engine:
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
-            whole = self._whole(view, self._no_scores, measured.statistics, before)
-            layers.quotas = quotas(budgets(whole, target.sparsities, target.groups), plan.allocation)
+            whole = self._whole(view, self._no_scores, target, measured.statistics, before)
+            contests = shared(budgets(whole, target.sparsities, target.groups), plan.allocation)
+            layers.quotas = quotas(in_blocks(contests, target.block) if target.block else contests)
         if plan.by_blocks(target) or plan.joint(target):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
@@ -308,14 +317,18 @@ class Engine:
         """Return what is measured, with the statistic that is learned for one target."""
 
         # While scores are learned the model's weights are masked ones: what each layer loses is decided before.
-        whole = self._whole(view, self._no_scores, measured.statistics, before)
+        whole = self._whole(view, self._no_scores, target, measured.statistics, before)
         parts = [] if target.pattern else budgets(whole, target.sparsities, target.groups)
         contests = shared(parts, self.plan.allocation)
 
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            (kept,) = chosen([(replace(p, scores=scores), c, s) for p, c, s in contests], self.plan.scope)
+            found = [(replace(p, scores=scores), c, s) for p, c, s in contests]
+            if block := target.block:
+                (kept,) = chosen(in_blocks(found, block), self.plan.scope)
+                return of_weights(view, kept, block)
+            (kept,) = chosen(found, self.plan.scope)
             return kept
 
         with reading.arithmetic():

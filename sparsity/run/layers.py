@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsity.masks import Masks
 from sparsity.reconstruction.base import Problem
 from sparsity.replay.replayed import Replayed
-from sparsity.run.outcome import alive_of, as_masks
+from sparsity.run.outcome import alive_of, as_masks, fits
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
@@ -84,7 +84,7 @@ class Layers:
     def _measure(self, replayed: Replayed, names: list[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
         pattern = self.target.pattern
-        fitting = [name for name in names if not pattern or pattern.fits(self.view.weights[name].shape[1])]
+        fitting = [name for name in names if fits(pattern or self.target.block, self.view.weights[name].shape)]
         wanted = [statistic for statistic in self.plan.statistics if statistic in OF_INPUTS]
         if not fitting:
             return {}
@@ -101,7 +101,7 @@ class Layers:
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is kept of a layer, (out, in) bool, and what it becomes."""
         solver, pattern = self.plan.reconstruction, self.target.pattern
-        if pattern and not pattern.fits(weight.shape[1]):
+        if not fits(pattern or self.target.block, weight.shape):
             return torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None
         chosen = kept.get(name)
         if chosen is None and not self.plan.joint(self.target):
@@ -110,7 +110,8 @@ class Layers:
             assert chosen is not None, "without a reconstruction a mask is chosen by scores"
             return chosen, None
         sparsity = self.quotas[name].share if name in self.quotas else None
-        return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, self.plan.scope, pattern))
+        how = {"scope": self.plan.scope, "pattern": pattern, "block": self.target.block}
+        return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, **how))
 
     def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
         """Return what the scores of one layer keep of it."""
@@ -123,4 +124,6 @@ class Layers:
             found = lowered(found, alive_of(self.view, self.before, name))
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
+        if block := self.target.block:
+            return block.expand(self.quotas[name].keep(name, block.reduce(found), self.plan.scope))
         return self.quotas[name].keep(name, found, self.plan.scope)

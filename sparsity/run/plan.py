@@ -15,9 +15,11 @@ from torch import Tensor
 from sparsity.allocation.base import Allocation
 from sparsity.allocation.budget import check_schedule, fraction
 from sparsity.errors import UserError
+from sparsity.pattern import Block
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
 from sparsity.run.request import Request
+from sparsity.selection import SELECTION
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
 from sparsity.view import PrunableView
@@ -153,6 +155,8 @@ class Plan:
             )
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
+        if request.block:
+            self._check_blocks(request.block, request)
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
         if self.sequential and self.reconstruction is None and not self.by_blocks(request):
@@ -160,6 +164,15 @@ class Plan:
                 f"allocation {self.allocation.name!r} compares layers with each other, which sequential calibration"
                 " prunes one after the other: take allocation layer, or calibration_mode dense"
             )
+
+    def _check_blocks(self, block: Block, request: Request) -> None:
+        """Raise UserError where this plan cannot prune blocks of weights."""
+        if self.whole:
+            raise UserError(f"--pattern {block}: {self.name} chooses single weights of the whole model: leave it out")
+        if self.scope == "block" and not self.joint(request):
+            raise UserError(f"--scope block compares single weights: with --pattern {block} take --scope layer or row")
+        if self.scope == "block" and SELECTION % block.columns:
+            raise UserError(f"--pattern {block}: its columns must divide the {SELECTION} of --scope block")
 
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
@@ -169,6 +182,8 @@ class Plan:
         else:
             pool = next((pool for pool, both in POOLS.items() if both == (self.allocation.name, self.scope)), None)
             found |= {"allocation": self.allocation.name, "scope": self.scope} | ({"pool": pool} if pool else {})
+        if request.block:
+            found["pattern"] = str(request.block)
         if request.groups:
             found["group_sparsity"] = {group: str(sparsity) for group, sparsity in request.groups.items()}
         if self.of_inputs:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sparsity.allocation.budget import Sparsity
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,28 @@ class Request:
     """Which masks are wanted.
 
     sparsities: fractions, one set of masks for each; or else a pattern, which takes their place. groups: the sparsity
-    of each of these modalities, whatever the others lose. seed: of what is drawn.
+    of each of these modalities, whatever the others lose. seed: of what is drawn. block: weights are pruned in blocks;
+    sparsities are then those of the layers that divide into them.
     """
 
     sparsities: Sequence[Sparsity] = ()
     pattern: NM | None = None
     seed: int = 42
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
+    block: Block | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sparsities: Sequence[Sparsity],
+        pattern: NM | Block | None,
+        seed: int = 42,
+        groups: Mapping[str, Sparsity] | None = None,
+    ) -> "Request":
+        """Return a request for a pattern of either kind, or for sparsities without one."""
+        if isinstance(pattern, Block):
+            return cls(sparsities, None, seed, groups or {}, pattern)
+        return cls(sparsities, pattern, seed, groups or {})
 
     def each(self) -> "list[Request]":
         """Return a request for each set of masks."""

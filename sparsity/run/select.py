@@ -49,7 +49,8 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     rest = replace(whole, names=[name for name in whole.names if name not in inside])
     given: list[Budget] = []
     for group, share in groups.items():
-        given.append((replace(whole, names=members[group]), [share] * len(sparsities)))
+        names = [name for name in members[group] if name in whole.names]
+        given.append((replace(whole, names=names), [share] * len(sparsities)))
     lost = sum(budget(shares[0], part.numel) for part, shares in given)
     if not rest.names:
         return given
@@ -147,11 +148,11 @@ class Quota:
         return keep_within(name, score, scope, partial(budget, self.share))
 
 
-def quotas(parts: Sequence[Budget], allocation: Allocation) -> dict[str, Quota]:
-    """Return name -> quota, for one sparsity of an allocation that is local."""
+def quotas(contests: Shared) -> dict[str, Quota]:
+    """Return name -> quota, from the contests for one sparsity of an allocation that is local."""
     return {
         name: Quota(contest.counts[0], shares[0] if contest.even else None)
-        for _, contest, shares in shared(parts, allocation)
+        for _, contest, shares in contests
         for name in contest.names
     }
 

@@ -176,7 +176,8 @@ def sparse(shape: tuple[int, ...], dtype: torch.dtype, nm: bool) -> torch.Tensor
 
 
 STATE = {
-    "groups.weight": sparse((8, 16), torch.float16, True),
+    "groups.weight": torch.stack([row.roll(i) for i, row in enumerate(sparse((8, 16), torch.float16, True))]),
+    "blocks.weight": sparse((8, 16), torch.float16, True),  # whole columns are zero
     "across.weight": sparse((16, 7), torch.float32, True).reshape(7, 16).t().contiguous(),
     "mask.weight": sparse((7, 13), torch.float32, False),
     "conv.weight": sparse((3, 2, 3, 3), torch.bfloat16, False),
@@ -196,6 +197,7 @@ def test_packed_files_hold_every_kind():
     assert {(layout["pattern"], layout.get("dim")) for layout in layouts.values()} == {
         ("2:4", 1),
         ("2:4", 0),
+        ("block4x1", None),
         (None, None),
     }
     assert unpacked(unpack(load(PACKED), pack(STATE)[1]))

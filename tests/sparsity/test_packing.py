@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 
 from sparsity.packing import pack, unpack
-from sparsity.pattern import NM, patterns_of
+from sparsity.pattern import NM, Block, patterns_of
 
 
 def sparse(pattern, shape=(24, 64), dtype=torch.float32):
@@ -51,6 +51,26 @@ def test_any_other_sparsity(shape, share):
     state, size = through_a_file({"w": weight})
     assert torch.equal(state["w"], weight)
     assert size <= min(4 * weight.numel(), 4 * int(weight.count_nonzero()) + -(-weight.numel() // 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [Block(4, 4), Block(16, 16), Block(4, 1), Block(1, 4)], ids=str)
+def test_blocks_take_a_bit_each(block, dtype):
+    torch.manual_seed(2)
+    kept = torch.rand(64 // block.rows, 128 // block.columns) < 0.2
+    weight = ((torch.rand(64, 128) + 0.5) * block.expand(kept)).to(dtype)
+    weight[0, 0] = -0.0
+    tensors, metadata = pack({"w": weight})
+    assert json.loads(metadata["packed"])["w"] == {"shape": [64, 128], "pattern": str(block)}
+    state, size = through_a_file({"w": weight})
+    assert state["w"].dtype == dtype and torch.equal(state["w"], weight)
+    assert size == int(block.reduce(weight.float()).count_nonzero()) * block.numel * dtype.itemsize + kept.numel() // 8
+    for damaged in (
+        {**tensors, "w.values": tensors["w.values"][1:]},
+        {**tensors, "w.bitmask": tensors["w.bitmask"][1:]},
+    ):
+        with pytest.raises(ValueError, match="'w' is damaged"):
+            unpack(damaged, metadata)
 
 
 def test_values_that_are_not_numbers_and_groups_with_fewer_than_n():
