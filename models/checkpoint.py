@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from models.hub import first_line, hub_answers
 from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import reading
+from sparsity.learned.checkpoint import GATE, fold
 from sparsity.packing import unpack
 from sparsity.view import canonical
 
@@ -161,6 +162,8 @@ def load_weights(
     Raises UserError naming the first tensors that don't fit; the model is not changed then.
     """
     weights = read_weights(path, wrappers) if weights is None else weights
+    if any(name.endswith(GATE) and f"{name.removesuffix(GATE)}.weight" in weights for name in weights):
+        weights = fold(weights)  # learned masks become zeros
     weights = {rename(name): t for name, t in weights.items()}
     weights = {name: t for name, t in weights.items() if not _matches(name, ignored)}
     state = {canonical(name): t for name, t in model.state_dict(keep_vars=True).items()}

@@ -75,7 +75,7 @@ class Embeddings(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patch_embeddings.projection(image).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.position_embeddings
+        return torch.cat([self.cls_token.expand(image.shape[0], -1, -1), patches], dim=1) + self.position_embeddings
 
 
 class SelfAttention(nn.Module):

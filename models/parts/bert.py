@@ -147,8 +147,8 @@ class Layer(nn.Module):
         x = self.attention(x, mask)
         if image is not None:
             # Texts that share a row are queries of one sequence; without any text there are no rows either.
-            rows = len(image[0] if isinstance(image, tuple) else image)
-            queries = x.reshape(rows, len(x) // max(1, rows) * x.shape[1], x.shape[2])
+            rows = (image[0] if isinstance(image, tuple) else image).shape[0]
+            queries = x.reshape(rows, x.shape[0] // max(1, rows) * x.shape[1], x.shape[2])
             x = self.crossattention(queries, image_mask, image).reshape(x.shape)
         return self.output(self.intermediate(x), x)
 

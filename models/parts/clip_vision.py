@@ -105,7 +105,7 @@ class CLIPVisionTransformer(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, L, V)."""
         patches = self.patch_embed(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.expand(len(image), 1, -1).to(patches.dtype), patches], dim=1)
+        tokens = torch.cat([self.class_embedding.expand(image.shape[0], 1, -1).to(patches.dtype), patches], dim=1)
         return self.pre_layrnorm(tokens + self.pos_embed(self.position_ids))
 
     def forward(self, image: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ def accelerate(
     masks: Masks | None = None,
     *,
     batch: Any,
+    forward: Callable[[Any], Any] | None = None,
     rounds: int = 7,
     margin: float = 0.05,
 ) -> Accelerated:
@@ -108,15 +109,15 @@ def accelerate(
         print(fast.table())
 
     model: a view of it, or any module, whose forward pass takes the batch. masks: by which it is pruned first; None:
-    its zeros are those that it has. batch: one as it will be used; its size decides. rounds: of all ways in turns.
-    margin: by how much a kernel must be faster than the dense layer, beyond noise. The model is changed in place;
+    its zeros are those that it has. batch: one as it will be used; its size decides. forward: runs one, in place
+    of the view's own pass. rounds: of all ways in turns. margin: by how much a kernel must be faster than the dense layer, beyond noise. The model is changed in place;
     `Accelerated.restore` puts its own layers, which stay in memory, back. Raises UserError where a mask does not fit.
     """
     view = generic_view(model)
     if masks is not None:
         masks.apply(view)
     view.model.eval()
-    shapes = _input_shapes(view, batch)
+    shapes = _input_shapes(view, forward or view.forward, batch)
     choices, places = [], []
     for weight in view.weights.values():
         for module, use in zip(weight.modules, weight.uses, strict=True):
@@ -127,7 +128,7 @@ def accelerate(
     return Accelerated(view, choices, places)
 
 
-def _input_shapes(view: PrunableView, batch: Any) -> dict[nn.Module, torch.Size]:
+def _input_shapes(view: PrunableView, forward: Callable[[Any], Any], batch: Any) -> dict[nn.Module, torch.Size]:
     """Return the shape of the largest input of each layer that is called in a forward pass."""
     shapes: dict[nn.Module, torch.Size] = {}
 
@@ -138,7 +139,7 @@ def _input_shapes(view: PrunableView, batch: Any) -> dict[nn.Module, torch.Size]
 
     hooks = [m.register_forward_pre_hook(note) for weight in view.weights.values() for m in weight.modules]
     try:
-        view.forward(batch)
+        forward(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,122 @@
+"""Measure what pruning gives in bytes, time and memory: a model dense, with its zeros, packed, by sparse kernels, and as
+ONNX in float32 and int8, side by side in one run.
+
+    python benchmark.py -m dino --mask output/omp/dino_omp_90_seed42_pruning_masks.safetensors --evaluate
+    python benchmark.py -m timm:vit_base_patch16_224 --weights random --mask MASK --batch_sizes 1,8 --threads 2
+    python benchmark.py -m dino --weights pruned.safetensors --variants masked,accelerated
+
+All variants take turns; medians and quartiles are given, and no ratio that the quartiles leave open. Results are
+written to <output_dir>: speed.md, speed.csv, speed.png, and the files that were measured. docs/speed.md says what to
+expect.
+"""
+
+import argparse
+from pathlib import Path
+
+import models
+from configs.loading import configure, read_yaml
+from configs.pruning import PRUNE_CONFIGS, PrunedModel
+from engine.launch import launch, run, script
+from engine.options import command_line as options
+from sparsity.errors import MissingFileError, UserError
+from sparsity.files import check_writable
+
+KINDS = ("dense", "masked", "packed", "accelerated", "onnx", "int8")
+
+
+def sizes(text: str) -> list[int]:
+    """argparse type: comma separated batch sizes, each once, ascending."""
+    return sorted({options.positive_int(item) for item in text.split(",")})
+
+
+def kinds(text: str) -> list[str]:
+    """argparse type: comma separated variants."""
+    found = [item.strip() for item in text.split(",")]
+    if unknown := [item for item in found if item not in KINDS]:
+        raise argparse.ArgumentTypeError(f"there is no variant {unknown[0]!r}; there are {', '.join(KINDS)}")
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = options.Parser(__doc__)
+    add = parser.add_argument
+    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
+    add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
+    add("--batch_sizes", type=sizes, default=[1, 8], help="comma separated (default: 1,8)")
+    add("--rounds", type=options.positive_int, default=11, help="in which all variants take turns (default: 11)")
+    add("--threads", type=options.count, default=0, help="of the CPU (default: as torch chooses)")
+    add("--variants", type=kinds, default=list(KINDS), help=f"comma separated (default: {','.join(KINDS)})")
+    add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
+    add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
+    options.add_config_options(parser, "prune")
+    options.add_external_options(parser, models.ANY)
+    options.add_one_device(parser)
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> PrunedModel:
+    """Everything that can be refused before heavy imports."""
+    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
+    if config.model_config:
+        read_yaml(config.model_config)
+    config.check_weights()
+    if args.mask and not args.mask.is_file():
+        raise MissingFileError(f"--mask {args.mask}: there is no such file")
+    if args.evaluate:
+        config.check_evaluation(args.model)
+    if {"onnx", "int8"} & set(args.variants):
+        from engine.deployment.onnx_files import check_packages
+
+        check_packages("--variants onnx,int8")
+    check_writable(args.output_dir, "--output_dir")
+    return config
+
+
+@script
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    config = check(args)
+
+    import torch
+
+    from engine.deployment.loading import masks_of, zeros_of
+    from engine.deployment.measure import measure
+    from engine.deployment.variants import Model, Variants
+    from engine.pruning.data_kinds import SUBJECTS
+    from engine.reports.speed import write_speed
+    from models.checkpoint import read_weights
+    from models.graphs import graphs_of
+
+    fabric = launch(args, args.output_dir)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    def loaded() -> Model:
+        subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
+        view = subject.load(fabric)
+        return Model(view, graphs_of(view.model), subject.evaluation(args.output_dir) if args.evaluate else None)
+
+    pruned, dense = loaded(), loaded() if args.mask else None
+    if dense:  # random weights are drawn anew
+        pruned.view.model.load_state_dict(dense.view.model.state_dict())
+        masks_of(args.mask, read_weights).apply(pruned.view)
+    masks = zeros_of(pruned.view)
+    built = Variants(dense, pruned, args.output_dir / "files", args.threads or torch.get_num_threads())
+    variants = built.build(args.variants)
+    if not any(variant.run for variant in variants):
+        raise UserError("--variants: there is nothing to run; dense needs --mask, packed runs as masked does")
+    measure(variants, args.batch_sizes, args.rounds)
+    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "CPU"
+    facts = {"model": args.model, "mask": args.mask or "zeros of the weights", "device": device}
+    facts |= {"sparsity": f"{100 * masks.report(pruned.view).overall.sparsity:.2f} % of the prunable weights"}
+    facts |= {"threads": torch.get_num_threads(), "rounds": args.rounds, "torch": torch.__version__}
+    tables = "\n\n".join(
+        f"Batch {batch}:\n\n{built.tables[batch]}" for batch in args.batch_sizes if batch in built.tables
+    )
+    print(write_speed(args.output_dir, f"Speed of {args.model}", facts, variants, args.batch_sizes, tables))
+    print(f"\nreport: {args.output_dir / 'speed.md'}")
+
+
+if __name__ == "__main__":
+    run(main)
