@@ -1,5 +1,5 @@
-"""Measure what pruning gives in bytes, time and memory: a model dense, with its zeros, packed, by sparse kernels, and as
-ONNX in float32 and int8, side by side in one run.
+"""Measure what pruning gives in bytes, time and memory: a model dense, with its zeros, packed, by sparse kernels, and
+as ONNX in float32 and int8, side by side in one run.
 
     python benchmark.py -m dino --mask output/omp/dino_omp_90_seed42_pruning_masks.safetensors --evaluate
     python benchmark.py -m timm:vit_base_patch16_224 --weights random --mask MASK --batch_sizes 1,8 --threads 2
@@ -111,9 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {"model": args.model, "mask": args.mask or "zeros of the weights", "device": device}
     facts |= {"sparsity": f"{100 * masks.report(pruned.view).overall.sparsity:.2f} % of the prunable weights"}
     facts |= {"threads": torch.get_num_threads(), "rounds": args.rounds, "torch": torch.__version__}
-    tables = "\n\n".join(
-        f"Batch {batch}:\n\n{built.tables[batch]}" for batch in args.batch_sizes if batch in built.tables
-    )
+    tables = "\n\n".join(f"Batch {b}:\n\n{built.tables[b]}" for b in args.batch_sizes if b in built.tables)
     print(write_speed(args.output_dir, f"Speed of {args.model}", facts, variants, args.batch_sizes, tables))
     print(f"\nreport: {args.output_dir / 'speed.md'}")
 

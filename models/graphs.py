@@ -123,14 +123,12 @@ class _Projected(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
-        self.layer, self.first = (
-            model.config.vision_feature_layer,
-            model.config.vision_feature_select_strategy != "full",
-        )
+        self.layer = model.config.vision_feature_layer
+        self.first = int(model.config.vision_feature_select_strategy != "full")  # without the class token
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         states = self.tower(pixel_values, output_hidden_states=True).hidden_states[self.layer]
-        return self.projector(states[:, int(self.first) :])  # without the class token
+        return self.projector(states[:, self.first :])
 
 
 class _Embed(nn.Module):
@@ -157,8 +155,8 @@ class _Language(nn.Module):
 
 
 def graphs_of(model: nn.Module, side: int = 0) -> list[Graph]:
-    """Return the parts of a model that are exported. side: of the images of a captioning model. UserError for a model of
-    which none is known.
+    """Return the parts of a model that are exported. side: of the images of a captioning model. UserError for a model
+    of which none is known.
     """
     model = bare(model)
     if isinstance(model, Captioner):

@@ -1,10 +1,12 @@
 """Time, memory and arithmetic of a model in several variants, side by side in one run."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def measure(variants: Sequence[Variant], batches: Sequence[int], rounds: int) ->
         for variant, run in runs:
             with variant.ready(batch), torch.no_grad():
                 run(batch)
-                variant.memory[batch] = peak_memory(lambda run=run: run(batch))
+                variant.memory[batch] = peak_memory(partial(run, batch))
         for turn in range(rounds):
             for variant, run in runs[turn % len(runs) :] + runs[: turn % len(runs)]:
                 with variant.ready(batch), torch.no_grad():
@@ -65,11 +67,12 @@ def peak_memory(run: Callable[[], Any]) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is counted when it is taken again
         Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident size begins anew
         before = _status("VmRSS")
         run()
         return max(0, _status("VmHWM") - before)
-    except OSError:
+    except (OSError, AttributeError):  # no Linux
         run()
         return 0
 

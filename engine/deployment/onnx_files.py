@@ -140,7 +140,7 @@ def quantise(source: Path, target: Path) -> Path:
 
 
 def trtexec(path: Path, graph: Graph, batches: Sequence[int] = (1, 8, 32)) -> list[str]:
-    """Return the command lines that build a TensorRT engine of an ONNX file and time it: dense, and with 2:4 kernels."""
+    """Return the command lines that build a TensorRT engine of an ONNX file and time it: dense, and by 2:4 kernels."""
 
     def shapes(batch: int) -> str:
         sizes = {name: (batch, *example.shape[1:]) for name, example in graph.inputs.items()}

@@ -1,4 +1,4 @@
-"""The variants of a model that a benchmark puts side by side: dense, with zeros, packed, by sparse kernels, and ONNX."""
+"""The variants of a model that a benchmark puts side by side: dense, with zeros, packed, by kernels, and as ONNX."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 @dataclass
 class Model:
-    """A model that is measured. graphs: the parts of it that run, one after the other. evaluate: measures it as it is."""
+    """A model that is measured. graphs: the parts that run, one after the other. evaluate: measures it as it is."""
 
     view: PrunableView
     graphs: Sequence[Graph]
@@ -68,11 +68,9 @@ class Variants:
         dense, sparse = multiply_adds(model.view.model, lambda: model.run(1), 1)
         parameters = sum(int(p.count_nonzero()) if pruned else p.numel() for p in weights)
         operations = sparse if pruned else dense
+        known = {"bytes": path.stat().st_size, "parameters": parameters, "operations": operations}
         quality = model.evaluate() if model.evaluate and not packed else {}
-        run = None if packed else model.run
-        return Variant(
-            name, run, bytes=path.stat().st_size, parameters=parameters, operations=operations, quality=quality
-        )
+        return Variant(name, None if packed else model.run, quality=quality, **known)
 
     def _dense(self) -> list[Variant]:
         return [self._torch("dense", self.dense, pruned=False)] if self.dense else []

@@ -11,6 +11,15 @@ from engine.reports.report import markdown_table
 from sparsity.files import replacing, write_atomic
 
 NOISE = "within the noise"
+MEASURED = """Medians and quartiles of rounds in which all variants take turns. Multiply-adds: of linear layers and
+convolutions, for one sample, without those by zeros. A packed file is unpacked when it is loaded, and runs as the
+masked model does; layers are accelerated when it is loaded, from any of the files.
+"""
+ESTIMATE = """## GPUs by their data sheets: an estimate, nothing of it is measured
+
+The least time in 16 bits is max(2 F B / P, W b / M), with F multiply-adds a sample, batch B, P FLOP/s, W weights of b
+bytes, M bytes/s; 2:4 halves F, and b is 9/16 of 2 bytes. Real kernels are slower, those of 2:4 by more.
+"""
 
 
 def rows_of(variants: Sequence[Variant], batches: Sequence[int]) -> list[dict[str, str]]:
@@ -74,19 +83,10 @@ def write_speed(
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     found = markdown_table(rows)
     parts = [f"# {title}\n", listed, f"{found}\n", "![samples per second](speed.png)\n"]
-    parts += ["Medians and quartiles of rounds in which all variants take turns. Multiply-adds: of linear layers and"]
-    parts[-1] += " convolutions, for one sample. A packed file is unpacked when it is loaded, and runs as the masked"
-    parts[-1] += " model does.\n"
+    parts += [MEASURED]
     if table:
         parts += ["## What each layer is computed by\n", f"{table}\n"]
-    parts += ["## GPUs by their data sheets: an estimate, nothing of it is measured\n"]
-    parts += [
-        "The least time in 16 bits is max(2 F B / P, W b / M), with F multiply-adds a sample, batch B, P FLOP/s, W"
-    ]
-    parts[-1] += (
-        " weights of b bytes, M bytes/s; 2:4 halves F, and b is 9/16 of 2 bytes. Real kernels are slower, those"
-    )
-    parts[-1] += " of 2:4 by more.\n"
+    parts += [ESTIMATE]
     parts += [markdown_table(roofline_rows(variants, batches)) + "\n"]
     write_atomic(folder / "speed.md", "\n".join(parts).encode())
     return found

@@ -109,9 +109,10 @@ def accelerate(
         print(fast.table())
 
     model: a view of it, or any module, whose forward pass takes the batch. masks: by which it is pruned first; None:
-    its zeros are those that it has. batch: one as it will be used; its size decides. forward: runs one, in place
-    of the view's own pass. rounds: of all ways in turns. margin: by how much a kernel must be faster than the dense layer, beyond noise. The model is changed in place;
-    `Accelerated.restore` puts its own layers, which stay in memory, back. Raises UserError where a mask does not fit.
+    its zeros are those that it has. batch: one as it will be used; its size decides. forward: runs one, in place of the
+    view's own pass. rounds: of all ways in turns. margin: by how much a kernel must be faster than the dense layer,
+    beyond noise. The model is changed in place; `Accelerated.restore` puts its own layers, which stay in memory, back.
+    Raises UserError where a mask does not fit.
     """
     view = generic_view(model)
     if masks is not None:

@@ -1,0 +1,44 @@
+"""A model with its zeros as other programs load it: a folder with `model.safetensors`, `config.json`, what prepares its
+inputs, and a model card.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.export import save_model, save_weights
+from sparsity.files import write_atomic
+
+FILE = "model.safetensors"
+
+
+def save_folder(
+    model: nn.Module, folder: Path, halves: Mapping[str, torch.dtype], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write a model as transformers or timm loads it, or with the files that are given.
+
+    halves: of `sparsity.view.PrunableView`. files: name -> content, as JSON, beside a model of neither library.
+    """
+    kind = type(model).__module__
+    if kind.startswith("transformers."):
+        save_model(model, folder, halves)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / FILE, halves=halves, allowed=("vanished",))
+    if kind.startswith("timm."):
+        from timm.models import save_config_for_hf
+
+        save_config_for_hf(model, str(folder / "config.json"))
+    for name, content in files.items():
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def beside(folder: Path, target: Path) -> None:
+    """Copy the configuration of a saved model to another file of its weights."""
+    for path in folder.glob("*.json"):
+        shutil.copyfile(path, target / path.name)

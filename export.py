@@ -1,0 +1,125 @@
+"""Export a pruned model to what other programs load, and check what was written.
+
+    python export.py -m dino --mask output/omp/dino_omp_90_seed42_pruning_masks.safetensors
+    python export.py -m xvlm --weights pruned.safetensors --formats dense,packed
+    python export.py -m blip --task captioning --weights output/blip_captioning/result/model.safetensors
+    python export.py -m timm:vit_base_patch16_224 --mask MASK --formats onnx,int8 --output_dir output/vit_b
+
+dense: a folder that timm or transformers loads (of models of this project: weights and sizes), with a model card.
+packed: without zeros, as pack.py writes it. onnx: each part (classifier, vision and text towers, step of a decoder) for
+any batch size, compared with the model on bundled and random inputs, and the commands for TensorRT. int8: ONNX with
+weights in int8. Weights may be dense ones with a --mask, pruned, fine-tuned or packed ones, or learned masks (MaskLLM).
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import models
+from configs.loading import configure, load_config, read_yaml
+from configs.pruning import PRUNE_CONFIGS, PrunedModel
+from engine.launch import launch, run, script
+from engine.options import command_line as options
+from sparsity.errors import MissingFileError, UserError
+from sparsity.files import check_writable, write_atomic
+
+FORMATS = ("dense", "packed", "onnx", "int8")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def formats(text: str) -> list[str]:
+    """argparse type: comma separated formats."""
+    found = [item.strip() for item in text.split(",")]
+    if unknown := [item for item in found if item not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"there is no format {unknown[0]!r}; there are {', '.join(FORMATS)}")
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = options.Parser(__doc__)
+    add = parser.add_argument
+    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
+    add("--task", choices=("captioning",), help="what the weights were fine-tuned for (default: none, or other tasks)")
+    add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
+    add("--formats", type=formats, default=list(FORMATS), help=f"comma separated (default: {','.join(FORMATS)})")
+    add("--packed_dtype", choices=DTYPES, help="of the weights of the packed file (default: as they are)")
+    add("-o", "--output_dir", type=Path, default=Path("output/export"), help="default: %(default)s")
+    options.add_config_options(parser, "prune")
+    options.add_external_options(parser, models.ANY)
+    options.add_one_device(parser)
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace) -> PrunedModel:
+    """Everything that can be refused before heavy imports."""
+    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    if args.task:
+        models.check_task(args.model, args.task)
+    config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
+    if config.model_config:
+        read_yaml(config.model_config)
+    config.check_weights()
+    if args.mask and not args.mask.is_file():
+        raise MissingFileError(f"--mask {args.mask}: there is no such file")
+    if args.packed_dtype and "packed" not in args.formats:
+        raise UserError("--packed_dtype is for --formats packed: leave it out")
+    if {"onnx", "int8"} & set(args.formats):
+        from engine.deployment.onnx_files import check_packages
+
+        check_packages("--formats onnx,int8")
+    check_writable(args.output_dir, "--output_dir")
+    args.accelerator = "cpu"  # what is written does not depend on it
+    return config
+
+
+@script
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    config = check(args)
+
+    import torch
+
+    from engine.deployment.dense_files import save_folder
+    from engine.deployment.exporting import bundled_inputs, export_onnx
+    from engine.deployment.loading import masks_of, zeros_of
+    from engine.deployment.packed_files import save_packed
+    from engine.pruning.data_kinds import SUBJECTS
+    from engine.reports.model_card import model_card
+    from models.checkpoint import read_weights
+    from models.graphs import graphs_of
+    from models.published import files_of
+
+    fabric, folder = launch(args, args.output_dir), args.output_dir
+    module = models.find(args.model)
+    subject, side = SUBJECTS[models.kind(args.model)](module, config), 0
+    if args.task:
+        sizes, task = load_config(config.model_config, module.Config), models.find_task(args.model, args.task)
+        words, side = module.tokenizer(sizes), sizes.vision.image_size
+        marks = {"prompt": [words.cls_id], "end": words.sep_id, "pad": words.pad_id}
+        view = task.prunable_view(task.build(sizes, config.checkpoint, **marks).eval())
+    else:
+        view = subject.load(fabric)
+    if args.mask:
+        masks_of(args.mask, read_weights).apply(view)
+    masks, names = zeros_of(view), [key for weight in view.weights.values() for key in weight.aliases]
+    if "dense" in args.formats:
+        save_folder(view.model, folder / "dense", view.halves, files_of(subject.sizes))
+        command = shlex.join(["python", Path(sys.argv[0]).name, *(arguments or sys.argv[1:])])
+        facts = {"model": args.model, "weights": config.weights} | ({"mask": str(args.mask)} if args.mask else {})
+        card = model_card(f"{args.model}, pruned", facts, masks, view, {}, command)
+        write_atomic(folder / "dense" / "README.md", card.encode())
+        print(f"{folder / 'dense'}: {100 * masks.report(view).overall.sparsity:.2f} % of the prunable weights are zero")
+    if "packed" in args.formats:
+        dtype, path = args.packed_dtype and getattr(torch, args.packed_dtype), folder / "model.packed.safetensors"
+        print(f"{path}: {save_packed(view.model.state_dict(), path, dtype, names)}")
+    if {"onnx", "int8"} & set(args.formats):
+        known = models.kind(args.model) in ("pairs", "labels") and config.bundled
+        batch = next(iter(subject.calibration(folder, 1, 42))) if known and not args.task else None
+        graphs = graphs_of(view.model, side)
+        for name, told in export_onnx(graphs, folder / "onnx", bundled_inputs(batch), "int8" in args.formats):
+            print(f"{folder / 'onnx' / name}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
