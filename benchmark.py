@@ -44,6 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
     add("--batch_sizes", type=sizes, default=[1, 8], help="comma separated (default: 1,8)")
     add("--rounds", type=options.positive_int, default=11, help="in which all variants take turns (default: 11)")
+    clock = "cpu: of this process, for a CPU that others use too (default: %(default)s)"
+    add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     add("--threads", type=options.count, default=0, help="of the CPU (default: as torch chooses)")
     add("--variants", type=kinds, default=list(KINDS), help=f"comma separated (default: {','.join(KINDS)})")
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from engine.deployment.loading import masks_of, zeros_of
-    from engine.deployment.measure import measure
+    from engine.deployment.measure import CLOCKS, measure
     from engine.deployment.variants import Model, Variants
     from engine.pruning.data_kinds import SUBJECTS
     from engine.reports.speed import write_speed
@@ -102,15 +104,16 @@ def main(arguments: list[str] | None = None) -> None:
         pruned.view.model.load_state_dict(dense.view.model.state_dict())
         masks_of(args.mask, read_weights).apply(pruned.view)
     masks = zeros_of(pruned.view)
-    built = Variants(dense, pruned, args.output_dir / "files", args.threads or torch.get_num_threads())
+    threads, clock = args.threads or torch.get_num_threads(), CLOCKS[args.clock]
+    built = Variants(dense, pruned, args.output_dir / "files", threads, clock)
     variants = built.build(args.variants)
     if not any(variant.run for variant in variants):
         raise UserError("--variants: there is nothing to run; dense needs --mask, packed runs as masked does")
-    measure(variants, args.batch_sizes, args.rounds)
+    measure(variants, args.batch_sizes, args.rounds, clock)
     device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "CPU"
     facts = {"model": args.model, "mask": args.mask or "zeros of the weights", "device": device}
     facts |= {"sparsity": f"{100 * masks.report(pruned.view).overall.sparsity:.2f} % of the prunable weights"}
-    facts |= {"threads": torch.get_num_threads(), "rounds": args.rounds, "torch": torch.__version__}
+    facts |= {"threads": threads, "clock": args.clock, "rounds": args.rounds, "torch": torch.__version__}
     tables = "\n\n".join(f"Batch {b}:\n\n{built.tables[b]}" for b in args.batch_sizes if b in built.tables)
     print(write_speed(args.output_dir, f"Speed of {args.model}", facts, variants, args.batch_sizes, tables))
     print(f"\nreport: {args.output_dir / 'speed.md'}")

@@ -168,3 +168,9 @@ def save(model: nn.Module, folder: Path, processor: object | None = None) -> Pat
     if processor:
         processor.save_pretrained(folder)
     return folder
+
+
+def pruned_timm() -> nn.Module:
+    """A small ViT of timm with the same random weights each time."""
+    torch.manual_seed(0)
+    return make_timm("vit")

@@ -13,8 +13,8 @@ TOLERANCE = 1e-4  # of an output, relative to its largest value where that is ab
 TRAP = """The commands that build a TensorRT engine and time it, with dense kernels and, where they are faster, with
 those of 2:4, whose zeros are in the ONNX file (--sparsity=force would prune by itself). The log of the second says how
 many layers are eligible for sparse kernels and how many got one. A product that a plugin computes (GEMM or attention
-plugins, as of TensorRT-LLM) is not seen by this and stays dense: leave plugins out, or the zeros gain nothing. --fp16 or
---bf16 is needed: there are no sparse kernels in float32.
+plugins, as of TensorRT-LLM) is not seen by this and stays dense: leave plugins out, or the zeros gain nothing. --fp16
+or --bf16 is needed: there are no sparse kernels in float32.
 """
 
 

@@ -36,7 +36,10 @@ class Variant:
     memory: dict[int, int] = field(default_factory=dict)
 
 
-def measure(variants: Sequence[Variant], batches: Sequence[int], rounds: int) -> None:
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def measure(variants: Sequence[Variant], batches: Sequence[int], rounds: int, clock: Callable[[], float]) -> None:
     """Fill `seconds` and `memory`: all variants in turns, in each round in another order, after a pass to get warm."""
     runs = [(each, each.run) for each in variants if each.run is not None]
     for batch in batches:
@@ -48,10 +51,10 @@ def measure(variants: Sequence[Variant], batches: Sequence[int], rounds: int) ->
             for variant, run in runs[turn % len(runs) :] + runs[: turn % len(runs)]:
                 with variant.ready(batch), torch.no_grad():
                     _synchronise()
-                    begin = time.perf_counter()
+                    begin = clock()
                     run(batch)
                     _synchronise()
-                    variant.seconds.setdefault(batch, []).append(time.perf_counter() - begin)
+                    variant.seconds.setdefault(batch, []).append(clock() - begin)
 
 
 def _synchronise() -> None:

@@ -47,8 +47,8 @@ class Variants:
     tables: for each batch size, what each layer is computed by.
     """
 
-    def __init__(self, dense: Model | None, pruned: Model, folder: Path, threads: int):
-        self.dense, self.pruned, self.folder, self.threads = dense, pruned, folder, threads
+    def __init__(self, dense: Model | None, pruned: Model, folder: Path, threads: int, clock: Callable[[], float]):
+        self.dense, self.pruned, self.folder, self.threads, self.clock = dense, pruned, folder, threads, clock
         self.tables: dict[int, str] = {}
         self._fast: dict[int, Accelerated] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Variants:
     def _by_kernels(self, batch: int) -> Iterator[None]:
         """The pruned model's layers are computed by what is fastest for a batch of this size."""
         if batch not in self._fast:
-            self._fast[batch] = accelerate(self.pruned.view, batch=batch, forward=self.pruned.run)
+            self._fast[batch] = accelerate(self.pruned.view, batch=batch, forward=self.pruned.run, clock=self.clock)
             self.tables[batch] = self._fast[batch].table()
         else:
             self._fast[batch].engage()

@@ -17,6 +17,7 @@ from sparsity.masks import Masks
 from sparsity.run.generic import generic_view
 from sparsity.view import PrunableView, PrunableWeight
 
+Trial = Callable[[Mapping[str, nn.Module], Tensor], dict[str, float]]  # layers, inputs -> seconds of each
 _SHORTEST = 2e-3  # seconds that one measurement takes at least, by several calls
 
 
@@ -101,6 +102,7 @@ def accelerate(
     forward: Callable[[Any], Any] | None = None,
     rounds: int = 7,
     margin: float = 0.05,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Accelerated:
     """Replace each prunable layer, for inference, by the fastest way to compute it: dense, CSR, blocks of 4 x 4 or 16 x
     16 (CPU, float32), or 2:4 (GPU of compute capability 8.0, 16 bits).
@@ -111,18 +113,19 @@ def accelerate(
     model: a view of it, or any module, whose forward pass takes the batch. masks: by which it is pruned first; None:
     its zeros are those that it has. batch: one as it will be used; its size decides. forward: runs one, in place of the
     view's own pass. rounds: of all ways in turns. margin: by how much a kernel must be faster than the dense layer,
-    beyond noise. The model is changed in place; `Accelerated.restore` puts its own layers, which stay in memory, back.
-    Raises UserError where a mask does not fit.
+    beyond noise. clock: seconds; `time.process_time` for a CPU that others use too. The model is changed in place;
+    `Accelerated.restore` puts its own layers, which stay in memory, back. Raises UserError where a mask does not fit.
     """
     view = generic_view(model)
     if masks is not None:
         masks.apply(view)
     view.model.eval()
     shapes = _input_shapes(view, forward or view.forward, batch)
+    trial = partial(_trial, rounds=rounds, clock=clock)
     choices, places = [], []
     for weight in view.weights.values():
         for module, use in zip(weight.modules, weight.uses, strict=True):
-            choice, fast = _choose(use, weight, module, shapes.get(module), rounds, margin)
+            choice, fast = _choose(use, weight, module, shapes.get(module), trial, margin)
             choices.append(choice)
             if fast is not None:
                 places += _places(view.model, module, fast)
@@ -148,7 +151,7 @@ def _input_shapes(view: PrunableView, forward: Callable[[Any], Any], batch: Any)
 
 
 def _choose(
-    name: str, weight: PrunableWeight, module: nn.Module, shape: torch.Size | None, rounds: int, margin: float
+    name: str, weight: PrunableWeight, module: nn.Module, shape: torch.Size | None, trial: Trial, margin: float
 ) -> tuple[Choice, nn.Module | None]:
     """Return the choice for one layer, and what computes it; None: it stays as it is."""
     matrix = weight.matrix()
@@ -170,7 +173,7 @@ def _choose(
             layers[kind] = layer
         except RuntimeError as error:  # this build of torch, or this GPU, has no such kernel
             reasons.append(f"{kind}: {str(error).splitlines()[0]}")
-    seconds = _trial(layers, inputs, rounds)
+    seconds = trial(layers, inputs)
     best = min(seconds, key=seconds.__getitem__)
     others = [f"{kind} {1000 * each:.2f} ms" for kind, each in seconds.items() if kind not in (DENSE, best)]
     if best != DENSE and seconds[best] > (1 - margin) * seconds[DENSE]:
@@ -180,17 +183,19 @@ def _choose(
     return made(tokens, best, seconds, why), None if best == DENSE else layers[best]
 
 
-def _trial(layers: Mapping[str, nn.Module], inputs: Tensor, rounds: int) -> dict[str, float]:
+def _trial(
+    layers: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Return the median of the seconds that each layer takes, in turns."""
     wait: Callable[[], None] = partial(torch.cuda.synchronize, inputs.device) if inputs.is_cuda else lambda: None
 
     def measure(layer: nn.Module, calls: int) -> float:
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
             layer(inputs)
         wait()
-        return (time.perf_counter() - begin) / calls
+        return (clock() - begin) / calls
 
     for layer in layers.values():  # warm
         measure(layer, 1)

@@ -63,7 +63,7 @@ def pruned(keep_share: float = 0.1) -> tuple[nn.Module, torch.Tensor]:
 
 def timed(seconds: dict[str, float]):
     """Return a trial that measures these seconds, and 9 for every other way."""
-    return lambda layers, inputs, rounds: {kind: seconds.get(kind, 9.0) for kind in layers}
+    return lambda layers, inputs, **_: {kind: seconds.get(kind, 9.0) for kind in layers}
 
 
 def test_the_fastest_way_is_put_in_place_and_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_nothing_within_the_noise_is_chosen(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_dense_weights_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = pruned(0.9)
-    monkeypatch.setattr(module, "_trial", lambda *_: pytest.fail("there is nothing to try"))
+    monkeypatch.setattr(module, "_trial", lambda *_, **__: pytest.fail("there is nothing to try"))
     assert {choice.kind for choice in accelerate(model, batch=batch).choices} == {DENSE}
 
 

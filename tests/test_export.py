@@ -1,0 +1,192 @@
+"""export.py: what it writes is loaded and run by programs that do not know this project."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+import prune
+from engine.deployment import onnx_files
+from models.checkpoint import read_weights
+from sparsity.errors import UserError
+from tests import tiny_models
+from tests.processes import PATIENCE
+
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+FOREIGN = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+{body}
+assert not {{"models", "sparsity", "engine"}} & set(sys.modules)
+"""
+
+
+def foreign(body: str, *arguments: object) -> str:
+    """Run a program in another process, from a folder in which nothing of this project is found."""
+    code = [sys.executable, "-I", "-c", FOREIGN.format(body=body), *map(str, arguments)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=PATIENCE, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RUN_ONNX = """
+import numpy, onnxruntime
+for path in sys.argv[2:]:
+    session = onnxruntime.InferenceSession(path)
+    given = load_file(sys.argv[1] + "/" + Path(path).stem + ".safetensors")
+    inputs = {each.name: given[each.name].numpy() for each in session.get_inputs()}
+    for each, found in zip(session.get_outputs(), session.run(None, inputs)):
+        error = numpy.abs(found - given["out." + each.name].numpy()).max()
+        assert error < 1e-4, (path, each.name, error)
+"""
+
+
+def expected(folder: Path, graphs, batch: int = 3) -> list[str]:
+    """Write inputs of each part with the outputs of the model, as another process reads them."""
+    for graph in graphs:
+        inputs = graph.random(batch, seed=5)
+        with torch.no_grad():
+            found = graph.module.eval()(*inputs.values())
+        found = found if isinstance(found, tuple) else (found,)
+        outputs = {f"out.{name}": each.contiguous() for name, each in zip(graph.outputs, found, strict=True)}
+        save_file(inputs | outputs, folder / f"{graph.name}.safetensors")
+    return [graph.name for graph in graphs]
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Prune a model, export it, and return the folder; what was exported is run again by onnxruntime elsewhere."""
+
+    def run(model: str, *options: str, pruning: tuple[str, ...] = ("-p", "omp", "-s", "90"), onnx: bool = True) -> Path:
+        prune.main(["-m", model, *pruning, "--accelerator", "cpu", "--output_dir", str(tmp_path), *options])
+        (mask,) = tmp_path.glob("*/*_pruning_masks.safetensors")
+        graphs = []
+        original = onnx_files.write_onnx
+
+        def kept(graph, path):
+            graphs.append(graph)
+            return original(graph, path)
+
+        monkeypatch.setattr("engine.deployment.exporting.write_onnx", kept)
+        formats = "dense,packed,onnx" if onnx else "dense,packed"
+        export.main(["-m", model, "--mask", str(mask), "--formats", formats, "-o", str(tmp_path / "out"), *options])
+        if onnx:
+            names = expected(tmp_path, graphs)
+            foreign(RUN_ONNX, tmp_path, *(tmp_path / "out" / "onnx" / f"{name}.onnx" for name in names))
+        return tmp_path / "out"
+
+    return run
+
+
+def test_vit_mini_loads_in_transformers(exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = exported("dino")
+    told = capsys.readouterr().out
+    assert "90.00 % of the prunable weights are zero" in told and "bundled" in told
+    body = """
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1]).eval()
+assert AutoImageProcessor.from_pretrained(sys.argv[1]).size["height"] == 72
+given = load_file(sys.argv[2])
+with torch.no_grad():
+    error = (model(given["image"]).logits - given["out.logits"]).abs().max()
+assert error < 1e-4, error
+zeros = [p for n, p in model.named_parameters() if n.endswith("query.weight")]
+assert sum(int((p == 0).sum()) for p in zeros) > 0.5 * sum(p.numel() for p in zeros)
+"""
+    foreign(body, out / "dense", tmp_path / "classifier.safetensors")
+    assert "sparsity" in (out / "dense" / "README.md").read_text()
+    state = read_weights(out / "model.packed.safetensors")
+    dense = load_file(out / "dense" / "model.safetensors")
+    assert state.keys() == dense.keys() and all(torch.equal(state[name], dense[name]) for name in dense)
+    share = float(told.split("of the prunable weights, ")[0].rsplit(maxsplit=1)[1])
+    assert share < 0.1 + 1 / 32 + 0.001  # float32: a tenth of the values, and a bit for each weight
+
+
+@pytest.mark.parametrize("model", ["xvlm", "blip"])
+def test_towers_of_the_bundled_models(exported, model: str) -> None:
+    out = exported(model, pruning=("-p", "omp", "--pattern", "2:4"))
+    names = {path.name for path in (out / "onnx").iterdir()}
+    assert names == {"vision.onnx", "text.onnx", "tensorrt.txt"}
+    lines = (out / "onnx" / "tensorrt.txt").read_text()
+    assert "--sparsity=enable" in lines and "plugin" in lines and "--minShapes=image:1x3x" in lines
+    assert json.loads((out / "dense" / "config.json").read_text())["embed_dim"] > 0
+
+
+def test_a_timm_model_loads_in_timm(exported, tmp_path: Path) -> None:
+    model = "tests.tiny_models:pruned_timm"
+    out = exported(model)
+    body = """
+import timm
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+given = load_file(sys.argv[2])
+with torch.no_grad():
+    error = (model(given["image"]) - given["out.logits"]).abs().max()
+assert error < 1e-4, error
+"""
+    foreign(body, out / "dense", tmp_path / "classifier.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava"])
+def test_models_of_transformers_load_there(exported, tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    tiny_models.TRANSFORMERS[kind]().save_pretrained(tmp_path / "source")
+    out = exported(f"hf:{tmp_path / 'source'}", pruning=("-p", "omp", "-s", "90"))
+    body = """
+import transformers
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1]).eval()
+packed = load_file(sys.argv[2])
+for name, value in model.state_dict().items():
+    if name in packed and packed[name].ndim > 1:
+        assert torch.equal(value, packed[name]), name
+zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2)
+assert zeros > 10000
+"""
+    foreign(body, out / "dense", out / "dense" / "model.safetensors")
+
+
+@pytest.mark.parametrize("model", ["xvlm", "blip"])
+def test_the_step_of_a_captioning_decoder(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prune.main(
+        ["-m", model, "-p", "omp", "-s", "50", "--accelerator", "cpu", "--output_dir", str(tmp_path), "--save_model"]
+    )
+    (weights,) = tmp_path.glob("omp/*_model.safetensors")
+    arguments = ["-m", model, "--variant", "mini", "--task", "captioning", "--weights", str(weights)]
+    export.main([*arguments, "--formats", "onnx", "-o", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == {"vision.onnx", "step.onnx"}
+
+
+def test_learned_masks_become_zeros(tmp_path: Path) -> None:
+    state = load_file("data/vit_mini.safetensors")
+    name = "vit.encoder.layer.0.intermediate.dense"
+    gate = torch.randn(state[f"{name}.weight"].numel() // 4, 6)
+    torch.save({"state_dict": {**state, f"{name}.gate": gate}}, tmp_path / "learned.pth.tar")
+    save_file({**state, f"{name}.gate": gate}, tmp_path / "learned.safetensors")
+    for file in ("learned.safetensors", "learned.pth.tar"):
+        out = tmp_path / f"out_{file}"
+        arguments = ["-m", "dino", "--variant", "mini", "--weights", str(tmp_path / file), "--formats", "dense"]
+        export.main([*arguments, "-o", str(out)])
+        weight = load_file(out / "dense" / "model.safetensors")[f"{name}.weight"]
+        assert weight.unflatten(1, (-1, 4)).count_nonzero(-1).max() == 2
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="the weights have no zeros: give --mask"):
+        export.main(["-m", "dino", "--formats", "packed", "-o", str(tmp_path)])
+    with pytest.raises(UserError, match="there is no such file"):
+        export.main(["-m", "dino", "--mask", str(tmp_path / "none.safetensors"), "-o", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        export.main(["-m", "dino", "--formats", "tensorrt"])
+    monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(UserError, match="--formats onnx,int8 needs packages .*: pip install onnxscript"):
+        export.main(["-m", "dino", "-o", str(tmp_path)])
