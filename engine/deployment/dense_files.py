@@ -3,7 +3,6 @@ inputs, and a model card.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,11 @@ def save_folder(
         save_model(model, folder, halves)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / FILE, halves=halves, allowed=("vanished",))
     if kind.startswith("timm."):
-        from timm.models import save_config_for_hf
+        from timm.models import save_for_hf
 
-        save_config_for_hf(model, str(folder / "config.json"))
+        save_for_hf(model, str(folder), safe_serialization=True)  # with the configuration; the weights as they are
+    save_weights(model, folder / FILE, halves=halves, allowed=("vanished",))
     for name, content in files.items():
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
 
-
-def beside(folder: Path, target: Path) -> None:
-    """Copy the configuration of a saved model to another file of its weights."""
-    for path in folder.glob("*.json"):
-        shutil.copyfile(path, target / path.name)
