@@ -1,5 +1,5 @@
-"""Sparse kernels against the dense layer on the CPU, for the layers of ViT-B: CSR with zeros anywhere, and blocks of 4 x 4
-and 16 x 16. In turns, medians; how many times as fast as dense float32.
+"""Sparse kernels against the dense layer on the CPU, for the layers of ViT-B: CSR with zeros anywhere, and blocks of
+4 x 4 and 16 x 16. In turns, medians; how many times as fast as dense float32.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kernels --threads 1 --clock cpu
     python -m benchmarks.kernels --images 8 --threads 2
@@ -27,6 +27,19 @@ def zeros(weight: torch.Tensor, sparsity: float, block: Block | None) -> torch.T
     return weight * unit.expand(kept)
 
 
+def measured(dense: nn.Linear, images: int, rounds: int, clock: str) -> dict[str, float]:
+    """Return "dense", or kernel and sparsity -> median of the seconds of a layer."""
+    weight, bias = dense.weight.detach(), dense.bias.detach()
+    inputs = torch.randn(images, TOKENS, weight.shape[1])
+    layers: dict[str, nn.Module] = {"dense": dense}
+    for kernel, block in KERNELS.items():
+        for sparsity in SPARSITIES:
+            layers[f"{kernel} {sparsity}"] = SparseLinear(zeros(weight, sparsity, block), bias, block)
+    variants = [Variant(label, lambda _, layer=layer: layer(inputs)) for label, layer in layers.items()]
+    measure(variants, [images], rounds, CLOCKS[clock])
+    return {each.name: quartiles(each.seconds[images])[1] for each in variants}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8], help="of 197 tokens each (default: 1 8)")
@@ -36,31 +49,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"{args.threads} threads, {args.clock} clock\n\n| layer | images | dense ms | kernel |", end="")
-    print(
-        " | ".join(f" {100 * s:g} %" for s in SPARSITIES), "|\n|---|--:|--:|---|" + "--:|" * len(SPARSITIES), flush=True
-    )
-    for name, (rows, columns) in SHAPES.items():
-        dense = nn.Linear(columns, rows)
-        layers = {
-            f"{kernel} {sparsity}": SparseLinear(
-                zeros(dense.weight.detach(), sparsity, block), dense.bias.detach(), block
-            )
-            for kernel, block in KERNELS.items()
-            for sparsity in SPARSITIES
-        }
+    columns = ["layer", "images", "dense ms", "kernel", *(f"{100 * each:g} %" for each in SPARSITIES)]
+    rule = "|---|" + "--:|" * (len(columns) - 1)
+    print(f"{args.threads} threads, {args.clock} clock\n\n| {' | '.join(columns)} |\n{rule}", flush=True)
+    for name, (rows, inside) in SHAPES.items():
         for images in args.images:
-            inputs = torch.randn(images, TOKENS, columns)
-            variants = [Variant(label, lambda _, layer=layer: layer(inputs)) for label, layer in layers.items()]  # noqa: B023
-            variants.insert(0, Variant("dense", lambda _: dense(inputs)))  # noqa: B023
-            measure(variants, [images], args.rounds, CLOCKS[args.clock])
-            medians = {each.name: quartiles(each.seconds[images])[1] for each in variants}
+            medians = measured(nn.Linear(inside, rows), images, args.rounds, args.clock)
             for kernel in KERNELS:
                 gains = " | ".join(f"{medians['dense'] / medians[f'{kernel} {s}']:.2f}" for s in SPARSITIES)
-                print(
-                    f"| {name} {rows} x {columns} | {images} | {1000 * medians['dense']:.1f} | {kernel} | {gains} |",
-                    flush=True,
-                )
+                shape = f"{name} {rows} x {inside}"
+                print(f"| {shape} | {images} | {1000 * medians['dense']:.1f} | {kernel} | {gains} |", flush=True)
 
 
 if __name__ == "__main__":
