@@ -6,19 +6,20 @@
     python compare.py -m xvlm --plans plans.yaml              # name: {pruner: wanda, reconstruct: sparsegpt, ...}
     python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
     python compare.py --nm output/nm_table/results
+    python compare.py --quality output/quality
 
 One pass over the calibration data of a seed serves all pruners that need the same statistic, at all sparsities. The
 runs are in <output_dir>/results.csv, a row as soon as each is done; the same command again only does what is missing.
 Means and standard errors over the seeds are in table.md and table.tex.
 
---finetuned and --nm only put finished runs beside each other, and write the table to FOLDER/table.md, of
-FOLDER/<run>/dense/result/metrics.json and FOLDER/<run>/<sparsity>/result/metrics.json of the fine-tuning scripts, or
-FOLDER/<method>/<seed>.json of scripts/nm_table.sh.
+--finetuned, --nm and --quality only put finished runs beside each other, and write FOLDER/table.md, of
+FOLDER/<run>/<dense or sparsity>/result/metrics.json of the fine-tuning scripts, FOLDER/<method>/<seed>.json of
+scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh.
 """
 
 import argparse
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
 from engine.options.plans import plans_of
-from engine.reports.finetuning_table import write_table as runs_table
-from engine.reports.nm_table import write_table as nm_table
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.files import check_writable
 
@@ -38,8 +37,8 @@ from sparsity.files import check_writable
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    names = ", ".join(pruners.available())
-    add("-p", "--pruners", help=f"comma separated list of {names} (default: all of one pass at most)")
+    only = f"comma separated list of {pruners.listed()} (default: all of one pass at most), or of plans of --plans"
+    add("-p", "--pruners", help=only)
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities, or blockRxC (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
@@ -49,15 +48,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--k_test", type=options.count, default=0, help="candidates that are re-ranked; 0: none (default: %(default)s)")
     options.add_pruner_options(parser)
     add("--output_dir", type=Path, default=Path("comparison"), help="default: ./%(default)s")
-    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
-    add("--metrics", type=options.globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
-    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
+    add("--int8", action="store_true", help="the dense model with weights rounded to 8 bits, too (default: no)")
+    options.add_finished_options(add)
     options.add_config_options(parser, "prune")
     options.add_one_device(parser)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
-    if sum(given is not None for given in (args.model, args.finetuned, args.nm)) != 1:
-        parser.error("give one of -m/--model, --finetuned and --nm")
+    options.check_finished(parser, args)
     return args
 
 
@@ -65,7 +62,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves pruners, sparsities and configuration."""
     if args.pruners is not None:
         args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
-        for name in args.pruners:
+        for name in [] if args.plans else args.pruners:
             pruners.check(name)
     models.check(args.model)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
@@ -80,20 +77,22 @@ def check(args: argparse.Namespace) -> PrunedModel:
 @script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.finetuned or args.nm:
-        path, table = runs_table(args.finetuned, args.metrics) if args.finetuned else nm_table(args.nm)
-        print(f"{table}\n\nresults: {path}")
+    if args.model is None:
+        from engine.reports.finished import finished_table
+
+        print(finished_table(args))
         return
-    config, usual = check(args), [name for name in pruners.available() if pruners.one_shot(name)]
-    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, pruners.own_options)
-    engines = {name: file.build(name, pruners.build) for name, file in files.items()}
+    config, usual = check(args), partial(filter, pruners.one_shot, pruners.available())
+    own, build = (partial(each, sparsities=args.sparsities) for each in (pruners.own_options, pruners.build))
+    files = plans_of(args.plans, args.pruners, usual, args.plan, args.pattern, own)
+    engines = {name: file.build(name, build) for name, file in files.items()}
     if any(engine.plan.statistics for engine in engines.values()):
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.comparison import Entry, Ledger, compare, digests, summarise, wanted, write_tables
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import calibrations, save_arguments
+    from engine.pruning.run import calibrations, preflight, save_arguments
     from engine.ranks import place_of
 
     chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
@@ -113,13 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     def passes(name: str, seed: int) -> Any:
         own = data(seed) if engines[name].plan.statistics else None
-        return calibrations(own, fabric, seed, name, folder=args.output_dir, config=config)
+        return calibrations(own, fabric, seed, name, args.output_dir, config, args.capture_budget)
 
     for entry in chosen.values():
-        rounds = data(args.seeds[0]).rounds if entry.plan.statistics else None
-        entry.engine.preflight(view, entry.request(args.sparsities, 0), rounds=rounds, folder=args.output_dir)
-    compare(view, chosen, args.sparsities, args.seeds, ledger, calibrations=passes, evaluate=evaluate)
-    rows = summarise(ledger, wanted(chosen, args.sparsities, args.seeds))
+        own = data(args.seeds[0]) if entry.plan.statistics else None
+        preflight(entry.engine, view, entry.request(args.sparsities, 0), own, args.output_dir, args.devices)
+    asked = chosen, args.sparsities, args.seeds
+    compare(view, *asked, ledger, calibrations=passes, evaluate=evaluate, int8=args.int8)
+    rows = summarise(ledger, wanted(*asked, args.int8))
     evaluated = dataclasses.asdict(config.evaluation)
     facts = {"weights": config.weights, "num_batches": args.num_batches}
     facts |= {name: value for name, value in evaluated.items() if name == "k_test"}  # of retrieval alone

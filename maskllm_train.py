@@ -5,9 +5,10 @@
     python maskllm_train.py --model vit_base_patch16_224.augreg_in1k --pretrained --data-dir data/imagenet --mask-only
     python maskllm_train.py --model xvlm --preset llm --sparse-checkpoint PRIOR --mask-only --num_batches 500
 
-PRIOR is a mask file of prune.py, or a checkpoint with zeros of oneshot_pruning_timm.py. <output>/<experiment>/ gets
-model_best.pth.tar (timm's layout, with gates), mask.safetensors, and model.safetensors, which timm loads by itself. A
-run that was stopped goes on when the same command is given again. scripts/maskllm.sh has whole recipes.
+PRIOR is a mask file of prune.py, or a checkpoint with zeros of oneshot_pruning_timm.py; --prior-weights takes what a
+pruner made of the kept weights. <output>/<experiment>/ gets model_best.pth.tar (timm's layout, with gates),
+mask.safetensors, and model.safetensors, which timm loads by itself. The same command goes on after a stop.
+scripts/maskllm.sh has whole recipes.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.labelled.data_path import check_data
     from engine.pruning.data_kinds import SUBJECTS
     from engine.training.learning_tasks import ImageTask, SubjectTask
-    from engine.training.mask_learning import MaskLearning, read_prior
+    from engine.training.mask_learning import MaskLearning, read_prior, start_from_weights
     from models.checkpoint import read_weights
     from models.external import timm_classifier
     from models.external.model import prunable_view
@@ -115,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
         settings = timm_classifier.data_config(model, args.img_size) | image_settings(args)
         task = ImageTask(args, fabric, model, view, settings)
     prior = read_prior(args.sparse_checkpoint, task.view, read_weights) if args.sparse_checkpoint else None
+    if prior is not None and args.prior_weights:
+        start_from_weights(args.prior_weights, task.view, prior, read_weights)
     learning = MaskLearning(args, fabric, task, recipe, prior)
     learning.fit()
     summary = learning.finish()

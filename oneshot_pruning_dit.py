@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.generation.sampling import draw
     from engine.generation.vae import VAE, write_samples
     from engine.pruning.data_kinds import Noise
-    from engine.pruning.oneshot import one_shot, request, save
+    from engine.pruning.oneshot import one_shot, preflight, save
     from engine.reports.report import append_csv, markdown_table
     from models.dit import model as dit
 
@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     begin = time.perf_counter()
     if PRUNERS[args.pruner]:
         name = PRUNERS[args.pruner]
-        pruner = pruners.build(name, **plan_of(args))
-        pruner.preflight(view, request(target, args.seed))
+        pruner = pruners.build(name, **plan_of(args, target))
+        preflight(pruner, view, target, args.seed)
         batches = args.nsamples // config.batch_size
         data = subject.calibration(args.output_dir, batches, args.seed) if pruner.plan.statistics else None
         masks = one_shot(pruner, view, data, fabric, target, args.seed, folder=args.output_dir, config=config)

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.labelled.data_path import check_data, has_validation, open_data
     from datasets.labelled.public import check_classes
     from engine.evaluation.classification import Accuracy, Classifier
-    from engine.pruning.oneshot import one_shot, report, request, save
+    from engine.pruning.oneshot import one_shot, preflight, report, save
     from engine.ranks import place_of
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [("dense", accuracy() if accuracy else {})]
     masks, name = None, PRUNERS[args.pruner]
     if name:
-        pruner = pruners.build(name, **plan_of(args))
-        pruner.preflight(view, request(args.target, args.seed))
+        pruner = pruners.build(name, **plan_of(args, args.target))
+        preflight(pruner, view, args.target, args.seed, args.devices)
         data = None
         if pruner.plan.statistics:
             train = opened(train=True, length=args.nsamples, seed=args.seed)

@@ -31,7 +31,7 @@ SPARSITIES = "63,75,90"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("-p", "--pruner", metavar="PRUNER", help=", ".join(pruners.available()))
+    add("-p", "--pruner", metavar="PRUNER", help=pruners.listed())
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
-    engine = pruners.build(args.pruner, **args.plan)
+    engine = pruners.build(args.pruner, pattern=args.pattern, sparsities=args.sparsities or (), **args.plan)
     request = Request.of(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.run import Results, calibrations, timed
+    from engine.pruning.run import Results, calibrations, preflight, timed
     from engine.ranks import place_of
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
@@ -108,14 +108,14 @@ def main(arguments: list[str] | None = None) -> None:
     clear_skipped(folder, place_of(fabric))
     results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
-    engine.preflight(view, request, rounds=data.rounds if data is not None else None, folder=folder)
+    preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     if evaluate:
         results.dense(evaluate())
-    passes = calibrations(data, fabric, args.seed, args.pruner, folder=folder, config=config)
+    passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
     with results.calibration():
         measured = engine.measure(view, passes(0), request)
-    for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes)):
+    for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:
         results.save_scores(engine.scores(view, measured, seed=args.seed))

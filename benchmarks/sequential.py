@@ -25,7 +25,7 @@ from models.parts.bert import TextConfig
 from sparsity.pattern import NM
 from sparsity.replay.replayed import Replayed
 from sparsity.replay.trace import units
-from sparsity.run.sequential import Deferred, Progress, by_blocks, stages
+from sparsity.run.sequential import Blocks, PrunedStages, by_blocks, stages
 from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 
@@ -82,9 +82,11 @@ def dense(view: PrunableView, batches: list[Any]) -> None:
 
 
 def sequential(view: PrunableView, batches: list[Any]) -> None:
-    with Replayed(view, lambda: batches, stages(view)) as calls:
-        measure = lambda names: calls.measure(names, [STATISTIC])[STATISTIC]  # noqa: E731
-        by_blocks(view, measure, choose, Progress(Deferred(), "", {}, "cpu"), calls.order)
+    done = Blocks(view)
+    with Replayed(view, lambda: batches, stages(view)) as calls, PrunedStages(view, calls.order, done) as calls.put:
+        measure = lambda names: calls.measure(names, [STATISTIC])  # noqa: E731
+        prune = lambda name, found: choose(name, view.weights[name].matrix(), found[STATISTIC])  # noqa: E731
+        by_blocks(calls.order, measure, prune, done)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class PruneConfig(PrunedModel):
     """Pruning of a model of images and texts: calibrated on `general` (image-text pairs) and `region` files, pairs in a
     general batch, images in a region batch; or on the bundled scenes. general_loader: a YAML file that names these
     files, see `configs.general_loader`. streams: places of the shards that are read at the same time, a multiple of
-    devices x workers.
+    devices x workers. dense_groups: modalities that stay dense; sparsities are those of the others.
     """
 
     # What decides the calibration batches.
@@ -94,6 +94,7 @@ class PruneConfig(PrunedModel):
     region: list[Files] = field(default_factory=list)
     general_loader: str = ""
     streams: int = 16
+    dense_groups: list[str] = field(default_factory=list)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):

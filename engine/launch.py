@@ -128,6 +128,9 @@ def launch(
 
     for name in ("lightning.fabric", "lightning.pytorch"):  # they set their own level when they are imported
         logging.getLogger(name).setLevel(logging.WARNING)
+    if getattr(args, "verbose", False) and not _rank():
+        for package in PACKAGES:
+            logging.getLogger(package).setLevel(logging.DEBUG)
     set_arithmetic(args)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:

@@ -1,13 +1,16 @@
 """Scores, what a weight is worth: one file per method, whose name is its name on the command line.
 
 `available()` lists them and imports none; `build(name)` imports that one alone. `prune` is all of it in one call.
+`presets()` lists the names that stand for a pruner with options, which `build` and `prune` take in its place.
 """
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pruners.presets import PRESETS, record, resolve
 from sparsity.errors import UserError
 from sparsity.pattern import NM, Block, pattern_of
 from sparsity.run.axes import AXES
@@ -22,27 +25,51 @@ if TYPE_CHECKING:
     from sparsity.run.engine import Engine
     from sparsity.view import PrunableView
 
-_PRUNERS = Registry("pruner", "pruners", "pruners.base:Pruner")
+_PRUNERS = Registry("pruner", "pruners", "pruners.base:Pruner", ("base", "presets"))
 
 
 def available() -> list[str]:
-    """Return the names of the pruners: the files of this folder but for their base."""
+    """Return the names of the pruners: the files of this folder but for their base and the presets."""
     return _PRUNERS.names()
 
 
+def presets() -> dict[str, str]:
+    """Return the presets: name -> what it means, in one line."""
+    return {name: preset.means for name, preset in PRESETS.items()}
+
+
+def listed() -> str:
+    """Return all names, as --help shows them: the pruners, and apart from them the presets with what they mean."""
+    told = "; ".join(f"{name} ({means})" for name, means in presets().items())
+    return f"{', '.join(available())}; or a preset: {told}"
+
+
 def check(name: str) -> None:
-    """Raise UserError, with the nearest name, unless there is a pruner of this name."""
-    _PRUNERS.check(name)
+    """Raise UserError, with the nearest name, unless there is a pruner or a preset of this name."""
+    _PRUNERS.check(name, PRESETS)
 
 
-def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **options: Any) -> "Engine":
-    """Return what runs a pruner: its plan, with the options that are given in place of its preset.
+def build(
+    pruner: "str | type[Pruner]",
+    *,
+    enable_update: bool = False,
+    pattern: "NM | Block | None" = None,
+    sparsities: "Sequence[Sparsity]" = (),
+    **options: Any,
+) -> "Engine":
+    """Return what runs a pruner: its plan, with the options that are given in place of its own.
 
-    pruner: a name, or a class. options: of the score, of the reconstruction, and those of every plan (see
+    pruner: a name, a preset's, or a class. options: of the score, of the reconstruction, and those of every plan (see
     `sparsity.run.plan.make_plan`); None: not given. enable_update: as reconstruct, for a pruner that has an update of
-    its own. Raises UserError for an unknown name (with the nearest one), for an option that the plan does not read, and
-    for what cannot be combined.
+    its own. pattern, sparsities: what is wanted, by which a preset chooses. Raises UserError for an unknown name (with
+    the nearest one), for an option that the plan does not read, and for what cannot be combined.
     """
+    if isinstance(pruner, str) and pruner in PRESETS:
+        choice, given = resolve(pruner, pattern, sparsities), {o: v for o, v in options.items() if v is not None}
+        built = build(choice.pruner, enable_update=enable_update, **(dict(choice.options) | given))
+        return type(built)(replace(built.plan, preset=record(pruner, choice, given)))
+    if isinstance(pruner, str):
+        check(pruner)
     plans, engine = importlib.import_module("sparsity.run.plan"), importlib.import_module("sparsity.run.engine")
     kind = _PRUNERS.find(pruner) if isinstance(pruner, str) else pruner
     given = {option: value for option, value in options.items() if value is not None}
@@ -58,15 +85,19 @@ def build(pruner: "str | type[Pruner]", *, enable_update: bool = False, **option
 
 def updates(pruner: "str | type[Pruner]") -> bool:
     """Return whether a pruner has an update of the kept weights that it is published with and without."""
+    if isinstance(pruner, str) and pruner in PRESETS:
+        return False
     kind = _PRUNERS.find(pruner) if isinstance(pruner, str) else pruner
     return kind.solver is not None and kind.solver != kind.reconstruction
 
 
-def own_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(
+    name: str, given: Mapping[str, Any], pattern: "NM | Block | None" = None, sparsities: "Sequence[Sparsity]" = ()
+) -> dict[str, Any]:
     """Return those of the given options which a pruner reads that is otherwise as it is published; steps are for those
-    that are published with several.
+    that are published with several. pattern, sparsities: as of `build`.
     """
-    plan = build(name, reconstruct=given.get("reconstruct")).plan
+    plan = build(name, reconstruct=given.get("reconstruct"), pattern=pattern, sparsities=sparsities).plan
     known = {
         *AXES,
         *_parameters(type(plan.score)),
@@ -111,9 +142,9 @@ def prune(
     or "block4x4" beside it. options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
-    built = build(pruner, **options)
-    view = views.generic_view(model)
     wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
     chosen = pattern_of(pattern) if pattern is None or isinstance(pattern, str) else pattern
+    built = build(pruner, pattern=chosen, sparsities=wanted, **options)
+    view = views.generic_view(model)
     found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
     return found if isinstance(sparsity, list | tuple) else found[0]

@@ -29,7 +29,6 @@ class Pruner:
     calibration: ClassVar[str] = "dense"  # of sparsity.run.axes.CALIBRATIONS
     in_steps: ClassVar[bool] = False  # published with several steps, whose number `--epochs` says
     draws: ClassVar[bool] = False  # scores depend on the seed where no data is read, too
-    cheap: ClassVar[bool] = True  # scores are computed again at each pass; False: computed once and held
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

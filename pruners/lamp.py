@@ -9,8 +9,6 @@ class LAMP(Pruner):
     """Layer-adaptive magnitude pruning, arXiv 2010.07611, eq. 5: with the layer's w^2 in ascending order (ties by
     index), score = w^2 / (itself + all after it), summed from the top in float64: the last scores exactly 1."""
 
-    cheap = False  # a sort per layer
-
     def score(self, weight: Tensor, statistic: None, generator: torch.Generator) -> Tensor:
         scores = torch.empty(weight.numel(), dtype=torch.float64, device=weight.device)
         order = ascending(weight.abs().flatten())

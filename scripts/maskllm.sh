@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Learns 2:4 masks of a vision transformer from the masks of a one-shot pruner, which it makes where they are not there.
 #   scripts/maskllm.sh MODEL PRUNER long|short [further options of maskllm_train.py]
+# Of a pruner that updates the kept weights (alps, admm, best) the weights are begun with, too.
 # long: 20 epochs with a moving average; short: one epoch without. ImageNet is read from data/imagenet/{train,val}, on 4
 # GPUs of 24 GB with batches of 128 each. The bundled vit_mini needs no download: 18 and 4 short epochs, about 23 and 5
 # minutes on a core. Stopped, it goes on when it is started again.
@@ -36,6 +37,7 @@ case $length in
         exit 2
         ;;
 esac
+case $pruner in alps | admm | best) recipe+=(--prior-weights "$prior") ;; esac
 samples=128
 if [ -n "${DEBUG:-}" ]; then
     samples=4

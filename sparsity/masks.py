@@ -62,7 +62,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-
 class Masks(Mapping[str, Tensor]):
     """Masks by name, held packed: each is unpacked, on the CPU, when it is asked for.
 
-    masks: name -> bool tensor, in prunable order, or such pairs one by one. provenance: whatever can be written as
+    masks: name -> bool tensor or `Bits`, in prunable order, or pairs one by one. provenance: whatever can be written as
     JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
     layout, from methods that update them, held or read one at a time (`ShapedTensors`); they are put in wherever the
     masks are applied, and are no part of the mask file.
@@ -70,16 +70,16 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        masks: Mapping[str, Tensor] | Mapping[str, Bits] | Iterable[tuple[str, Tensor]],
         provenance: Mapping[str, Any] | None = None,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ):
         self._bits: dict[str, Bits] = {}
         for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
-            if mask.dtype != torch.bool:
+            if isinstance(mask, Tensor) and mask.dtype != torch.bool:
                 raise UserError(f"the mask of {name!r} must be a bool tensor, got {mask.dtype}")
-            self._bits[str(name)] = Bits.of(mask)
+            self._bits[str(name)] = Bits.of(mask) if isinstance(mask, Tensor) else mask
         self.weights = weights if isinstance(weights, ShapedTensors) else dict(weights or {})
         for name in self.weights:
             shape = shape_in(self.weights, name)

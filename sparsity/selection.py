@@ -110,17 +110,29 @@ class _Search:
         return Threshold(bits.view(dtype).item(), self.rank, self.ties)
 
 
+class Keeper:
+    """Turns one tensor of scores after the other, in the order in which the threshold was computed, into what is kept:
+    exactly the k weights that it was computed for are pruned.
+    """
+
+    def __init__(self, threshold: Threshold):
+        self._threshold, self._remaining = threshold, threshold.take
+
+    def __call__(self, score: Tensor) -> Tensor:
+        """Return bool (out, in), True where a weight is kept."""
+        score, limit = score.contiguous(), self._threshold
+        kept = score > limit.value
+        if limit.take < limit.ties:  # some of the ties are kept: all but the first `take` of them
+            tied = (score == limit.value).reshape(-1).nonzero().squeeze(1)
+            kept.view(-1)[tied[self._remaining :]] = True
+            self._remaining = max(0, self._remaining - len(tied))
+        return kept
+
+
 def keep(scores: Scores[Name], threshold: Threshold) -> Iterator[tuple[Name, Tensor]]:
-    """(name, bool (out, in)), True where a weight stays: exactly the k that `threshold` was computed for are False."""
-    remaining = threshold.take
-    for name, score in _named(scores):
-        score = score.contiguous()
-        kept = score > threshold.value
-        if threshold.take < threshold.ties:  # some of the ties stay: all but the first `take` of them
-            tied = (score == threshold.value).reshape(-1).nonzero().squeeze(1)
-            kept.view(-1)[tied[remaining:]] = True
-            remaining = max(0, remaining - len(tied))
-        yield name, kept
+    """(name, bool (out, in)), True where a weight is kept, see `Keeper`."""
+    keeper = Keeper(threshold)
+    return ((name, keeper(score)) for name, score in _named(scores))
 
 
 def keep_rows(name: str, score: Tensor, count: int | Tensor) -> Tensor:
@@ -212,7 +224,7 @@ def keep_within(name: str, score: Tensor, scope: str, lost: Lost, width: int = S
     return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in _units(score, scope, width)], dim=1)
 
 
-def keep_exactly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
+def keep_exactly(name: str, score: Tensor, scope: str, count: int, width: int = SELECTION) -> Tensor:
     """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, shared out evenly over the
     units of its scope; what is left over goes to the first of them.
     """
@@ -222,7 +234,7 @@ def keep_exactly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
         counts[:more] += 1
         wide = score.to(torch.promote_types(score.dtype, torch.float32))
         return keep_rows(name, wide, counts) if more else keep_rows(name, score, each)
-    units = list(_units(score, scope))
+    units = list(_units(score, scope, width))
     sizes = [unit.numel() for unit in units]
     return torch.cat([_keep_lowest(name, *each) for each in zip(units, _shared(count, sizes), strict=True)], dim=1)
 

@@ -5,6 +5,7 @@ and refuses by name what it could only prune wrongly. `canonical` is the one pla
 (compile, Fabric, DDP) are stripped from a name.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -145,6 +146,20 @@ class PrunableView:
     def groups(self) -> dict[str, list[str]]:
         """Group -> names of its weights, both in prunable order."""
         return members({weight.name: weight.group for weight in self.weights.values()})
+
+    def without(self, groups: Sequence[str]) -> "PrunableView":
+        """Return a view of the same model where these groups stay dense. UserError for a group that it does not have,
+        and where no weight would be left.
+        """
+        if unknown := [group for group in groups if group not in self.groups]:
+            raise UserError(f"there is no group {unknown[0]!r} to keep dense; there are: {', '.join(self.groups)}")
+        left = copy.copy(self)
+        left.weights = {name: weight for name, weight in self.weights.items() if weight.group not in groups}
+        if not left.weights:
+            raise UserError(f"all groups are to be kept dense ({', '.join(groups)}): nothing would be pruned")
+        gone = [key for weight in self.weights.values() if weight.group in groups for key in weight.aliases]
+        left.dense = (*self.dense, *gone)
+        return left
 
     @property
     def aliases(self) -> dict[str, tuple[str, ...]]:

@@ -132,6 +132,7 @@ BAD_VALUES = {
     },
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},
+    "quality": {"absent": "give one of -m/--model"},
     "config": {
         "absent.yaml": "absent.yaml: configuration file not found",
         "README.md": "README.md: not valid YAML",

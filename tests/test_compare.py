@@ -16,7 +16,20 @@ import yaml
 import compare
 import pruners
 from configs.loading import load_config
-from engine.pruning.comparison import ANY_SEED, DENSE, Entry, Ledger, latex, markdown, mean_and_error, seeds_of, sharing
+from engine.pruning.comparison import (
+    ANY_SEED,
+    COSTS,
+    DENSE,
+    INT8,
+    Cost,
+    Entry,
+    Ledger,
+    latex,
+    markdown,
+    mean_and_error,
+    seeds_of,
+    sharing,
+)
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget
 from sparsity.run import engine
@@ -38,7 +51,7 @@ def results(folder):
 
 
 def without_times(rows):
-    return sorted(tuple(v for k, v in row.items() if k not in ("date", "selection_seconds")) for row in rows)
+    return sorted(tuple(v for k, v in row.items() if k not in ("date", *COSTS)) for row in rows)
 
 
 @pytest.fixture
@@ -116,6 +129,21 @@ def test_every_run_has_its_sparsity(whole):
         sparsity = float(row["sparsity"]) / 100
         if row["pruner"] not in ("localmp", "magnitude"):  # floors of single layers
             assert float(row["all %"]) == pytest.approx(100 * budget(sparsity, 36864) / 36864, abs=0.02)
+
+
+def test_groups_that_stay_dense_and_weights_of_8_bits(tmp_path, capsys):
+    """Both pruned groups lose what is asked of them, by score and block by block."""
+    content = yaml.safe_load((CONFIGS / "prune.yaml").read_text()) | {"dense_groups": ["fusion"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "p.yaml").write_text("a: {pruner: omp}\nb: {pruner: sparsegpt, reconstruct: sparsegpt}\n")
+    more = ("--plans", str(tmp_path / "p.yaml"), "-s", "50", "--seeds", "1", "--int8")
+    compare.main(options(tmp_path / "out", *more, config=tmp_path / "c.yaml"))
+    rows = {row["pruner"]: row for row in results(tmp_path / "out")}
+    assert list(rows) == [DENSE, INT8, "a", "b"] and "fusion %" not in rows["a"]
+    assert [rows[name]["all %"] for name in rows] == ["0.0000", "0.0000", "50.0000", "50.0000"]
+    assert all(float(row["peak_mb"]) > 0 for name, row in rows.items() if name in ("a", "b"))
+    all_groups = options(tmp_path / "out", *more)
+    assert "has the columns of another model" in refused(capsys, compare.main, all_groups)
 
 
 # Resumed
@@ -253,7 +281,7 @@ def test_rows_that_another_version_wrote_are_left_alone(tmp_path):
     path = tmp_path / "results.csv"
     columns = {"top-1": "top1"}
     ledger = Ledger(path, "m", ["v"], columns, {"omp": "one"})
-    ledger.add("omp", "50", "-", {"v": 0.5, "all": 0.5}, {"top1": 1.0}, 0)
+    ledger.add("omp", "50", "-", {"v": 0.5, "all": 0.5}, {"top1": 1.0}, Cost())
     assert Ledger(path, "m", ["v"], columns, {"omp": "one"}).find("omp", "50", "-") is not None
     assert Ledger(path, "m", ["v"], columns, {"omp": "two"}).find("omp", "50", "-") is None
 

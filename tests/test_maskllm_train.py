@@ -20,7 +20,9 @@ from configs.decoding import Decoding
 from datasets.labelled.timm_images import open_images
 from engine.training import learning_tasks
 from engine.training.learning_tasks import ImageTask
+from engine.training.mask_learning import start_from_weights
 from models.external.model import prunable_view
+from sparsity.errors import UserError
 from sparsity.learned.checkpoint import fold
 from sparsity.masks import Masks
 from sparsity.pattern import NM
@@ -117,6 +119,40 @@ def test_a_strong_prior_is_what_is_learned(tmp_path, photos, prior):
     gates = folder / "model_best.pth.tar"
     again = learned(photos, tmp_path / "gates", "--mask-only", *given[2:], "--sparse-checkpoint", str(gates))
     assert Masks.load(again / "mask.safetensors").digest() == Masks.load(prior).digest()
+
+
+def test_it_starts_from_the_masks_and_the_weights_of_alps(tmp_path, photos, view):
+    """What the prior prunes can come back with its dense weight; until it does, the model is the pruned one."""
+    dense, pruned = tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors"
+    torch.manual_seed(1)
+    model = timm.create_model("test_vit", num_classes=2, img_size=32)
+    save_file(model.state_dict(), dense)
+    sizes = [*TINY[:6], "--accelerator", "cpu", "--ckpt", str(dense), "--data-path", str(photos), "--nsamples", "8"]
+    oneshot_pruning_timm.main([*sizes, "--pruner", "alps", "--skip-eval", "--save-model", str(pruned)])
+    alps, before = load_file(pruned), load_file(dense)
+    given = ["--mask-only", "--initial-checkpoint", str(dense), "--sparse-checkpoint", str(pruned)]
+    given += ["--prior-strength", "1000", "--lr", "1e-6", "--steps", "1"]
+    folder = learned(photos, tmp_path / "both", *given, "--prior-weights", str(pruned))
+    found, gated = load_file(folder / "model.safetensors"), checkpoint(folder)["state_dict"]
+    assert found.keys() == alps.keys() and all(torch.equal(found[name], alps[name]) for name in alps)
+    for name in view.weights:
+        kept = alps[name] != 0
+        assert (alps[name] != before[name])[kept].any(), "ALPS updates what it keeps"
+        assert torch.equal(gated[name], torch.where(kept, alps[name], before[name]))
+    masks_alone = load_file(learned(photos, tmp_path / "mask", *given) / "model.safetensors")
+    assert all(torch.equal(masks_alone[name], before[name] * (alps[name] != 0)) for name in view.weights)
+
+
+def test_corrected_biases_are_begun_with_too(tmp_path, view, prior):
+    model = timm.create_model("test_vit", num_classes=2, img_size=32)
+    state = {name: torch.full_like(tensor, 2.0) for name, tensor in model.state_dict().items()}
+    own, masks = prunable_view(model), Masks.load(prior)
+    start_from_weights(tmp_path, own, masks, lambda path: dict(state))
+    for name, parameter in model.named_parameters():
+        assert (parameter == 2).all() or (name in own.weights and torch.equal(parameter == 2, masks[name])), name
+    state.pop("blocks.0.mlp.fc1.weight")
+    with pytest.raises(UserError, match=r"it has no blocks\.0\.mlp\.fc1\.weight of this model's shape"):
+        start_from_weights(tmp_path, own, masks, lambda path: dict(state))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +296,8 @@ def test_images_are_decoded_as_asked(tmp_path, photos, monkeypatch, capsys):
         (["--tau-range", "1", "0"], "tau must be above 0"),
         (["--sparse-checkpoint", "nowhere.pt"], "--sparse-checkpoint nowhere.pt: file not found"),
         (["--sparsity-mode", "sparse"], "give it with --sparse-checkpoint"),
+        (["--prior-weights", "nowhere.pt"], "--prior-weights nowhere.pt: file not found"),
+        (["--prior-weights", __file__], "--prior-weights are those of a prior: give it with --sparse-checkpoint"),
         (["--data-dir", "nowhere"], "--data-path nowhere: expected a folder with train/ and val/"),
         (["--num-classes", "3"], "the data has 2 classes and the model 3"),
         (["--batch-size", "50"], "--batch-size 50: the training set has 12 images"),
@@ -335,6 +373,7 @@ def test_recipes_prune_and_then_learn(name, commands, tmp_path):
     assert (prune[0], learn[0]) == ("oneshot_pruning_timm.py", "maskllm_train.py")
     assert first.save_model == args.sparse_checkpoint and first.model == args.model and not first.enable_update
     assert f"{args.output.name}.sh" == name and args.experiment == "MaskLLM-4V"
+    assert args.prior_weights == (args.sparse_checkpoint if "alps" in name else None)
     assert args.mask_only and args.pretrained and args.model_ema == ("1epoch" not in name)
     if "base" in name:
         assert args.batch_size * args.devices == 512 and args.epochs == (1 if "1epoch" in name else 20)

@@ -125,6 +125,18 @@ def test_every_pruner_follows_a_pattern(tmp_path, view, pruner):
     assert "2:4" in (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize("preset", pruners.presets())
+def test_a_preset_is_pruned_with_and_the_report_says_what_it_stood_for(tmp_path, view, preset):
+    folder = pruned(tmp_path, preset, "-s", "50,75")
+    masks = Masks.load(folder / f"xvlm_{preset}_75_seed42_pruning_masks.safetensors")
+    masks.check(view)
+    plan = pruners.build(preset, sparsities=["0.75"]).plan
+    assert masks.provenance["pruner"] == plan.name and masks.provenance["preset"] == plan.preset
+    report = (folder / "report.md").read_text()
+    assert f"{preset}, version 1: -p {plan.name}" in report
+    assert len(list(folder.glob("*_weights.safetensors"))) == 2 * (preset == "best")
+
+
 def test_iterations(tmp_path, view):
     once = pruned(tmp_path / "once", "itersnip", "-s", "63")
     name = "xvlm_itersnip_63_seed42_pruning_masks.safetensors"

@@ -35,4 +35,3 @@ def save_folder(
     save_weights(model, folder / FILE, halves=halves, allowed=("vanished",))
     for name, content in files.items():
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-

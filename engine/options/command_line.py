@@ -110,6 +110,8 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
     add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
+    captured = "inputs of blocks that sequential calibration holds in memory; more go to a file (default: half of it)"
+    add("--capture_budget", type=byte_count, help=captured)
     add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
     add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
@@ -143,6 +145,20 @@ def group_sparsity(text: str) -> dict[str, Decimal]:
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return found
+
+
+def add_finished_options(add: Callable[..., Any]) -> None:
+    """The options of compare.py that only put finished runs beside each other."""
+    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
+    add("--metrics", type=globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
+    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
+    add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
+
+
+def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error unless a model, or one folder of finished runs, is given."""
+    if sum(given is not None for given in (args.model, args.finetuned, args.nm, args.quality)) != 1:
+        parser.error("give one of -m/--model, --finetuned, --nm and --quality")
 
 
 def globs(text: str) -> list[str]:
@@ -274,6 +290,7 @@ def add_device_options(parser: argparse.ArgumentParser, *short: str) -> None:
     add("--strategy", default="auto", choices=("auto", "ddp"), help="default: %(default)s")
     _add_arithmetic(add, *short)
     add("--seed", type=seed, default=42, help="of all randomness (default: %(default)s)")
+    add("--verbose", action="store_true", help="log more, such as the order in which blocks are executed (default: no)")
 
 
 def add_one_device(parser: argparse.ArgumentParser) -> None:

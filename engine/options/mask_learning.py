@@ -55,6 +55,8 @@ def add_learning_options(parser: argparse.ArgumentParser, presets: tuple[str, ..
     add("--schedule-unit", choices=UNITS, help="what tau, scaling and learning rate follow (default: epoch; llm: step)")
     add("--gate-std", type=positive_float, help="of the first gates; default: the preset's, of vit 0.2")
     add("--sparse-checkpoint", type=Path, help="prior: a mask file, or a checkpoint with zeros (default: none)")
+    updated = "checkpoint: begin with its weights where the prior keeps them (default: the model's own)"
+    add("--prior-weights", type=Path, help=updated)
     add("--prior-strength", type=float, default=3.0, help="in standard deviations of the gates (default: %(default)s)")
     regulariser = "r of: loss - r * ||weight * mask||^2 (default: %(default)s)"
     add("--sparse-weight-reg", type=float, default=1e-5, help=regulariser)
@@ -161,11 +163,14 @@ def check_learning(args: argparse.Namespace) -> Recipe:
     for option, path in {
         "sparse-checkpoint": args.sparse_checkpoint,
         "initial-checkpoint": args.initial_checkpoint,
+        "prior-weights": args.prior_weights,
     }.items():
         if path is not None and not path.is_file():
             raise MissingFileError(f"--{option} {path}: file not found")
     if args.sparsity_mode == "sparse" and args.sparse_checkpoint is None:
         raise UserError("--sparsity-mode sparse trains under a fixed mask: give it with --sparse-checkpoint")
+    if args.prior_weights and args.sparse_checkpoint is None:
+        raise UserError("--prior-weights are those of a prior: give it with --sparse-checkpoint")
     if args.amp:
         args.precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[args.amp_dtype]
     args.experiment = args.experiment or experiment(args)

@@ -13,7 +13,8 @@ from sparsity.pattern import NM, parse_pattern
 from sparsity.run.axes import CALIBRATIONS
 
 PRUNERS = {"dense": None, "magnitude": "magnitude", "random": "rand", "wanda": "wanda", "sparsegpt": "sparsegpt"}
-
+PRUNERS |= {"alps": "alps", "admm": "admm", "best": "best", "fast": "fast"}
+OF_INPUTS = tuple(name for name in PRUNERS if name not in ("dense", "magnitude", "random"))
 
 USUAL = 2, 4  # N:M where nothing else is asked for
 
@@ -48,16 +49,17 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
     add("--nsamples", type=positive_int, default=nsamples, help="calibration samples (default: %(default)s)")
     update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
     add("--enable-update", action="store_true", help=update)
-    mode = "inputs of Wanda and SparseGPT: of the dense model, or of each block after those before it are pruned"
-    given = f"{mode} (default: dense for Wanda, sequential for SparseGPT)"
+    mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: dense for Wanda, sequential for the others)"
     add("--calibration-mode", choices=CALIBRATIONS, help=given)
     add("--offload", action="store_true", help=OFFLOAD)
     add("--save-model", type=Path, help="file for the pruned weights, .safetensors, or as torch.save writes them")
 
 
-def plan_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a plan that are given, name -> value."""
+def plan_of(args: argparse.Namespace, target: Target) -> dict[str, Any]:
+    """Return what a plan is built with, name -> value: its options that are given, and what is wanted."""
     given = {"calibration_mode": args.calibration_mode, "enable_update": args.enable_update, "offload": args.offload}
+    given |= {"pattern": target.pattern, "sparsities": [target.sparsity] if target.sparsity is not None else []}
     return {name: value for name, value in given.items() if value}
 
 
@@ -65,8 +67,8 @@ def check_oneshot(args: argparse.Namespace) -> Target:
     """What is asked for. Raises UserError for options that do not go together."""
     if args.enable_update and args.pruner != "sparsegpt":
         raise UserError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
-    if args.calibration_mode and args.pruner not in ("wanda", "sparsegpt"):
-        raise UserError(f"--calibration-mode is for wanda and sparsegpt, got --pruner {args.pruner}")
+    if args.calibration_mode and args.pruner not in OF_INPUTS:
+        raise UserError(f"--calibration-mode is for {', '.join(OF_INPUTS)}, got --pruner {args.pruner}")
     if args.sparsity is not None:
         if args.N or args.M:
             raise UserError("--sparsity is for zeros anywhere, --N and --M are for those in a pattern: leave one out")

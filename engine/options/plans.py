@@ -1,6 +1,6 @@
 """A YAML file of named plans, as compare.py reads it; needs no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ class PlanFile:
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def build(self, name: str, build: Callable[..., Any]) -> Any:
-        """Return what `build(pruner, **options)` makes. UserError that names the plan."""
+        """Return what `build(pruner, pattern=..., **options)` makes. UserError that names the plan."""
         try:
-            return build(self.pruner, **self.options)
+            return build(self.pruner, pattern=self.pattern, **self.options)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name != self.pruner else str(error)) from None
 
@@ -32,27 +32,31 @@ class PlanFile:
 def plans_of(
     file: Path | None,
     names: Sequence[str] | None,
-    usual: Sequence[str],
+    usual: Callable[[], Iterable[str]],
     options: Mapping[str, Any],
     pattern: str | None,
-    own: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+    own: Callable[..., dict[str, Any]],
 ) -> dict[str, PlanFile]:
-    """Return name -> plan: of a file; or one for each pruner of these names, or of the usual ones, with this pattern
-    and those of the options that it reads.
+    """Return name -> plan: of a file, all or those of these names; or one for each pruner of these names, or of the
+    usual ones (asked for where they are needed: that loads torch), with this pattern and the options that it reads.
 
-    own: of a pruner's name and options, those that it reads. UserError where a file and options are given, and for an
-    option that no pruner reads.
+    own: of a pruner's name, options and pattern, the options that it reads. UserError where a file and options are
+    given, for a name that is not in the file, and for an option that no pruner reads.
     """
-    given = [*(["pruners"] if names else []), *options, *(["pattern"] if pattern else [])]
+    given = [*options, *(["pattern"] if pattern else [])]
     if file and given:
-        raise UserError(f"--plans {file} says pruners, patterns and options: leave {', '.join(given)} out")
+        raise UserError(f"--plans {file} says patterns and options: leave {', '.join(given)} out")
     if file:
-        return read_plans(file)
-    read = {name: own(name, options) for name in names or usual}
+        plans = read_plans(file)
+        if unknown := [name for name in names or () if name not in plans]:
+            raise UserError(f"{file}: there is no plan {unknown[0]!r}; there are: {', '.join(plans)}")
+        return {name: plans[name] for name in names or plans}
+    kept = pattern_of(pattern)
+    read = {name: own(name, options, pattern=kept) for name in names or usual()}
     for option in options:
         if not any(option in each for each in read.values()):
             raise UserError(f"--{option}: none of {', '.join(read)} reads it: leave it out")
-    return {name: PlanFile(name, each, pattern_of(pattern)) for name, each in read.items()}
+    return {name: PlanFile(name, each, kept) for name, each in read.items()}
 
 
 def read_plans(path: Path) -> dict[str, PlanFile]:

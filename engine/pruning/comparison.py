@@ -10,6 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from configs.pruning import PrunedModel
 from engine.contents import contents
+from engine.pruning.peak_memory import PeakMemory
+from engine.pruning.rounding import int8_weights
 from engine.pruning.run import percent, timed
 from engine.reports.report import Metrics, append_csv, markdown_table, mean_and_error, with_error
 from sparsity.allocation.budget import Sparsity
@@ -58,16 +61,30 @@ class Entry:
         return {percent(sparsity): sparsity for sparsity in sparsities}
 
 
+COSTS = ("calibration_seconds", "selection_seconds", "peak_mb")
 Run = tuple[str, str, str]  # pruner, sparsity in per cent, seed
 DENSE = "dense"
 ANY_SEED = "-"  # seed of a run in which nothing is drawn
 DENSE_RUN: Run = (DENSE, "0", ANY_SEED)
+INT8 = "dense int8"
+INT8_RUN: Run = (INT8, "0", ANY_SEED)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What masks cost: seconds of the statistic that serves all sparsities (and all plans that need the same), and of
+    what is done for these masks alone; the peak of memory in bytes.
+    """
+
+    calibration: float = 0.0
+    selection: float = 0.0
+    peak: int = 0
 
 
 def digests(
     view: PrunableView, sizes: Any, config: PrunedModel, options: Mapping[str, Any], plans: Mapping[str, Entry]
 ) -> dict[str, str]:
-    """Return plan (or "dense") -> short name of all that decides its results, but for sparsity and seed.
+    """Return plan (or a dense model) -> short name of all that decides its results, but for sparsity and seed.
 
     sizes: of the model, a dataclass. options: of the command line, with `precision` and `num_batches`; what the
     calibration reads counts for the plans that read it. Where the weights lie does not count, what they are does.
@@ -78,7 +95,7 @@ def digests(
     common |= _held({"evaluation": read["evaluation"]})
     data = {key: read[key] for key in config.CALIBRATION}
     data |= {"num_batches": options["num_batches"], **_held(data)}
-    result = {DENSE: _digest(common)}
+    result = {DENSE: _digest(common), INT8: _digest(common | {"rounding": INT8})}
     for name, entry in plans.items():
         own = entry.plan.facts(entry.request((), 0))
         result[name] = _digest(common | own | (data if entry.plan.statistics else {}))
@@ -111,7 +128,7 @@ class Ledger:
     ):
         self.path, self.model, self.metrics, self.digests = path, model, columns, digests
         self.measures = [*(f"{name} %" for name in (*groups, "all")), *columns]
-        self.columns = ["config", "date", "model", "pruner", "sparsity", "seed", *self.measures, "selection_seconds"]
+        self.columns = ["config", "date", "model", "pruner", "sparsity", "seed", *self.measures, *COSTS]
         self.rows = self._read()
 
     def _read(self) -> list[Row]:
@@ -132,14 +149,15 @@ class Ledger:
         return next((row for row in self.rows if (row["pruner"], row["sparsity"], row["seed"]) == run), None)
 
     def add(
-        self, pruner: str, sparsity: str, seed: str, shares: Mapping[str, float], metrics: Metrics, seconds: float
+        self, pruner: str, sparsity: str, seed: str, shares: Mapping[str, float], metrics: Metrics, cost: Cost
     ) -> None:
         """shares: sparsity of every group, and of "all", as fractions."""
         row: dict[str, Any] = {"config": self.digests[pruner], "date": time.strftime("%Y-%m-%d %H:%M:%S")}
         row |= {"model": self.model, "pruner": pruner, "sparsity": sparsity, "seed": seed}
         row |= {f"{name} %": f"{100 * share:.4f}" for name, share in shares.items()}
         row |= {name: f"{metrics[key]:.4f}" for name, key in self.metrics.items()}
-        row["selection_seconds"] = f"{seconds:.2f}"
+        spent = (f"{cost.calibration:.2f}", f"{cost.selection:.2f}", f"{cost.peak / 1e6:.0f}")
+        row |= dict(zip(COSTS, spent, strict=True))
         append_csv(self.path, [row])
         self.rows.append(row)
 
@@ -172,27 +190,39 @@ def compare(
     *,
     calibrations: Callable[[str, int], Calibrations],
     evaluate: Callable[[], Metrics],
+    int8: bool = False,
 ) -> None:
     """Run every plan at every sparsity under every seed, and the dense model, but for what the ledger has already.
 
-    calibrations: (name of a plan, seed) -> the passes of its epochs. evaluate: metrics of the model as it is.
+    calibrations: (name of a plan, seed) -> the passes of its epochs. evaluate: metrics of the model as it is. int8: the
+    dense model with weights of 8 bits, too.
     """
-    with tqdm(total=len(wanted(plans, sparsities, seeds)), desc="runs", unit="run", leave=False) as bar:
-        bar.update(sum(ledger.find(*run) is not None for run in wanted(plans, sparsities, seeds)))
-        if ledger.find(*DENSE_RUN) is None:
-            ledger.add(*DENSE_RUN, dict.fromkeys([*view.groups, "all"], 0.0), evaluate(), 0.0)
-            bar.update()
+    runs = wanted(plans, sparsities, seeds, int8)
+    with tqdm(total=len(runs), desc="runs", unit="run", leave=False) as bar:
+        bar.update(sum(ledger.find(*run) is not None for run in runs))
+        for run in dense_runs(int8):
+            if ledger.find(*run) is None:
+                with int8_weights(view).applied(view) if run == INT8_RUN else nullcontext():
+                    ledger.add(*run, dict.fromkeys([*view.groups, "all"], 0.0), evaluate(), Cost())
+                bar.update()
         for seed, todo in _passes(plans, sparsities, seeds, ledger):
-            for run, masks, seconds in _masks(view, plans, seed, todo, calibrations):
+            for run, masks, cost in _masks(view, plans, seed, todo, calibrations):
                 report = masks.report(view)
                 shares = {name: count.sparsity for name, count in report.groups.items()}
                 with masks.applied(view):
                     metrics = evaluate()
-                ledger.add(*run, shares | {"all": report.overall.sparsity}, metrics, seconds)
+                ledger.add(*run, shares | {"all": report.overall.sparsity}, metrics, cost)
                 bar.update()
 
 
-def wanted(plans: Mapping[str, Entry], sparsities: Sequence[Sparsity], seeds: Sequence[int]) -> list[Run]:
+def dense_runs(int8: bool) -> list[Run]:
+    """Return the runs that prune nothing."""
+    return [DENSE_RUN, INT8_RUN] if int8 else [DENSE_RUN]
+
+
+def wanted(
+    plans: Mapping[str, Entry], sparsities: Sequence[Sparsity], seeds: Sequence[int], int8: bool = False
+) -> list[Run]:
     """Return the runs of a comparison: the dense model, then by target, plan and seed."""
     labels = dict.fromkeys(label for entry in plans.values() for label in entry.targets(sparsities))
     runs = [
@@ -202,7 +232,7 @@ def wanted(plans: Mapping[str, Entry], sparsities: Sequence[Sparsity], seeds: Se
         if label in entry.targets(sparsities)
         for own in seeds_of(entry, seeds)
     ]
-    return [DENSE_RUN, *runs]
+    return [*dense_runs(int8), *runs]
 
 
 def _passes(
@@ -227,16 +257,19 @@ def _masks(
     seed: int,
     todo: Sequence[tuple[str, str, Mapping[str, Sparsity]]],
     calibrations: Callable[[str, int], Calibrations],
-) -> Iterator[tuple[Run, Masks, float]]:
-    """(run, its masks, seconds that it took to choose them), all from one statistic."""
-    first = todo[0][0]
+) -> Iterator[tuple[Run, Masks, Cost]]:
+    """(run, its masks, what they cost), all from one statistic."""
+    first, peak, begin = todo[0][0], PeakMemory(view.device), time.perf_counter()
     request = plans[first].request([], seed)
     measured = plans[first].engine.measure(view, calibrations(first, seed)(0), request)
+    calibration, of_statistic = time.perf_counter() - begin, peak.read()
     for name, own, missing in todo:
         request = plans[name].request(list(missing.values()), seed)
-        chosen = timed(plans[name].engine.masks(view, measured, request, calibrations(name, seed)))
+        masks = plans[name].engine.masks(view, measured, request, calibrations(name, seed))
+        chosen = timed(masks, plans[name].plan.one_pass)
         for label, (_, masks, seconds) in zip(missing, chosen, strict=True):
-            yield (name, label, own), masks, seconds
+            yield (name, label, own), masks, Cost(calibration, seconds, max(of_statistic, peak.read()))
+            peak.reset()
 
 
 def summarise(ledger: Ledger, runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ class Pairs:
     def load(self, fabric: Any) -> PrunableView:
         self.fabric = fabric
         self.model = self.module.build(self.sizes, self.config.checkpoint).to(fabric.device).eval()
-        return self.module.prunable_view(self.model)
+        return self.module.prunable_view(self.model).without(self.config.dense_groups)
 
     def calibration(self, folder: Path, num_batches: int, seed: int) -> Calibration:
         what = {"place": place_of(self.fabric), "regions": self.module.REGIONS}

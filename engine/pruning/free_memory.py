@@ -12,10 +12,18 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_memory(view: PrunableView) -> Memory:
-    """Return what is free, in bytes; for a model on the CPU the device's are 0, as `preflight_bytes` has it."""
+def free_memory(view: PrunableView, processes: int = 1) -> Memory:
+    """Return what is free, in bytes; for a model on the CPU the device's are 0, as `preflight_bytes` has it.
+
+    processes: of this run, which share the host.
+    """
     on_device = sum(torch.cuda.mem_get_info(device)[0] for device in view.accelerators)
-    return Memory(on_device, int(min(_system(), _container())))
+    return Memory(on_device, free_on_host() // processes)
+
+
+def free_on_host() -> int:
+    """Return how many bytes of the host's memory are free."""
+    return int(min(_system(), _container()))
 
 
 def _system() -> int:

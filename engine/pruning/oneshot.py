@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.export import as_published, save_weights
 from engine.options.oneshot import Target
-from engine.pruning.run import calibrations, check_finite
+from engine.pruning import run
 from engine.reports.report import Metrics, markdown_table
 from sparsity.files import replacing
 from sparsity.masks import Masks
@@ -32,11 +32,16 @@ def one_shot(
     """Return the masks that are asked for. data: of `engine.pruning.run.calibrations`; None where the plan reads none.
     folder, config: of `calibrations`, for a run that is to go on after a kill.
     """
-    passes = calibrations(data, fabric, seed, engine.name, folder=folder, config=config)
+    passes = run.calibrations(data, fabric, seed, engine.name, folder=folder, config=config)
     wanted = request(target, seed)
     ((_, masks),) = engine.masks(view, engine.measure(view, passes(0), wanted), wanted, passes)
-    check_finite(masks)
+    run.check_finite(masks)
     return masks
+
+
+def preflight(engine: Engine, view: PrunableView, target: Target, seed: int, processes: int = 1) -> None:
+    """Raise UserError for what this model cannot have or this machine has no memory for. processes: on this machine."""
+    run.preflight(engine, view, request(target, seed), processes=processes)
 
 
 def request(target: Target, seed: int) -> Request:

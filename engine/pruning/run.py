@@ -19,6 +19,7 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
 from engine.export import save_model
+from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.pictures import Pictures
@@ -26,6 +27,8 @@ from engine.reports.report import Metrics, append_csv, markdown_table, write_rep
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
+from sparsity.run.engine import Engine
+from sparsity.run.request import Request
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -49,21 +52,37 @@ class _OnDevice:
         return (self._fabric.to_device(batch) for batch in self._data.at(self._epoch))
 
 
+def preflight(
+    engine: Engine,
+    view: PrunableView,
+    request: Request,
+    data: Any = None,
+    folder: Path | None = None,
+    processes: int = 1,
+) -> None:
+    """Raise UserError for what this model cannot have or this machine has no memory for, before any data is read.
+
+    data: that are read, if any. folder: for what is too large for memory. processes: of this run on this machine.
+    """
+    rounds = None if data is None else data.rounds
+    engine.preflight(view, request, rounds=rounds, folder=folder, free=free_memory(view, processes))
+
+
 def calibrations(
     data: Calibration | None,
     fabric: Any,
     seed: int,
     name: str = "",
-    *,
     folder: Path | None = None,
     config: Any = None,
+    capture_budget: int | None = None,
 ) -> Calibrations:
     """Return what reads the calibration data: epoch -> the pass over its batches, summed over ranks; a pass without
     batches where there is no data.
 
     What a loss draws is a function of the seed and the batch. name: of the pruner, in the names of files. folder: for
     what is kept for a run that is killed, and what is too large for memory; `config`, a dataclass, then says what is
-    read.
+    read. capture_budget: bytes of captured inputs of blocks that are held in memory; None: half of what is free.
     """
 
     def epochs(epoch: int) -> CalibrationPass:
@@ -89,6 +108,7 @@ def calibrations(
             rounds=own.rounds,
             scratch=scratch,
             arithmetic=partial(_arithmetic, fabric),
+            capture_budget=capture_budget or free_on_host() // (2 * fabric.world_size),
         )
 
     return epochs
@@ -101,11 +121,16 @@ def _arithmetic(fabric: Any) -> Iterator[None]:
         yield
 
 
-def timed(masks: Iterable[tuple[Any, Masks]]) -> Iterator[tuple[Any, Masks, float]]:
-    """(sparsity, masks, seconds that it took to choose them)."""
+def timed(masks: Iterable[tuple[Any, Masks]], together: bool = False) -> Iterator[tuple[Any, Masks, float]]:
+    """Return (sparsity, masks, seconds that it took to choose them). together: all are chosen at once, so that each
+    took its share.
+    """
     begin = time.perf_counter()
-    for sparsity, chosen in masks:
-        yield sparsity, chosen, time.perf_counter() - begin
+    found = list(masks) if together else masks
+    share = (time.perf_counter() - begin) / len(found) if isinstance(found, list) and found else None
+    begin = time.perf_counter()
+    for sparsity, chosen in found:
+        yield sparsity, chosen, time.perf_counter() - begin if share is None else share
         begin = time.perf_counter()
 
 
@@ -151,6 +176,7 @@ class Results:
         self.pictures = Pictures(folder, view, model, self.stem)
         self.warnings: list[str] = []
         self.written: list[Path] = []
+        self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -172,6 +198,7 @@ class Results:
         label = str(pattern) if isinstance(pattern, NM) else percent(sparsity)
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
+        self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
         if self.writes:
             masks.save(path)
@@ -225,6 +252,7 @@ class Results:
     def finish(self) -> str:
         """Write configuration, run times, plot and report; returns the summary for the reader of the terminal."""
         facts = {
+            **self.preset,
             "weights": self.config.weights,
             "prunable weights": f"{self.view.numel:,} in {len(self.view.weights)} layers",
             "seed": self.options["seed"],

@@ -53,4 +53,5 @@ def facts_of(masks: Masks | None) -> dict[str, Any]:
     if masks is None:
         return {"pruner": "none, the model is dense"}
     known = {"pruner": "not recorded in the mask file"} | masks.provenance
-    return {key: known[key] for key in ("pruner", "sparsity", "pattern", "pool") if known.get(key) is not None}
+    told = ("pruner", "preset", "sparsity", "pattern", "pool")
+    return {key: known[key] for key in told if known.get(key) is not None}

@@ -141,6 +141,37 @@ def plot_overlap(
     _save(figure, path, title)
 
 
+Curve = Sequence[tuple[float, float | None] | None]  # mean and standard error at each level, None where there is none
+
+
+def plot_curves(
+    path: Path,
+    levels: Sequence[str],
+    curves: Mapping[str, Mapping[str, Curve]],
+    flat: Mapping[str, Mapping[str, float]],
+    title: str,
+) -> None:
+    """Quality by level, a panel for each measure.
+
+    levels: names, from left to right. curves: measure -> plan -> its curve. flat: measure -> name -> the same value at
+    all levels, such as the dense model's.
+    """
+    figure = _figure(1 + 5.5 * len(curves), 4.2)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (measure, plans) in zip(panels, curves.items(), strict=True):
+        for (name, value), style in zip(flat[measure].items(), ("-", ":", "-."), strict=False):
+            axis.axhline(value, color="grey", linewidth=1, linestyle=style, label=name)
+        for plan, curve in plans.items():
+            found = [(x, *point) for x, point in enumerate(curve) if point is not None]
+            places, means, errors = ([values[i] for values in found] for i in range(3))
+            deviation = [error or 0.0 for error in errors]
+            axis.errorbar(places, means, deviation, fmt=".-", capsize=2, linewidth=1.2, label=plan)
+        axis.set(xticks=range(len(levels)), xticklabels=levels, xlabel="sparsity, or pattern", ylabel=measure)
+        axis.grid(alpha=0.3)
+    panels[0].legend(loc="best", fontsize=8)
+    _save(figure, path, title)
+
+
 def _named(label: str) -> str:
     """A sparsity with its unit, or a pattern."""
     return label if ":" in label else f"{label} %"

@@ -133,6 +133,26 @@ def read_prior(path: Path, view: PrunableView, read: Callable[[Path], dict[str, 
     return prior
 
 
+@torch.no_grad()
+def start_from_weights(path: Path, view: PrunableView, prior: Masks, read: Callable[[Path], dict[str, Tensor]]) -> None:
+    """Put the updated weights of a prior where it keeps them, and what else its checkpoint has, into the model.
+
+    What it prunes keeps the weight that the model has, with which it can come back. path: of the weights, which `read`
+    gives as a state dict. Raises UserError, naming the file, where one is missing.
+    """
+    state, resolved, put = fold(read(path)), prior.resolve(view), set()
+    for weight in view.weights.values():
+        name = next((alias for alias in weight.aliases if alias in state), None)
+        if name is None or state[name].shape != weight.parameter.shape:
+            raise UserError(f"--prior-weights {path}: it has no {weight.name} of this model's shape")
+        mask = resolved[weight.name].to(weight.parameter.device)
+        weight.parameter.copy_(torch.where(mask, state[name].to(weight.parameter), weight.parameter))
+        put |= {*weight.aliases}
+    for name, parameter in view.model.named_parameters():  # such as biases that were corrected
+        if name in state and name not in put and state[name].shape == parameter.shape:
+            parameter.copy_(state[name])
+
+
 def _zeros_of(path: Path, view: PrunableView, state: dict[str, Tensor]) -> Masks:
     found = {}
     for weight in view.weights.values():

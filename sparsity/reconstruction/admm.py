@@ -29,7 +29,7 @@ class ADMM(Reconstruction):
     rounds: how many; a mask is sought in the first three quarters of them.
     """
 
-    scopes = SCOPES
+    scopes, projects = SCOPES, True
     targets = ("same", "dense")
 
     def __init__(self, damp: Damp = DAMPING, rounds: int = 20):

@@ -34,7 +34,7 @@ class ALPS(Reconstruction):
     damp: lambda over the mean of G's diagonal; the ridge pulls towards W. rounds: at most.
     """
 
-    scopes = SCOPES
+    scopes, projects = SCOPES, True
     targets = ("same", "dense")
 
     def __init__(self, damp: Damp = DAMPING, rounds: int = 300):

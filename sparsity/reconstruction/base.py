@@ -21,9 +21,11 @@ class Problem:
 
     weight: (out, in), never written to. statistics: by name, those that the reconstruction declares, of this layer.
     kept: (out, in), bool, the mask; None where the reconstruction finds it: then sparsity (a fraction; None with a
-    pattern), scope and pattern say what is legal. dense_share: a of `--target dense:a`, the share of the wanted output
-    that is the dense model's on the dense inputs; then `statistics` has "cross" too. 0: the output of W on the inputs
-    that the layer gets. block: a mask that is found prunes whole blocks of weights, its sparsity is that of blocks.
+    pattern), scope and pattern say what is legal. count: how many weights are pruned, in place of a sparsity that each
+    unit of the scope loses. alive: (out, in), bool, the mask within which it has to find its own. dense_share: a of
+    `--target dense:a`, the share of the wanted output that is the dense model's on the dense inputs; then `statistics`
+    has "cross" too. 0: the output of W on the inputs that the layer gets. block: a mask that is found prunes whole
+    blocks of weights; sparsity and count are then those of blocks.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Problem:
     scope: str = "layer"
     pattern: NM | None = None
     dense_share: float = 0.0
+    count: int | None = None
+    alive: Tensor | None = None
     block: Block | None = None
 
 
@@ -43,6 +47,7 @@ class Reconstruction:
     name: ClassVar[str]  # on the command line
     statistics: ClassVar[tuple[str, ...]] = ("hessian",)  # of sparsity.statistics.passes.PASSES
     scopes: ClassVar[tuple[str, ...]] = ()  # within which it finds a mask by itself; none: it needs one
+    projects: ClassVar[bool] = False  # the mask that it finds can have any count, and lie within another one
     calibration: ClassVar[str] = "sequential"  # on which inputs, unless the plan says it
     whole: ClassVar[bool] = False  # it solves all layers together: see `WholeModel`
     targets: ClassVar[tuple[str, ...]] = ("same",)  # of "same" and "dense"
@@ -67,8 +72,12 @@ class WholeModel(Reconstruction):
 
     whole = True
 
-    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> None:
-        """Raise UserError where the statistic does not fit. rounds, folder: of the calibration pass."""
+    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> int:
+        """Return how many bytes of the statistic are held in memory. UserError where it fits nowhere.
+
+        rounds, folder: of the calibration pass.
+        """
+        raise NotImplementedError
 
     def measure(self, view: PrunableView, reading: CalibrationPass, steps: int) -> Any:
         """Return the statistic. steps: of the plan, in each of which it is measured anew."""
@@ -104,7 +113,10 @@ def check_problem(reconstruction: Reconstruction, problem: Problem) -> None:
         return
     if not reconstruction.scopes:
         raise UserError(f"{here} needs a mask: choose a score, whose mask it gets")
-    if problem.pattern is None and (problem.sparsity is None or problem.scope not in reconstruction.scopes):
+    if not reconstruction.projects and (problem.count is not None or problem.alive is not None):
+        raise UserError(f"{here} finds no mask of a given count, and none within another: choose a score for it")
+    much = problem.sparsity is not None or problem.count is not None
+    if problem.pattern is None and (not much or problem.scope not in reconstruction.scopes):
         scopes = ", ".join(reconstruction.scopes)
         raise UserError(f"{here} finds a mask of an N:M pattern, or of a sparsity within a scope: {scopes}")
 

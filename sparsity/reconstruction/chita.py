@@ -37,18 +37,12 @@ class Chita(WholeModel):
         """Return the options that decide the masks; how much memory may be used is none."""
         return {"lambda_": self.lambda_, "row_dtype": self.row_dtype}
 
-    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> None:
-        held = _held(steps)
-        inside = fit(view.numel, rounds, self.row_dtype, self.memory_budget, folder, held)
-        size = held * len(rounds) * view.numel * DTYPES[self.row_dtype].itemsize
-        working = view.numel * (10 if steps == 1 else 18)  # sum of the rows, updated weights, masks, copies
-        logger.info(
-            "chita: %d gradient rows of %s weights; needs %s in memory besides model and gradients, %s on disk",
-            len(rounds),
-            f"{view.numel:,}",
-            human(working + inside * size),
-            human((not inside) * size),
-        )
+    def preflight(self, view: PrunableView, rounds: Sequence[int], folder: Path | None, steps: int) -> int:
+        inside = fit(view.numel, rounds, self.row_dtype, self.memory_budget, folder, _held(steps))
+        size = _held(steps) * len(rounds) * view.numel * DTYPES[self.row_dtype].itemsize
+        told = "chita: %d gradient rows of %s weights are %s %s"
+        logger.info(told, len(rounds), f"{view.numel:,}", human(size), "in memory" if inside else "in a file")
+        return size if inside else 0
 
     def measure(self, view: PrunableView, reading: CalibrationPass, steps: int) -> Rows:
         """Return the gradient rows: one for each round, or for each batch where no rounds are given."""

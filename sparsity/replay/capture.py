@@ -81,6 +81,10 @@ class State:
     results: dict[int, _Result] = field(default_factory=dict)
 
 
+class LostError(Exception):
+    """An output of a settled call is read that was not kept, since the first batch did not read it."""
+
+
 class Calls:
     """Captures and replays the calls of a traced model.
 
@@ -236,19 +240,14 @@ class Calls:
     def capture(self, state: State, batch: Any, stage: int) -> None:
         """Run the model with stubs until code between blocks reads what no block has computed yet.
 
-        Calls that can be settled before this stage are run; of others the arguments are captured.
+        Calls that can be settled before this stage are run; of others the arguments are captured. Raises `LostError`
+        where an output is read that the first batch did not read.
         """
         try:
             self._forward(batch, _Capturing(self, state, stage))
         except ReadPending as read:
-            if read.output[0] not in state.results:
-                return
-            # Another output is read than in the first batch, and was not kept: pruned blocks are run once more.
-            self.forget(state)
-            try:
-                self._forward(batch, _Capturing(self, state, stage))
-            except ReadPending:
-                return
+            if read.output[0] in state.results:
+                raise LostError from None
 
     def live(self, state: State, batch: Any, names: Collection[str]) -> None:
         """Run the model, its settled calls as stubs and all others as they are, up to the last use of the weights."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.replay.capture import Calls, State
+from sparsity.replay.capture import Calls, LostError, State
 from sparsity.replay.store import Store
 from sparsity.replay.trace import Trace, UnfitError, executed, trace
 from sparsity.statistics.inputs import Statistics, untouched
@@ -39,8 +39,13 @@ class Replayed:
     budget: bytes of captured tensors that are held in memory; beyond it they lie in a file in the folder `spill`, which
     vanishes with the process. offload: sums are kept in the processor's memory. Autocast is the caller's.
 
+    put: set it where weights change between stages: called with the numbers of the stages whose pruned weights a
+    measurement needs, it puts these into the model, and all others back to what they were.
+
     Use it as a context manager, or call `close`.
     """
+
+    put: Callable[[Collection[int]], None] | None = None
 
     def __init__(
         self,
@@ -96,6 +101,7 @@ class Replayed:
             self._give_up(str(reason))
             found = None
         if found is None:
+            self._put_all(number)
             found = self._gathered(wanted, statistics, ((batch, None) for batch in self._over()))
         torch.clear_autocast_cache()
         self._position = number
@@ -106,11 +112,12 @@ class Replayed:
     ) -> Statistics:
         """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
         self._go_on(number)
+        self._put_unsettled(number)
         with self._quiet():
             for state in self._states:
                 self._calls.settle(state, number)
-            if not self._ready(names):
-                self._capture(number)
+        if not self._ready(names):
+            self._capture(number)
         if self._ready(names):
             settled_before = number + 1 if self._dense else 0
             runs = ((s, partial(self._calls.evaluate, s, names, settled_before)) for s in self._states)
@@ -119,6 +126,22 @@ class Replayed:
         pairs = zip(self._states, self._over(), strict=True)
         runs = ((batch, partial(self._calls.live, state, batch, names)) for state, batch in pairs)
         return self._gathered(wanted, statistics, runs)
+
+    def _put_unsettled(self, number: int) -> None:
+        """Put in the pruned weights of the stages before this one that are not only used by settled calls."""
+        if self.put is None:
+            return
+        used = set().union(*(call.weights for call in self._trace.calls))
+        settled = [all(call in state.results for state in self._states) for call in range(len(self._trace.calls))]
+        running = [call.weights for call, done in zip(self._trace.calls, settled, strict=True) if not done]
+        needed = set().union(*running) if self._states else used
+        before = enumerate(self.order[:number])
+        self.put([stage for stage, names in before if not used.issuperset(names) or needed.intersection(names)])
+
+    def _put_all(self, number: int) -> None:
+        """Put in the pruned weights of all stages before this one."""
+        if self.put is not None:
+            self.put(range(number))
 
     def _ready(self, names: Sequence[str]) -> bool:
         """Return whether replayed calls are all that uses these weights."""
@@ -133,11 +156,12 @@ class Replayed:
             self._forget()
 
     def _capture(self, number: int) -> None:
-        fresh = not self._states
-        for place, batch in enumerate(self._over()):
-            if fresh:
-                self._states.append(self._calls.state(batch))
-            self._calls.capture(self._states[place], batch, number)
+        try:
+            self._capture_all(number)
+        except LostError:  # pruned blocks are run once more
+            self._forget()
+            self._put_all(number)
+            self._capture_all(number)
         there = [set(state.captured) | set(state.results) for state in self._states]
         logger.info(
             "captured up to %d of %d calls, %.3g MB in memory",
@@ -145,6 +169,14 @@ class Replayed:
             len(self._trace.calls),
             self._store.held / 1e6,
         )
+
+    def _capture_all(self, number: int) -> None:
+        fresh = not self._states
+        with self._quiet():
+            for place, batch in enumerate(self._over()):
+                if fresh:
+                    self._states.append(self._calls.state(batch))
+                self._calls.capture(self._states[place], batch, number)
 
     def _gathered(
         self,
@@ -173,7 +205,7 @@ class Replayed:
                 found = trace(self._view, batch)
         except Exception as error:  # models do what they like; without the trace an error of their own comes again
             found = Trace(unfit=f"the traced forward pass failed: {type(error).__name__}: {error}")
-        logger.info("order of blocks: %s", found.describe())
+        logger.debug("order of blocks: %s", found.describe())
         if found.unfit:
             logger.warning("sequential calibration runs the whole model for each block: %s", found.unfit)
         return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsity.allocation.base import Contest
 from sparsity.allocation.budget import budget
 from sparsity.pattern import Block
-from sparsity.run.select import Shared
+from sparsity.run.select import Kept, Shared
 from sparsity.selection import Named, check_finite
 from sparsity.view import PrunableView
 
@@ -42,14 +42,16 @@ def in_blocks(contests: Shared, block: Block) -> Shared:
     return found
 
 
-def of_weights(view: PrunableView, kept: Iterable[tuple[str, Tensor]], block: Block) -> Iterator[tuple[str, Tensor]]:
-    """Return masks of weights, (name, bool (out, in)), from those of blocks; layers that have none stay dense."""
+def of_weights(view: PrunableView, kept: Kept, block: Block, number: int = 1) -> Kept:
+    """Return masks of weights, (name, bool (out, in) for each sparsity), from those of blocks; layers that have none
+    stay dense. number: of sparsities.
+    """
     left = dict.fromkeys(view.weights)
-    for name, mask in kept:
+    for name, masks in kept:
         del left[name]
-        yield name, block.expand(mask)
+        yield name, [block.expand(mask) for mask in masks]
     for name in left:
-        yield name, torch.ones_like(view.weights[name].matrix(), dtype=torch.bool)
+        yield name, [torch.ones_like(view.weights[name].matrix(), dtype=torch.bool)] * number
 
 
 def _scores_of_blocks(

@@ -6,6 +6,7 @@ the results, so that a run that was killed goes on after them.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sparsity.allocation.base import Part
 from sparsity.allocation.budget import Sparsity, budget, step_sparsity
+from sparsity.bits import Bits
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM, Block
@@ -24,17 +26,20 @@ from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.steps import Trail
 from sparsity.run.blocks import in_blocks, of_weights
 from sparsity.run.layers import Layers
-from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, fits, versions
+from sparsity.run.memory import Memory, check_memory, preflight_bytes
+from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, fits, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
-from sparsity.run.select import budgets, chosen, follow, quotas, select, shared, warn_of_sum
-from sparsity.run.sequential import origin_of
+from sparsity.run.select import Kept, Quota, budgets, chosen, follow, quotas, select, shared, warn_of_sum
+from sparsity.run.sequential import Blocks, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.statistics.checks import check_weights
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
 from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,13 +90,21 @@ class Engine:
         yield from self.masks(view, self.measure(view, reading, request), request, lambda epoch: reading)
 
     def preflight(
-        self, view: PrunableView, request: Request, *, rounds: Sequence[int] | None = None, folder: Path | None = None
+        self,
+        view: PrunableView,
+        request: Request,
+        *,
+        rounds: Sequence[int] | None = None,
+        folder: Path | None = None,
+        free: Memory | None = None,
     ) -> None:
         """Raise UserError for what this model cannot have, before any data is read.
 
-        rounds: of the calibration pass. folder: where what is too large for memory would be kept.
+        rounds: of the calibration pass. folder: where what is too large for memory would be kept. free: bytes, which
+        are then compared with what the plan takes at most.
         """
-        self.plan.check(request)
+        plan, held = self.plan, 0
+        plan.check(request)
         check_weights(view)
         if found := request.pattern or request.block:
             check_fits(view, found)
@@ -99,8 +112,14 @@ class Engine:
             whole = self._whole(view, self._no_scores, request)
             parts = budgets(whole, request.sparsities, request.groups)
             warn_of_sum(parts, request.sparsities, whole.numel)
-        if isinstance(self.plan.reconstruction, WholeModel) and rounds is not None:
-            self.plan.reconstruction.preflight(view, rounds, folder, self.plan.steps)
+        if isinstance(plan.reconstruction, WholeModel) and rounds is not None:
+            held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
+        if free is None:
+            return
+        demand = plan.demand(request, rows=held)
+        needed = preflight_bytes(demand, view)
+        logger.info("%s needs at most %s, besides the model and its activations", self.name, needed)
+        check_memory(needed, free, demand)
 
     def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
@@ -115,7 +134,8 @@ class Engine:
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
         wanted = [] if request.pattern else [*plan.allocation.statistics]
-        if isinstance(plan.score.statistic, str) and not (plan.by_blocks(request) or plan.joint(request)):
+        alone = plan.by_blocks(request) or (plan.joint(request) and plan.local(request))
+        if isinstance(plan.score.statistic, str) and not alone:
             wanted.insert(0, plan.score.statistic)
         return Measured(self._collect(view, wanted, reading), origin=origin)
 
@@ -188,27 +208,24 @@ class Engine:
         self, view: PrunableView, measured: Measured, request: Request, record: Mapping[str, Any]
     ) -> Iterator[tuple[Sparsity, Masks]]:
         """Masks for all sparsities from one set of scores."""
-        scores = self._scores_of(view, measured, request.seed)
-        selected = self._select(view, scores, request, measured)
-        for one, kept in zip(request.each(), selected, strict=True):
-            yield one.target, as_masks(view, dict(kept), {**record, "sparsity": str(one.target)})
+        requests = request.each()
+        found: list[dict[str, Bits]] = [{} for _ in requests]
+        for name, of_each in self._select(view, self._scores_of(view, measured, request.seed), request, measured):
+            for bits, kept in zip(found, of_each, strict=True):
+                bits[name] = packed(view, name, kept)
+        for one, bits in zip(requests, found, strict=True):
+            yield one.target, as_masks(view, bits, {**record, "sparsity": str(one.target)})
 
     def _scores_of(
         self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
     ) -> Callable[[Sequence[str]], Named]:
-        """Return what computes scores by name: again at each pass, or held where that is dear.
-
-        before: masks of the step before, which stay.
-        """
+        """Return what computes scores by name, again at each pass. before: masks of the step before, which stay."""
 
         def computed(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
             for name, score in self.scores(view, measured, seed=seed, names=names):
                 yield name, score if before is None else lowered(score, alive_of(view, before, name))
 
-        if self.plan.score.cheap:
-            return computed
-        held = dict(computed(list(view.weights)))
-        return lambda names: ((name, held[name]) for name in names)
+        return computed
 
     def _select(
         self,
@@ -217,15 +234,15 @@ class Engine:
         request: Request,
         measured: Measured,
         before: Masks | None = None,
-    ) -> Iterator[Named]:
-        """The masks by scores of the whole model, for each sparsity, or once for a pattern."""
+    ) -> Kept:
+        """Return (name, what is kept for each sparsity, or the one pattern), by scores of the whole model."""
         if request.pattern:
-            return iter([follow(request.pattern, scores(list(view.weights)))])
+            return ((name, [kept]) for name, kept in follow(request.pattern, scores(list(view.weights))))
         whole = self._whole(view, scores, request, measured.statistics, before)
         parts = budgets(whole, request.sparsities, request.groups)
         if block := request.block:
             contests = in_blocks(shared(parts, self.plan.allocation), block)
-            return (of_weights(view, kept, block) for kept in chosen(contests, self.plan.scope))
+            return of_weights(view, chosen(contests, self.plan.scope), block, len(request.sparsities))
         return select(parts, self.plan.allocation, self.plan.scope)
 
     @staticmethod
@@ -290,7 +307,7 @@ class Engine:
         """The masks of one step, with updated weights where the plan reconstructs."""
         plan = self.plan
         if isinstance(plan.reconstruction, WholeModel):
-            return self._solve_all(plan.reconstruction, view, measured, target, before, facts)
+            return self._solve_all(plan.reconstruction, view, measured, target, reading, before, facts)
         statistic = plan.score.statistic
         if statistic is not None and not isinstance(statistic, str):
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
@@ -298,12 +315,18 @@ class Engine:
         if plan.allocation.local and not target.pattern:
             whole = self._whole(view, self._no_scores, target, measured.statistics, before)
             contests = shared(budgets(whole, target.sparsities, target.groups), plan.allocation)
-            layers.quotas = quotas(in_blocks(contests, target.block) if target.block else contests)
-        if plan.by_blocks(target) or plan.joint(target):
+            layers.quotas = quotas(in_blocks(contests, target.block) if target.block else contests, plan.scope)
+        if plan.by_blocks(target) or (plan.joint(target) and plan.local(target)):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
-        kept = dict(next(self._select(view, scores, target, measured, before)))
-        return layers.run(None, kept) if plan.reconstruction else as_masks(view, kept, facts)
+        selected = self._select(view, scores, target, measured, before)
+        if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
+            unit = target.block.numel if target.block else 1
+            counts = ((name, (kept.numel() - int(kept.count_nonzero())) // unit) for name, (kept,) in selected)
+            layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
+            return layers.run(None)
+        masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
+        return layers.run(None, masks) if plan.reconstruction else masks
 
     def _learned(
         self,
@@ -324,12 +347,12 @@ class Engine:
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            found = [(replace(p, scores=scores), c, s) for p, c, s in contests]
-            if block := target.block:
-                (kept,) = chosen(in_blocks(found, block), self.plan.scope)
-                return of_weights(view, kept, block)
-            (kept,) = chosen(found, self.plan.scope)
-            return kept
+            found = [(replace(part, scores=scores), contest, shares) for part, contest, shares in contests]
+            if target.block:
+                selected = of_weights(view, chosen(in_blocks(found, target.block), self.plan.scope), target.block)
+            else:
+                selected = chosen(found, self.plan.scope)
+            return ((name, kept) for name, (kept,) in selected)
 
         with reading.arithmetic():
             learned = statistic.collect(view, reading, Target(target.target, target.pattern, choose))
@@ -341,16 +364,19 @@ class Engine:
         view: PrunableView,
         measured: Measured,
         target: Request,
+        reading: CalibrationPass,
         before: Masks | None,
         facts: Mapping[str, Any],
     ) -> Masks:
         """The masks of a reconstruction that solves all layers together."""
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
         pruned = 0 if target.pattern else budget(target.target, view.numel)
-        kept, updated = {}, {}
-        for name, mask, solved in solver.solve_all(view, measured.whole, pruned, target.pattern, alive):
-            kept[name], updated[name] = mask, solved
-        return as_masks(view, kept, facts, updated)
+        done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
+        for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
+            done.save(number, {name: (solved[0], solved[1])})
+        masks = as_masks(view, done.kept, facts, done.updates)
+        done.forget()
+        return masks
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

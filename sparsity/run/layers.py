@@ -1,7 +1,9 @@
 """Plans that prune layer by layer, each from statistics of its own inputs, in the order of the blocks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from sparsity.run.outcome import alive_of, as_masks, fits
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
-from sparsity.run.sequential import Progress, by_blocks, stages
+from sparsity.run.sequential import Blocks, PrunedStages, by_blocks, stages
 from sparsity.selection import check_finite, keep_pattern, lowered
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import OF_INPUTS
@@ -45,28 +47,25 @@ class Layers:
         self.facts, self.before, self.origin = facts, before, origin
         self.quotas: Mapping[str, Quota] = {}
 
-    def run(self, score: Scorer | None, kept: Mapping[str, Tensor] | None = None) -> Masks:
+    def run(self, score: Scorer | None, chosen: Masks | None = None) -> Masks:
         """Return the masks, with updated weights where the plan reconstructs.
 
-        kept: name -> bool (out, in), where masks are there already; else they are chosen by `score`, or by the
-        reconstruction.
+        chosen: masks that are there already; else they are chosen by `score`, or by the reconstruction.
         """
         label = str(self.target.pattern or self.target.target).replace(":", "of").replace("/", "over")
         label += f"_step{self.facts['step']}" if self.plan.steps > 1 else ""
-        method = [self.facts, kept and Masks({name: mask.cpu() for name, mask in kept.items()}).digest()]
-        progress = Progress(self.origin, self.reading.reduce, label, method, self.view.device)
-        prune = partial(self._prune_layer, score, kept or {})
-        with self._replayed() as replayed:
-            measure = partial(self._measure, replayed)
-            how = {"sequential": self.plan.sequential, "order": replayed.order}
-            done = by_blocks(self.view, measure, prune, progress, **how)
-        updated = {name: what.updated for name, what in done.items() if what.updated is not None}
-        masks = as_masks(self.view, {name: what.kept for name, what in done.items()}, self.facts, updated)
-        progress.forget()
+        method = [self.facts, chosen and chosen.digest()]
+        folder, reduce = self.reading.scratch and self.reading.scratch.path.parent, self.reading.reduce
+        done = Blocks(self.view, self.origin, folder=folder, label=label, method=method, reduce=reduce)
+        with self._replayed(folder) as replayed, PrunedStages(self.view, replayed.order, done) as put:
+            replayed.put = put if self.plan.sequential else None
+            by_blocks(replayed.order, partial(self._measure, replayed), partial(self._prune_layer, score, chosen), done)
+        masks = as_masks(self.view, done.kept, self.facts, done.updates)
+        done.forget()
         return masks
 
-    def _replayed(self) -> Replayed:
-        """Return what measures one block after another."""
+    def _replayed(self, folder: Path | None) -> Replayed:
+        """Return what measures one block after another. folder: of captured calls that are too large for memory."""
         reading, plan = self.reading, self.plan
         with reading.arithmetic():  # of the traced pass
             return Replayed(
@@ -77,11 +76,11 @@ class Layers:
                 reduce=reading.reduce,
                 dense=not plan.sequential,
                 budget=reading.capture_budget,
-                spill=reading.scratch and reading.scratch.path.parent,
+                spill=folder,
                 offload=plan.offload,
             )
 
-    def _measure(self, replayed: Replayed, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    def _measure(self, replayed: Replayed, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
         pattern = self.target.pattern
         fitting = [name for name in names if fits(pattern or self.target.block, self.view.weights[name].shape)]
@@ -92,26 +91,31 @@ class Layers:
             return replayed.measure(names, wanted, fitting)
 
     def _prune_layer(
-        self,
-        score: Scorer | None,
-        kept: Mapping[str, Tensor],
-        name: str,
-        weight: Tensor,
-        statistics: Mapping[str, Tensor],
+        self, score: Scorer | None, chosen: Masks | None, name: str, statistics: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Return what is kept of a layer, (out, in) bool, and what it becomes."""
-        solver, pattern = self.plan.reconstruction, self.target.pattern
+        solver, pattern, weight = self.plan.reconstruction, self.target.pattern, self.view.weights[name].matrix()
         if not fits(pattern or self.target.block, weight.shape):
             return torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None
-        chosen = kept.get(name)
-        if chosen is None and not self.plan.joint(self.target):
-            chosen = self._choose(score, name, statistics)
+        kept = alive_of(self.view, chosen, name) if chosen else None
+        if kept is None and not self.plan.joint(self.target):
+            kept = self._choose(score, name, statistics)
         if solver is None:
-            assert chosen is not None, "without a reconstruction a mask is chosen by scores"
-            return chosen, None
-        sparsity = self.quotas[name].share if name in self.quotas else None
-        how = {"scope": self.plan.scope, "pattern": pattern, "block": self.target.block}
-        return solver.solve(Problem(name, weight, dict(statistics), chosen, sparsity, **how))
+            assert kept is not None, "without a reconstruction a mask is chosen by scores"
+            return kept, None
+        return solver.solve(self._problem(name, weight, dict(statistics), kept))
+
+    def _problem(self, name: str, weight: Tensor, statistics: dict[str, Tensor], kept: Tensor | None) -> Problem:
+        """Return what the reconstruction solves. kept: (out, in), bool; None where it finds the mask."""
+        target = self.target
+        how = {"scope": self.plan.scope, "pattern": target.pattern, "block": target.block}
+        problem = Problem(name, weight, statistics, kept, **how)
+        if kept is not None:
+            return problem
+        quota = self.quotas.get(name)
+        if quota is not None:
+            problem = replace(problem, sparsity=quota.share, count=quota.count if quota.share is None else None)
+        return problem if self.before is None else replace(problem, alive=alive_of(self.view, self.before, name))
 
     def _choose(self, score: Scorer | None, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
         """Return what the scores of one layer keep of it."""
@@ -125,5 +129,5 @@ class Layers:
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
         if block := self.target.block:
-            return block.expand(self.quotas[name].keep(name, block.reduce(found), self.plan.scope))
-        return self.quotas[name].keep(name, found, self.plan.scope)
+            return block.expand(self.quotas[name].keep(name, block.reduce(found)))
+        return self.quotas[name].keep(name, found)

@@ -5,24 +5,23 @@ With n prunable weights of w bytes, the largest layer of t weights and i inputs,
 4 i (i + i / 8) over the layers that are measured together (strips of the upper triangle in float64; that layers which
 read the same inputs share one is not counted on), all in bytes:
 
-| part | place | all weights | largest layer |
+| part | place | all weights | largest layer or block |
 |---|---|---|---|
-| masks: unpacked while one set is made, packed in two sets and the file | host | 1.5 n | |
-| masks while they are chosen | device | n | |
+| masks, packed: one set for each sparsity, and the file of one | host | (n / 8) (sparsities + 1) | |
 | scores, comparison with the threshold, keys near it | device | | 32 t + 2^26 a sparsity |
-| scores that are computed once and held | device | as said | |
 | input_norms, input_means: float64 | device, or host with offload | 8 i over all layers | |
 | hessian: of all layers, or sequential of the largest block | device, or host with offload | g | |
 | mean_gradient: in float32 or better | device | max(w, 4) n | max(w, 4) t |
+| squared_gradient: the same, beside the gradient of a batch | device | 2 max(w, 4) n | max(w, 4) t |
 | learned_scores: score, gradient, moments, masked weight | device | 18 n | 8 t |
-| gradient_rows: sum of the rows | device | 4 n | 12 t |
+| gradient_rows: sum of the rows, gradients of one | device | 8 n | 12 t |
 | gradient_rows: those held in memory, by `gradient_rows.fit` | host | as said | |
 | a solver: factor, weights as columns, their changes | device | | 12 i^2 + 28 t |
-| updated weights, unless they go to files | host | w n | |
-| sequential: pruned weights of the largest block b, beside the originals | device | w b | |
+| updated weights of the largest block b, until they are in its file | host | | 3 w b |
+| sequential: pruned weights of the largest block b, beside the originals | device | | w b |
 
-Where the model is on the CPU, both places are the host, and masks that were chosen are those that are unpacked.
-Activations and captured calls are not in it.
+Where the model is on the CPU, both places are the host. Activations and captured calls are not in it: the latter have a
+budget of their own, beyond which they lie in a file.
 """
 
 from collections.abc import Collection, Iterable
@@ -35,27 +34,24 @@ from sparsity.statistics.hessian import strips
 from sparsity.view import PrunableView, PrunableWeight
 
 _WIDE, _DOUBLE = 4, 8
-_MASKS, _CHOSEN = 1.5, 1.0  # bytes a weight, on the host and on the device
+_MASKS = 1 / 8  # bytes a weight
 _SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
 _KEYS = 1 << 26  # of scores near one threshold
-_LEARNED, _ROW_SUM = 18, 4
-_TRANSIENT = {"mean_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
+_LEARNED, _ROW_SUM, _UPDATES = 18, 8, 3
+_TRANSIENT = {"mean_gradient": 4, "squared_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
 
 @dataclass(frozen=True)
 class Demand:
     """The facts of a plan that decide its memory.
 
-    statistics: of all axes. sparsities: how many are asked for at once. scores: bytes a weight that are computed once
-    and held. solver: whether a reconstruction runs; stored: whether what it makes goes to files block by block.
+    statistics: of all axes. sparsities: how many are asked for at once. solver: whether a reconstruction runs.
     sequential: block by block. offload: sums lie on the host. rows: bytes of gradient rows that are held in memory.
     """
 
     statistics: Collection[str] = ()
     sparsities: int = 1
-    scores: float = 0.0
     solver: bool = False
-    stored: bool = True
     sequential: bool = False
     offload: bool = False
     rows: int = 0
@@ -68,19 +64,23 @@ class Memory:
     device: int
     host: int
 
+    def __str__(self) -> str:
+        return (f"{human(self.device)} on the device and " if self.device else "") + f"{human(self.host)} on the host"
+
 
 def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
     """Return what the plan takes at most beside the model, as the module's table says."""
     weights = list(view.weights.values())
     largest = max(weight.numel for weight in weights)
     width = max(weight.parameter.element_size() for weight in weights)
-    device = _CHOSEN * view.numel + demand.scores * view.numel + _largest_layer(demand, weights, largest)
-    host = _MASKS * view.numel + demand.rows
+    device = _largest_layer(demand, weights, largest)
+    host = _MASKS * (demand.sparsities + 1) * view.numel + demand.rows
     # Sums of what is measured: on the device, or on the host where they are offloaded.
     sums = _sums(demand, view)
     device, host = (device, host + sums) if demand.offload else (device + sums, host)
-    if "mean_gradient" in demand.statistics:
-        device += max(width, _WIDE) * view.numel
+    for statistic, copies in (("mean_gradient", 1), ("squared_gradient", 2)):
+        if statistic in demand.statistics:
+            device += copies * max(width, _WIDE) * view.numel
     if "learned_scores" in demand.statistics:
         device += _LEARNED * view.numel
     if "gradient_rows" in demand.statistics:
@@ -89,9 +89,9 @@ def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
     if demand.sequential:
         device += width * block
     if demand.solver:
-        host += width * (block if demand.stored else view.numel)
+        host += _UPDATES * width * block
     if weights[0].parameter.is_cpu:
-        return Memory(0, int(device + host - _CHOSEN * view.numel))
+        return Memory(0, int(device + host))
     return Memory(int(device), int(host))
 
 
@@ -122,8 +122,8 @@ def _gram(inputs: int) -> int:
     return _DOUBLE * last.stop
 
 
-def check_fits(needed: Memory, free: Memory, demand: Demand) -> None:
-    """UserError, in one line that says what would make it fit, where a plan needs more memory than is free.
+def check_memory(needed: Memory, free: Memory, demand: Demand) -> None:
+    """Raise UserError, in one line that says what would make it fit, where a plan needs more memory than is free.
 
     free: as read before the run, after the model was loaded.
     """
@@ -147,6 +147,6 @@ def _remedies(demand: Demand, *, device: bool) -> list[str]:
         found.append("a lower --memory_budget or --row_dtype bfloat16")
     if demand.sparsities > 1:
         found.append("fewer --sparsities at once")
-    if "learned_scores" in demand.statistics or "mean_gradient" in demand.statistics:
+    if {"learned_scores", "mean_gradient", "squared_gradient"} & set(demand.statistics):
         found.append("a method without gradients")
     return [*found, "a machine with more memory"]

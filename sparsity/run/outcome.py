@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsity.bits import Bits
 from sparsity.errors import UserError, listed
 from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
@@ -16,16 +17,21 @@ from sparsity.view import PrunableView
 logger = logging.getLogger(__name__)
 
 
+def packed(view: PrunableView, name: str, kept: Tensor) -> Bits:
+    """Return what is kept of a layer, bool (out, in), as masks hold it: a bit each, in the parameter's own layout."""
+    return Bits.of(view.weights[name].as_stored(kept))
+
+
 def as_masks(
     view: PrunableView,
-    kept: Mapping[str, Tensor],
+    kept: Mapping[str, Bits],
     provenance: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Return masks from (out, in) tensors: which weights are kept and, where they were updated, what they become."""
-    stored = {name: weight.as_stored(kept[name]).cpu() for name, weight in view.weights.items()}
-    updated = {name: view.weights[name].as_stored(weight).cpu() for name, weight in (weights or {}).items()}
-    return Masks(stored, provenance, view.aliases, updated)
+    """Return the masks of all layers, of `packed`, in prunable order. weights: in the parameters' own layout, what the
+    kept ones become where they were updated.
+    """
+    return Masks({name: kept[name] for name in view.weights}, provenance, view.aliases, weights)
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from sparsity.errors import UserError
 from sparsity.pattern import Block
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.run.memory import Demand
 from sparsity.run.request import Request
 from sparsity.selection import SELECTION
 from sparsity.statistics.passes import OF_INPUTS
@@ -39,7 +40,6 @@ class Score(Protocol):
     calibration: ClassVar[str]
     draws: ClassVar[bool]
     in_steps: ClassVar[bool]
-    cheap: ClassVar[bool]
 
     def score(self, weight: Tensor, statistic: Any, generator: torch.Generator) -> Tensor: ...
 
@@ -52,7 +52,8 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
+    what the provenance of masks says of the preset that stood for this plan.
     """
 
     score: Score
@@ -63,6 +64,7 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    preset: str | None = None
 
     @property
     def name(self) -> str:
@@ -131,11 +133,28 @@ class Plan:
         return self.sequential and self._scores_inputs and self.local(request)
 
     def joint(self, request: Request) -> bool:
-        """Return whether the reconstruction finds the mask together with the weights, in place of the score."""
+        """Return whether the reconstruction finds the mask together with the weights, in place of the score.
+
+        One that projects does so always: where layers compete, scores say only how many weights each loses.
+        """
         solver = self.reconstruction
-        if solver is None or solver.whole or self.score.solver != solver.name or self.steps > 1:
+        if solver is None or solver.whole or self.score.solver != solver.name:
             return False
-        return request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
+        return solver.projects or (even and self.steps == 1)
+
+    def demand(self, request: Request, rows: int = 0) -> Demand:
+        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
+        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
+        together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
+        return Demand(
+            self.statistics,
+            sparsities=max(1, len(request.sparsities)),
+            solver=self.reconstruction is not None,
+            sequential=not together and (self.sequential or self.reconstruction is not None),
+            offload=self.offload,
+            rows=rows,
+        )
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
@@ -177,6 +196,8 @@ class Plan:
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
         found: dict[str, Any] = {"pruner": self.name, "seed": request.seed}
+        if self.preset is not None:
+            found["preset"] = self.preset
         if request.pattern:
             found["pattern"] = str(request.pattern)
         else:

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ class Registry:
         files = {path.stem for folder in folders for path in Path(folder).glob("*.py")}
         return sorted(files - {"__init__", *self.others})
 
-    def check(self, name: str) -> None:
-        """Raise UserError, with the nearest name, unless there is a choice of this name."""
-        names = self.names()
+    def check(self, name: str, others: Iterable[str] = ()) -> None:
+        """Raise UserError, with the nearest name, unless there is a choice of this name, or it is one of the others."""
+        names = [*self.names(), *others]
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise UserError(

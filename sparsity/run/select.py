@@ -3,7 +3,7 @@ competes within a layer.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -15,12 +15,11 @@ from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.selection import (
+    Keeper,
     Named,
     Scores,
-    Threshold,
     check_finite,
     counts_by_name,
-    keep,
     keep_exactly,
     keep_pattern,
     keep_within,
@@ -79,11 +78,15 @@ def _rest(sparsity: Sparsity, numel: int, lost: int, rest: int) -> Fraction:
     return Fraction(left, rest)
 
 
-def select(parts: Sequence[Budget], allocation: Allocation, scope: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """Return the masks for each sparsity, (name, bool (out, in)), with exactly the budget of each part False.
+Kept = Iterator[tuple[str, list[Tensor]]]
+
+
+def select(parts: Sequence[Budget], allocation: Allocation, scope: str) -> Kept:
+    """Return (name, what is kept for each sparsity, bool (out, in)) of every layer, with exactly the budget of each
+    part pruned.
 
     They are made while they are read, one layer at a time, in whatever order; the scores of a part are computed several
-    times.
+    times, but once for the masks of all sparsities.
     """
     return chosen(shared(parts, allocation), scope)
 
@@ -96,42 +99,30 @@ def shared(parts: Sequence[Budget], allocation: Allocation) -> Shared:
     return [(part, contest, shares) for part, shares in parts for contest in allocation.contests(part, shares)]
 
 
-def chosen(contests: Shared, scope: str) -> Iterator[Iterator[tuple[str, Tensor]]]:
+def chosen(contests: Shared, scope: str) -> Kept:
     """Return the masks for each sparsity, as `select` does, of contests that are there."""
-    found = [(part, contest, shares, _limits(part, contest, scope)) for part, contest, shares in contests]
-
-    def of(i: int) -> Iterator[tuple[str, Tensor]]:
-        for part, contest, shares, limits in found:
-            yield from _keep(part, contest, scope, contest.counts[i], shares[i], limits[i] if limits else None)
-
-    return (of(i) for i in range(len(contests[0][2])))
-
-
-def _limits(part: Part, contest: Contest, scope: str) -> list[Threshold] | None:
-    """One threshold for each sparsity, where whole layers compete."""
-    return thresholds(_source(part, contest.names), contest.counts) if scope == "layer" else None
-
-
-def _source(part: Part, names: Sequence[str]) -> Scores[str]:
-    """The scores of a contest: computed once for a single layer, again at each pass for several."""
-    return dict(part.scores(names)) if len(names) == 1 else partial(part.scores, names)
-
-
-def _keep(
-    part: Part, contest: Contest, scope: str, count: int, share: Sparsity, limit: Threshold | None
-) -> Iterator[tuple[str, Tensor]]:
-    if limit:
-        yield from keep(partial(part.scores, contest.names), limit)
-    elif contest.even:
-        for name, score in part.scores(contest.names):
-            yield name, keep_within(name, score, scope, partial(budget, share))
-    else:
-        source = _source(part, contest.names)
+    for part, contest, shares in contests:
         single = len(contest.names) == 1
-        lost = {contest.names[0]: count} if single else counts_by_name(source, [count])[0]
-        for name, score in part.scores(contest.names):
-            check_finite(name, score)
-            yield name, keep_exactly(name, score, scope, lost[name])
+        # Computed once for a single layer, again at each pass for several.
+        source: Scores[str] = dict(part.scores(contest.names)) if single else partial(part.scores, contest.names)
+        choices = _choices(contest, shares, scope, source)
+        for name, score in source.items() if isinstance(source, Mapping) else source():
+            yield name, [choose(name, score) for choose in choices]
+
+
+def _choices(
+    contest: Contest, shares: Sequence[Sparsity], scope: str, source: Scores[str]
+) -> list[Callable[[str, Tensor], Tensor]]:
+    """Return, for each sparsity, what turns the scores of one layer after the other into what is kept of it."""
+    if scope == "layer":
+        keepers = [Keeper(limit) for limit in thresholds(source, contest.counts)]
+        return [lambda name, score, keeper=keeper: keeper(score) for keeper in keepers]
+    if contest.even:
+        return [Quota(count, share, scope).keep for count, share in zip(contest.counts, shares, strict=True)]
+    if len(contest.names) == 1:
+        return [Quota(count, None, scope).keep for count in contest.counts]
+    lost = counts_by_name(source, contest.counts)
+    return [lambda name, score, own=own: Quota(own[name], None, scope).keep(name, score) for own in lost]
 
 
 @dataclass(frozen=True)
@@ -140,18 +131,20 @@ class Quota:
 
     count: int
     share: Sparsity | None
+    scope: str
 
-    def keep(self, name: str, score: Tensor, scope: str) -> Tensor:
-        """Return what is kept of the layer, bool (out, in)."""
+    def keep(self, name: str, score: Tensor) -> Tensor:
+        """Return what is kept of the layer, bool (out, in). Raises UserError, naming the layer, for NaN or Inf."""
         if self.share is None:
-            return keep_exactly(name, score, scope, self.count)
-        return keep_within(name, score, scope, partial(budget, self.share))
+            check_finite(name, score)
+            return keep_exactly(name, score, self.scope, self.count)
+        return keep_within(name, score, self.scope, partial(budget, self.share))
 
 
-def quotas(contests: Shared) -> dict[str, Quota]:
+def quotas(contests: Shared, scope: str) -> dict[str, Quota]:
     """Return name -> quota, from the contests for one sparsity of an allocation that is local."""
     return {
-        name: Quota(contest.counts[0], shares[0] if contest.even else None)
+        name: Quota(contest.counts[0], shares[0] if contest.even else None, scope)
         for _, contest, shares in contests
         for name in contest.names
     }

@@ -6,17 +6,17 @@ each block. What is done with a block is written beside the results, so that a r
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsity.bits import Bits
 from sparsity.masks import state_digest
-from sparsity.resume.kept import load_kept, save_kept
+from sparsity.resume.kept import StoredTensors, load_kept, save_kept
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -41,14 +41,6 @@ def stages(view: PrunableView) -> list[list[str]]:
     return [names for _, names in sorted(found.items())]
 
 
-@dataclass
-class Done:
-    """A pruned weight, (out, in): which of it is kept, and what it has become where the method updates."""
-
-    kept: Tensor
-    updated: Tensor | None
-
-
 def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
     """Return what decides all that is computed: data, model, and the arithmetic of a pass; and a path beside which it
     is kept. None where the pass keeps nothing.
@@ -63,121 +55,149 @@ def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
 
 
 def by_blocks(
-    view: PrunableView,
-    measure: Callable[[list[str]], dict[str, dict[str, Tensor]]],
-    prune: Callable[[str, Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor | None]],
-    progress: "Progress",
-    *,
-    sequential: bool = True,
-    order: Sequence[list[str]] | None = None,
-) -> dict[str, Done]:
-    """Return name -> what has become of the weight.
+    order: Sequence[Sequence[str]],
+    measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
+    prune: Callable[[str, Mapping[str, Tensor]], tuple[Tensor, Tensor | None]],
+    done: "Blocks",
+) -> None:
+    """Prune one stage after the other, but for those that are done.
 
-    measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, weight (out, in),
-    its statistics by name) -> kept, and updated weight or None. sequential: whether pruned blocks take the place of the
-    dense ones for those that come after them. order: the stages, as `Replayed.order` has them (default: as registered).
+    measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, its statistics by
+    name) -> kept, bool (out, in), and the updated weight (out, in) or None.
     """
-    order = stages(view) if order is None else order
-    finished = progress.load(order)
-    with replaced(view, finished if sequential else {}) as put:
-        for number, names in enumerate(order):
-            if names[0] in finished:
-                continue
-            logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
-            statistics = measure(names)
-            block = {}
-            for name in names:
-                own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
-                block[name] = Done(*prune(name, view.weights[name].matrix(), own))
-            progress.save(number, block)
-            if sequential:
-                put(block)
-            finished |= block
-    return finished
+    done.load(order)
+    for number, names in enumerate(order):
+        if names[0] in done.kept:
+            continue
+        logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
+        statistics = measure(names)
+        block = {}
+        for name in names:
+            own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
+            block[name] = prune(name, own)
+        done.save(number, block)
 
 
-@contextmanager
-def replaced(view: PrunableView, finished: Mapping[str, Done]) -> Iterator[Callable[[Mapping[str, Done]], None]]:
-    """The model with pruned weights inside the block, where more can be put in; afterwards each parameter has its own
-    storage back, which was never written to.
-    """
-    before: list[tuple[torch.nn.Parameter, Tensor]] = []
+class Blocks:
+    """What pruned stages have become: masks are held packed; updated weights lie in files, one a stage, from which each
+    is read when it is asked for.
 
-    def put(done: Mapping[str, Done]) -> None:
-        for name, what in done.items():
-            weight = view.weights[name]
-            matrix = weight.matrix() * what.kept if what.updated is None else what.updated
-            before.append((weight.parameter, weight.parameter.data))
-            weight.parameter.data = weight.as_stored(matrix).to(weight.parameter).contiguous()
-        torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
-
-    try:
-        put(finished)
-        yield put
-    finally:
-        for parameter, data in before:
-            parameter.data = data
-        torch.clear_autocast_cache()
-
-
-class Progress:
-    """Files with the blocks that are done, one each, for a run that was killed.
-
-    origin: of `origin_of`; None: nothing is kept. label: of the target, in the names of the files. method: all else
-    that decides the masks, which JSON can write. Several ranks go on after the last block that all of them have.
+    origin: of `origin_of`, for a run that is killed and goes on; None: files are temporary, in `folder` (None: of the
+    system). label: of the target, in the names of the files. method: all else that decides the masks, which JSON can
+    write. reduce: sums a tensor over ranks, which go on after the last stage that all of them have.
     """
 
     def __init__(
         self,
-        origin: Scratch | None,
-        reduce: Callable[[Tensor], Tensor] | None,
-        label: str,
-        method: Any,
-        device: torch.device | str,
+        view: PrunableView,
+        origin: Scratch | None = None,
+        *,
+        folder: Path | None = None,
+        label: str = "",
+        method: Any = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ):
-        self._origin, self._reduce, self._label, self._device = origin, reduce, label, device
+        self._view, self._origin, self._reduce, self._label, self._folder = view, origin, reduce, label, folder
         self._identity = json.dumps([origin and origin.identity, method], sort_keys=True, default=str)
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        self.kept: dict[str, Bits] = {}  # in the parameter's own layout
+        self.updates = StoredTensors()  # likewise
 
-    def load(self, order: Sequence[Sequence[str]]) -> dict[str, Done]:
-        """What is there of these blocks, from the first on."""
-        found: dict[str, Done] = {}
-        count = 0
-        for names in order if self._origin else ():
-            block = self._read(count, names)
+    def load(self, order: Sequence[Sequence[str]]) -> None:
+        """Find the stages that are there, from the first on."""
+        found: list[tuple[dict[str, Bits], list[str]]] = []
+        for number, names in enumerate(order if self._origin else ()):
+            block = self._read(number, names)
             if block is None:
                 break
-            count += 1
-            found |= block
+            found.append(block)
+        count = len(found)
         if self._reduce:
-            reached = torch.zeros(len(order) + 1, device=self._device)
+            reached = torch.zeros(len(order) + 1, device=self._view.device)
             reached[count] = 1
             count = int(self._reduce(reached).nonzero()[0])
         if count:
             logger.info("going on after block %d of %d", count, len(order))
-        return {name: found[name] for names in order[:count] for name in names}
+        for number, (kept, updated) in enumerate(found[:count]):
+            self.kept |= kept
+            self.updates.add(self._path(number), {name: f"weight {name}" for name in updated})
 
-    def _read(self, number: int, names: Sequence[str]) -> dict[str, Done] | None:
-        kept = load_kept(self._path(number), self._identity, self._device)
-        if kept is None or not {f"mask {name}" for name in names} <= kept[0].keys():
+    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, Bits], list[str]] | None:
+        """Return the masks of a stage and the names of its updated weights; None where they are not there."""
+        stored = load_kept(self._path(number), self._identity)
+        if stored is None or not {f"mask {name}" for name in names} <= stored[0].keys():
             return None
-        tensor, _ = kept
-        return {name: Done(tensor[f"mask {name}"], tensor.get(f"weight {name}")) for name in names}
+        return {n: Bits.of(stored[0][f"mask {n}"]) for n in names}, [n for n in names if f"weight {n}" in stored[0]]
 
-    def save(self, number: int, block: Mapping[str, Done]) -> None:
-        """The file of a block, whole or not at all."""
-        if self._origin is None:
-            return
-        tensors = {f"mask {name}": done.kept for name, done in block.items()}
-        tensors |= {f"weight {name}": done.updated for name, done in block.items() if done.updated is not None}
-        save_kept(self._path(number), tensors, {"identity": self._identity})
+    def save(self, number: int, block: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Add a stage: name -> what is kept, bool (out, in), and the updated weight (out, in) or None. Its file is
+        written whole or not at all.
+        """
+        weights = self._view.weights
+        masks = {name: weights[name].as_stored(kept) for name, (kept, _) in block.items()}
+        updates = {name: weights[name].as_stored(new) for name, (_, new) in block.items() if new is not None}
+        if updates or self._origin:
+            tensors = {f"mask {name}": mask for name, mask in masks.items()}
+            tensors |= {f"weight {name}": new for name, new in updates.items()}
+            save_kept(self._path(number), tensors, {"identity": self._identity})
+            self.updates.add(self._path(number), {name: f"weight {name}" for name in updates})
+        self.kept |= {name: Bits.of(mask) for name, mask in masks.items()}
+
+    def pruned(self, name: str) -> Tensor:
+        """Return what a weight becomes, in the parameter's own layout and on its device.
+
+        Its parameter must hold the dense weight.
+        """
+        dense = self._view.weights[name].parameter.detach()
+        if name in self.updates:
+            return self.updates[name].to(dense)
+        return dense * self.kept[name].tensor().to(dense.device)
 
     def forget(self) -> None:
-        """Removes the files."""
+        """Remove the files; what they held can be read as long as this lives."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
         if self._origin is None:
             return
         for path in self._origin.path.parent.glob(self._path("*").name):
             path.unlink(missing_ok=True)
 
     def _path(self, number: int | str) -> Path:
-        assert self._origin is not None, "only where files are kept"
-        return self._origin.path.with_name(f"{self._origin.path.name}_{self._label}.block{number}")
+        if self._origin is not None:
+            return self._origin.path.with_name(f"{self._origin.path.name}_{self._label}.block{number}")
+        if self._temporary is None:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix=".updated_weights_", dir=self._folder)
+        return Path(self._temporary.name) / f"block{number}"
+
+
+class PrunedStages:
+    """Puts pruned weights into the model, and gives every parameter its own storage back, which is never written to.
+
+    Call it with the numbers of the stages that are wanted pruned: these are, and all others dense. Use it as a context
+    manager, after which all are dense.
+    """
+
+    def __init__(self, view: PrunableView, order: Sequence[Sequence[str]], done: Blocks):
+        self._view, self._order, self._done = view, order, done
+        self._dense: dict[int, list[tuple[torch.nn.Parameter, Tensor]]] = {}  # of the stages that are pruned now
+
+    def __call__(self, stages: Collection[int]) -> None:
+        for number in [number for number in self._dense if number not in stages]:
+            for parameter, data in self._dense.pop(number):
+                parameter.data = data
+        for number in [number for number in stages if number not in self._dense]:
+            own = self._dense[number] = []
+            for name in self._order[number]:
+                parameter = self._view.weights[name].parameter
+                pruned = self._done.pruned(name)
+                own.append((parameter, parameter.data))
+                parameter.data = pruned.contiguous()
+        torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
+
+    def __enter__(self) -> "PrunedStages":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self(())

@@ -1,4 +1,6 @@
-"""Gradients of the loss on the prunable weights, averaged over calibration batches, without a trace in the model."""
+"""Gradients of the loss on the prunable weights, or their squares, averaged over calibration batches, without a trace
+in the model.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,19 +45,22 @@ def mean_gradients(
 class Gradients:
     """Adds up the gradients of the loss on the prunable weights, batch by batch.
 
-    Inside the `with` the model is in evaluation mode; afterwards it is what it was, also after an exception.
+    Inside the `with` the model is in evaluation mode; afterwards it is what it was, also after an exception. squared:
+    the square of each batch's gradient is added up, in its place.
     """
 
-    def __init__(self, view: PrunableView, generators: Callable[[int], torch.Generator]):
-        self._view, self._generators, self._count = view, generators, 0
+    def __init__(self, view: PrunableView, generators: Callable[[int], torch.Generator], *, squared: bool = False):
+        self._view, self._generators, self._count, self._squared = view, generators, 0, squared
         self._sums: dict[str, Tensor] = {}
+        self._arriving: dict[str, Tensor] = self._sums  # of one batch, where they are squared
         self._stack = ExitStack()
 
     def __enter__(self) -> "Gradients":
         with ExitStack() as stack:
             stack.enter_context(untouched(self._view.model, self._view.moved_by_loss))
             stack.enter_context(only_prunable(self._view))
-            self._sums = stack.enter_context(summed_gradients(self._view))
+            self._arriving = stack.enter_context(summed_gradients(self._view))
+            self._sums = {} if self._squared else self._arriving
             self._stack = stack.pop_all()
         return self
 
@@ -67,6 +72,10 @@ class Gradients:
         with torch.enable_grad():
             self._view.loss(batch, self._generators(self._count)).backward()
         self._count += 1
+        if self._squared:  # not in the hook: a backward within a backward gives a weight's gradient in parts
+            for name in list(self._arriving):
+                square = self._arriving.pop(name).square_()
+                self._sums[name] = self._sums[name].add_(square) if name in self._sums else square
 
     def look(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Report what the first batch tells: every rank calls this once, after its first batch, or without one.
@@ -78,7 +87,9 @@ class Gradients:
         look(IDLE, "gradient", facts, self._device, reduce)
 
     def means(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """Return name -> mean gradient (out, in) over the batches of all ranks; the sums are given up for it."""
+        """Return name -> mean gradient, or mean square, (out, in) over the batches of all ranks; the sums are given up
+        for it.
+        """
         reached = [int(name in self._sums) for name in self._view.weights]
         total, *ranks = summed([self._count, *reached], self._device, reduce)
         if not total:

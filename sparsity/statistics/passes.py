@@ -13,11 +13,12 @@ from sparsity.statistics.gradients import Gradients, batch_generator
 from sparsity.statistics.inputs import MEASURES, Statistics
 from sparsity.view import PrunableView
 
-GRADIENT = "mean_gradient"
+GRADIENT, SQUARED = "mean_gradient", "squared_gradient"
+OF_GRADIENTS = (GRADIENT, SQUARED)
 # Statistic -> the measure that adds up, and its factor over the n real tokens.
 _SCALED = {"hessian": ("gram", 2.0), "input_means": ("input_sums", 1.0)}
 OF_INPUTS = (*MEASURES, *_SCALED)
-PASSES = (*OF_INPUTS, GRADIENT)
+PASSES = (*OF_INPUTS, *OF_GRADIENTS)
 
 
 def collect(
@@ -35,8 +36,9 @@ def collect(
     the batches gathers, statistic -> such a mapping.
 
     "input_norms" (in,): sums of squares over the n real tokens, "input_means" (in,), "hessian": (2/n) X X^T as strips
-    (`sparsity.statistics.hessian`), "mean_gradient" (out, in). "input_sums" and "gram" are the bare sums. Layers that
-    have read the very same tensors get the very same statistic: nobody may write to it.
+    (`sparsity.statistics.hessian`), "mean_gradient" (out, in), "squared_gradient" (out, in): mean over the batches of
+    the square of each one's gradient. "input_sums" and "gram" are the bare sums. Layers that have read the very same
+    tensors get the very same statistic: nobody may write to it.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
     generator of what the loss draws there. names: of the weights that are asked about (default: all), without those
@@ -53,19 +55,23 @@ def collect(
     measures = measures_of(wanted)
     nobody = names is not None and not names
     inputs = Statistics(view, measures, names, offload=offload) if measures and not nobody else None
-    gradients = Gradients(view, generators or partial(batch_generator, 42)) if GRADIENT in wanted else None
+    gradients, of_gradients = None, [statistic for statistic in OF_GRADIENTS if statistic in wanted]
+    if len(of_gradients) > 1:
+        raise UserError(f"{' and '.join(of_gradients)} come from a pass each: ask for one of them")
+    if of_gradients:
+        gradients = Gradients(view, generators or partial(batch_generator, 42), squared=SQUARED in wanted)
     found: dict[str, dict[str, Tensor]] = {statistic: {} for statistic in wanted}
     _read(inputs, gradients, batches, reduce, announced)
     if inputs:
         found |= scaled(inputs.results(), inputs.tokens, wanted)
     if gradients:
-        found[GRADIENT] = gradients.means(reduce)
+        found[of_gradients[0]] = gradients.means(reduce)
     return found[statistics] if isinstance(statistics, str) else found
 
 
 def measures_of(statistics: Sequence[str]) -> list[str]:
     """Return the measures of inputs that add up to these statistics."""
-    of_inputs = (statistic for statistic in statistics if statistic != GRADIENT)
+    of_inputs = (statistic for statistic in statistics if statistic not in OF_GRADIENTS)
     return list(dict.fromkeys(_SCALED[name][0] if name in _SCALED else name for name in of_inputs))
 
 

@@ -18,7 +18,7 @@ from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.packing import pack, unpack
 from sparsity.resume.steps import Trail
-from sparsity.run.sequential import Done, Progress
+from sparsity.run.sequential import Blocks
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 from tests.fuzz.damage import (
@@ -270,17 +270,25 @@ def test_steps_that_are_resumed(folder, data):
 @fuzzed
 @given(data=st.data())
 def test_blocks_that_are_resumed(folder, data):
-    progress = Progress(Scratch(folder / "seq", "data and model"), None, "0.5", {"pruner": "sparsegpt"}, "cpu")
-    progress.save(0, {"a.weight": Done(KEPT_BITS["a.weight"], UPDATED["a.weight"])})
-    progress.save(1, {"b.weight": Done(KEPT_BITS["b.weight"], None)})
+    def blocks():
+        origin = Scratch(folder / "seq", "data and model")
+        return Blocks(view(), origin, label="0.5", method={"pruner": "sparsegpt"})
+
+    done = blocks()
+    done.save(0, {"a.weight": (KEPT_BITS["a.weight"], UPDATED["a.weight"])})
+    done.save(1, {"b.weight": (KEPT_BITS["b.weight"], None)})
     path = folder / "seq_0.5.block1"
     damaged(path, data)
 
     def load_blocks():
-        found = progress.load([["a.weight"], ["b.weight"]])
-        assert found["a.weight"].kept.equal(KEPT_BITS["a.weight"])
-        if "b.weight" not in found:
+        found = blocks()
+        found.load([["a.weight"], ["b.weight"]])
+        assert found.kept["a.weight"].tensor().equal(KEPT_BITS["a.weight"])
+        if "b.weight" not in found.kept:
             raise UserError(path.name)
-        return found["b.weight"]
+        return found
 
-    check("blocks", path, load_blocks, lambda done: same(done.kept, KEPT_BITS["b.weight"]) and done.updated is None)
+    def sound(found):
+        return same(found.kept["b.weight"].tensor(), KEPT_BITS["b.weight"]) and list(found.updates) == ["a.weight"]
+
+    check("blocks", path, load_blocks, sound)

@@ -1,4 +1,4 @@
-"""SNIP and iterative SNIP: known answer, naive formulas, schedules, nothing left behind."""
+"""SNIP, iterative SNIP and Taylor: known answer, naive formulas, schedules, nothing left behind."""
 
 import json
 
@@ -6,13 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import pruners
 from models.xvlm import model as xvlm
 from sparsity.allocation.budget import budget, step_sparsity
+from sparsity.errors import UserError
 from sparsity.run.request import Request
 from sparsity.selection import keep, thresholds
 from sparsity.statistics.gradients import batch_generator, mean_gradients
+from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 from tests.conftest import SMALL
@@ -150,3 +153,95 @@ def test_itersnip_of_one_epoch_is_snip(toy):
         ((_, snip),) = pruners.build("snip").prune(view, batches, [name])
         ((_, itersnip),) = pruners.build("itersnip").prune(view, batches, [name])
         assert snip.digest() == itersnip.digest()
+
+
+# Taylor
+
+
+def test_taylor_is_the_mean_of_squares_of_each_batch(toy):
+    view, batches = toy
+    pruner = pruners.build("taylor")
+    scores = dict(pruner.scores(view, pruner.measure(view, CalibrationPass(batches))))
+    expected = {}
+    view.model.eval()
+    for name, weight in view.weights.items():
+        gradients = [torch.autograd.grad(view.loss(batch), weight.parameter)[0] for batch in batches]
+        expected[name] = sum((weight.matrix() * gradient) ** 2 for gradient in gradients) / len(batches)
+        torch.testing.assert_close(scores[name], expected[name], rtol=1e-10, atol=0)
+    for sparsity, masks in pruner.prune(view, batches, ["0.3", "0.6"]):
+        kept = dict(keep(expected, thresholds(expected, [budget(sparsity, view.numel)])[0]))
+        assert all(torch.equal(masks[name], kept[name]) for name in kept)
+
+
+def test_taylor_by_hand():
+    """w = (2, 3), loss w x: gradients x, of which the mean is 0 in the first weight, and the mean square is not."""
+    model = nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
+    view = PrunableView(model, group_of=lambda name: "all", loss=lambda batch, generator: model(batch).sum())
+    batches = [torch.tensor([[1.0, 1.0]]).double(), torch.tensor([[-1.0, 0.5], [0.0, 0.5]]).double()]
+    pruner = pruners.build("taylor")
+    ((_, score),) = pruner.scores(view, pruner.measure(view, CalibrationPass(batches)))
+    assert score.tolist() == [[4.0, 9.0]]
+    (mean,) = mean_gradients(view, batches).values()
+    assert mean.tolist() == [[0.0, 1.0]]
+
+
+def test_squares_of_a_tied_weight_are_those_of_the_gradient_of_all_its_uses():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}).double()
+    model["b"].weight = model["a"].weight
+
+    def loss(batch, generator=None):
+        return model["b"](model["a"](batch).tanh()).square().sum()
+
+    view, batches = PrunableView(model, group_of=lambda name: "all", loss=loss), torch.randn(3, 2, 4).double()
+    found = collect(view, "squared_gradient", list(batches))
+    (weight,) = view.weights.values()
+    gradients = [torch.autograd.grad(loss(batch), weight.parameter)[0] for batch in batches]
+    torch.testing.assert_close(found[weight.name], torch.stack(gradients).square().mean(0), rtol=1e-10, atol=0)
+
+
+def test_squares_add_up_across_a_backward_within_a_backward(toy):
+    """Reentrant checkpointing gives the gradient of a weight that is used inside and outside of it in two parts."""
+    view, batches = toy
+    view.model.eval()
+    first = view.model[0]
+
+    def inside(x):
+        return first(x).tanh()
+
+    def loss(batch, generator=None):
+        batch = batch.clone().requires_grad_()
+        again = checkpoint(inside, batch, use_reentrant=True)
+        return (again.square() + first(batch)).sum() + view.model[3](again).sum()
+
+    view._loss = loss
+    found = collect(view, "squared_gradient", batches)["0.weight"]
+
+    def plain(batch):
+        return (inside(batch).square() + first(batch)).sum() + view.model[3](inside(batch)).sum()
+
+    gradients = [torch.autograd.grad(plain(batch), first.weight)[0] for batch in batches]
+    torch.testing.assert_close(found, torch.stack(gradients).square().mean(0), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_squares_of_half_precision_add_up_in_float32(toy, dtype):
+    view, _ = toy
+    view.model.to(dtype)
+    batches = list(torch.randn(200, 2, 6, generator=torch.Generator().manual_seed(1)).to(dtype))
+    found = collect(view, "squared_gradient", batches)
+    each = [mean_gradients(view, [batch]) for batch in batches]
+    for name, squares in found.items():
+        assert squares.dtype == torch.float32
+        expected = sum(one[name].double().square() for one in each) / len(each)
+        torch.testing.assert_close(squares.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_one_statistic_of_gradients_at_a_time(toy):
+    view, batches = toy
+    with pytest.raises(UserError, match="mean_gradient and squared_gradient come from a pass each"):
+        collect(view, ["squared_gradient", "mean_gradient"], batches)
+    with pytest.raises(UserError, match=r"'3\.weight' got no gradient"):
+        view._loss = lambda batch, generator: view.model[0](batch).sum()
+        collect(view, "squared_gradient", batches)

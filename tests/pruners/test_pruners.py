@@ -89,12 +89,25 @@ def naive_multiflow(w, squares):
     return a.mean(dim=1, keepdim=True) * w.double().abs() * a.mean(dim=0, keepdim=True)
 
 
+def naive_ria(w, squares):
+    """Weight by weight; a row or column of zeros has no relative importance."""
+    rows, scores = w.double().abs().tolist(), torch.zeros(w.shape, dtype=torch.float64)
+    columns = list(zip(*rows, strict=True))
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value:
+                norm = float(squares[j]) ** 0.5
+                scores[i, j] = (value / sum(columns[j]) + value / sum(row)) * norm**0.5
+    return scores
+
+
 NAIVE = {
     "omp": naive_magnitude,
     "localmp": naive_magnitude,
     "l2": naive_l2,
     "lamp": naive_lamp,
     "multiflow": naive_multiflow,
+    "ria": naive_ria,
 }
 
 
@@ -121,6 +134,24 @@ def test_localmp_prunes_each_layer_alone(view):
     for sparsity, masks in pruners.build("localmp").prune(view, None, SPARSITIES):
         for layer, weight in view.weights.items():
             assert same({layer: masks[layer]}, lowest({layer: weight.matrix().abs()}, budget(sparsity, weight.numel)))
+
+
+def test_ria_by_hand():
+    """Rows of sums 4, 2 and 0, columns of sums 1, 5 and 0, inputs of squared norms 1, 16 and 81."""
+    weight = torch.tensor([[1.0, -3.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    score = pruners.build("ria").plan.score.score(weight, torch.tensor([1.0, 16.0, 81.0]).double(), None)
+    expected = [[1 / 1 + 1 / 4, 2 * (3 / 5 + 3 / 4), 0], [0, 2 * (2 / 5 + 2 / 2), 0], [0, 0, 0]]
+    torch.testing.assert_close(score, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_ria_prunes_the_lowest_of_each_row(view, batches):
+    pruner = pruners.build("ria")
+    statistics = pruner.measure(view, CalibrationPass(batches)).statistics["input_norms"]
+    for sparsity, masks in pruner.prune(view, batches, SPARSITIES):
+        for layer, weight in view.weights.items():
+            scores = naive_ria(weight.matrix(), statistics[layer])
+            for mask, row in zip(masks[layer], scores, strict=True):
+                assert same({"row": mask}, lowest({"row": row}, budget(sparsity, len(row))))
 
 
 def test_multiflow_prunes_what_magnitude_takes_from_each_layer(view, batches):
@@ -182,9 +213,9 @@ def test_a_pool_that_is_not_the_pruners_own_is_refused(name):
 @pytest.mark.parametrize("name", pruners.available())
 def test_totals_are_exact(view, batches, name):
     for pool in ("global", None) if name in OWN_POOL else (*POOLS, None):
-        sequential = pruners.build(name).plan.sequential
-        dense = {"calibration_mode": "dense"} if sequential and pool in BETWEEN else {}
-        if dense:
+        plan = pruners.build(name).plan
+        dense = {"calibration_mode": "dense"} if plan.sequential and pool in BETWEEN else {}
+        if dense and plan.reconstruction is None:
             with pytest.raises(UserError, match="take allocation layer, or calibration_mode dense"):
                 next(pruners.build(name, pool=pool).prune(view, batches, SPARSITIES))
         for sparsity, masks in pruners.build(name, pool=pool, **dense).prune(view, batches, SPARSITIES):

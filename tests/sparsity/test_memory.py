@@ -4,16 +4,22 @@ import pytest
 
 from benchmarks.memory import measured, stack
 from sparsity.errors import UserError
-from sparsity.run.memory import Demand, Memory, check_fits, preflight_bytes
+from sparsity.run.memory import Demand, Memory, check_memory, preflight_bytes
 from sparsity.statistics.hessian import strips
 from tests.toys import layers, view_of
 
 SMALL, LARGE = 3, 9  # blocks
+PLANS = [
+    ("snip", Demand(["mean_gradient"], 2)),
+    ("omp", Demand((), 2)),
+    ("wanda+calibration_mode=sequential", Demand(["input_norms"], 2, sequential=True)),
+    ("sparsegpt+enable_update", Demand(["hessian"], 2, solver=True, sequential=True)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("plan", "demand"), [("snip", Demand(["mean_gradient"], 2)), ("omp", Demand((), 2))])
+@pytest.mark.parametrize(("plan", "demand"), PLANS)
 def test_predicted_slope_bounds_the_measured_one(plan, demand, tmp_path):
     (few, least), (many, most) = (measured(plan, blocks, tmp_path) for blocks in (SMALL, LARGE))
     slope = (most - least) / (many - few)
@@ -29,13 +35,13 @@ def sizes(demand, view):
 def test_each_part_is_what_the_table_says():
     view = view_of(layers((16, 8), (8, 16), (4, 8)))
     plain, n = sizes(Demand(), view), view.numel
-    assert sizes(Demand(scores=8), view) - plain == 8 * n
+    assert sizes(Demand(sparsities=3), view) - plain == int(2 * (n / 8 + 2**26))
     assert sizes(Demand(rows=12345), view) - plain == 12345
     assert sizes(Demand(["input_norms"]), view) - plain == 8 * (8 + 16 + 8)
     assert sizes(Demand(["mean_gradient"]), view) - plain == 4 * n + 4 * 128
     assert sizes(Demand(["learned_scores"]), view) - plain == 18 * n + 8 * 128
-    held = sizes(Demand(solver=True, stored=False), view) - plain
-    assert held == 4 * n
+    assert sizes(Demand(["gradient_rows"]), view) - plain == 8 * n + 12 * 128
+    assert sizes(Demand(solver=True), view) - plain == 3 * 4 * n  # without blocks, all weights are one
     entries = sum([where.stop for _, where in strips(width)][-1] for width in (8, 16, 8))
     factor = max(12 * width**2 + 28 * numel for width, numel in ((8, 128), (16, 128), (8, 32)))
     assert sizes(Demand(["hessian"]), view) - plain == 8 * entries + factor
@@ -47,19 +53,19 @@ def test_sequential_plans_hold_one_block():
     demand = Demand(["hessian"], solver=True, sequential=True)
     double = layers((64, 64), (64, 64), (64, 64), (64, 64), (64, 64), (64, 64))
     more = view_of(double, blocks=list(double.values()))
-    assert sizes(demand, more) - sizes(demand, one) == 1.5 * (more.numel - one.numel)  # masks alone
+    assert sizes(demand, more) - sizes(demand, one) == (more.numel - one.numel) // 4  # masks alone
 
 
 def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would():
     demand = Demand(["hessian"], sparsities=3)
-    check_fits(Memory(10, 10), Memory(10, 10), demand)
+    check_memory(Memory(10, 10), Memory(10, 10), demand)
     with pytest.raises(UserError) as error:
-        check_fits(Memory(2 * 10**9, 10), Memory(10**9, 10), demand)
+        check_memory(Memory(2 * 10**9, 10), Memory(10**9, 10), demand)
     message = str(error.value)
     assert "\n" not in message and "2 GB on the device, where 1 GB are free, besides" in message
     for remedy in ("--offload", "sequential", "fewer --sparsities"):
         assert remedy in message
     with pytest.raises(UserError) as error:
-        check_fits(Memory(0, 20), Memory(0, 10), Demand(rows=15))
+        check_memory(Memory(0, 20), Memory(0, 10), Demand(rows=15))
     assert "20 B on the host" in str(error.value) and "--memory_budget" in str(error.value)
     assert "--offload" not in str(error.value)

@@ -102,7 +102,8 @@ def selected(view, allocation, scope, sparsities, scores=None):
 
     whole = Part(view, list(view.weights), scores or magnitudes)
     parts = budgets(whole, sparsities, {})
-    return [dict(kept) for kept in list(select(parts, ALLOCATIONS.find(allocation)(), scope))]
+    found = dict(select(parts, ALLOCATIONS.find(allocation)(), scope))
+    return [{name: kept[i] for name, kept in found.items()} for i in range(len(sparsities))]
 
 
 @pytest.mark.parametrize("pool", POOLS)

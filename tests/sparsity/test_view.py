@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from sparsity.errors import UserError
 from sparsity.view import canonical
 from tests.toys import Attention, Conv1D, layers, view_of
 
@@ -67,6 +68,19 @@ def test_a_glob_keeps_dense_what_is_below_it_too():
 def test_groups_keep_prunable_order():
     view = view_of(layers((2, 2), (2, 2), (2, 2)), group_of=lambda name: "odd" if name[0] == "b" else "even")
     assert view.groups == {"even": ["a.weight", "c.weight"], "odd": ["b.weight"]}
+
+
+def test_groups_that_are_left_out_stay_dense():
+    view = view_of(layers((4, 8), (8, 4), (4, 4)))
+    left = view.without(["b"])
+    assert list(left.weights) == ["a.weight", "c.weight"] and left.dense == ("b.weight",)
+    assert left.numel == 32 + 16 and left.model is view.model
+    assert list(view.weights) == ["a.weight", "b.weight", "c.weight"] and not view.dense
+    assert list(view.without([]).weights) == list(view.weights)
+    with pytest.raises(UserError, match="there is no group 'd' to keep dense; there are: a, b, c"):
+        view.without(["a", "d"])
+    with pytest.raises(UserError, match="nothing would be pruned"):
+        view.without(["a", "b", "c"])
 
 
 def test_conv1d_is_seen_as_out_in_on_its_own_storage():

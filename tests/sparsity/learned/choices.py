@@ -13,7 +13,6 @@ def choice(view, sparsity, *, pattern=None, allocation="global"):
         if pattern:
             return follow(pattern, scores(names))
         parts = budgets(Part(view, names, scores, {}), [sparsity], {})
-        (kept,) = select(parts, ALLOCATIONS.find(allocation)(), "layer")
-        return kept
+        return ((name, kept) for name, (kept,) in select(parts, ALLOCATIONS.find(allocation)(), "layer"))
 
     return choose

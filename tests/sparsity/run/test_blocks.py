@@ -67,7 +67,9 @@ def total(view: PrunableView) -> int:
     return sum(weight.numel // BLOCK.numel for name, weight in view.weights.items() if not name.startswith("odd"))
 
 
-@pytest.mark.parametrize("pruner", [name for name in pruners.available() if not pruners.build(name).plan.whole])
+@pytest.mark.parametrize(
+    "pruner", [name for name in pruners.available() if not pruners.build(name).plan.reconstruction]
+)
 def test_every_score_prunes_whole_blocks_and_exactly_as_many(pruner: str) -> None:
     view = made()
     before = {name: weight.parameter.clone() for name, weight in view.weights.items()}
@@ -122,12 +124,18 @@ def test_every_reconstruction_leaves_blocks_at_zero(solver: str) -> None:
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "admm", "alps"])
 def test_solvers_find_masks_of_blocks(pruner: str) -> None:
-    if pruner not in pruners.available():
-        pytest.skip(f"no pruner {pruner}")
     view = made()
     masks = pruners.prune(view, pruner, sparsity=SHARE, pattern=BLOCK, data=batches(), reconstruct=pruner)
     assert pruned_blocks(masks) == {n: SHARE * view.weights[n].numel // BLOCK.numel for n in pruned_blocks(masks)}
     assert masks.weights["odd.weight"].equal(view.weights["odd.weight"].matrix())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_solvers_prune_as_many_blocks_as_scores_say_where_layers_compete(steps: int) -> None:
+    view = made()
+    how = {"allocation": "global", "scope": "layer", "calibration_mode": "dense", "epochs": steps}
+    masks = pruners.prune(view, "alps", sparsity=SHARE, pattern=BLOCK, data=batches(), **how)
+    assert sum(pruned_blocks(masks).values()) == SHARE * total(view) // 1
 
 
 def test_sparsegpt_takes_the_blocks_of_least_saliency_and_sweeps_as_with_a_given_mask() -> None:

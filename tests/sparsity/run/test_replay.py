@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
@@ -17,7 +18,7 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct
 from sparsity.replay.replayed import Replayed
-from sparsity.run.sequential import Done, Progress, by_blocks, replaced, stages
+from sparsity.run.sequential import Blocks, PrunedStages, by_blocks, stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import factor
 from sparsity.statistics.passes import collect
@@ -42,18 +43,38 @@ def sparsegpt(name: str, weight: Tensor, statistics: Mapping[str, Tensor]) -> tu
 METHODS: dict[str, Callable] = {"input_norms": wanda, "hessian": sparsegpt}
 
 
-def progress(view: PrunableView, scratch: Scratch | None = None) -> Progress:
-    return Progress(scratch, None, "test", {}, "cpu")
+def slowly(view: PrunableView, batches: Sequence, order: Sequence[Sequence[str]], statistic: str) -> Blocks:
+    """Run the whole model, with all pruned stages in it, for each stage."""
+    done = Blocks(view)
+    with PrunedStages(view, order, done) as put:
+
+        def measure(names):
+            put(range([*map(list, order)].index(list(names))))
+            return collect(view, [statistic], batches, names=names)
+
+        by_blocks(order, measure, pruning(view, statistic), done)
+    return done
 
 
-def slowly(view: PrunableView, batches: Sequence, order: Sequence[Sequence[str]], statistic: str) -> dict[str, Done]:
-    measure = lambda names: collect(view, [statistic], batches, names=names)  # noqa: E731
-    return by_blocks(view, measure, METHODS[statistic], progress(view), order=order)
+def pruning(view: PrunableView, statistic: str) -> Callable:
+    return lambda name, statistics: METHODS[statistic](name, view.weights[name].matrix(), statistics)
 
 
-def replayed(view: PrunableView, calls: Replayed, statistic: str, files: Progress | None = None) -> dict[str, Done]:
-    measure = lambda names: calls.measure(names, [statistic])  # noqa: E731
-    return by_blocks(view, measure, METHODS[statistic], files or progress(view), order=calls.order)
+def replayed(view: PrunableView, calls: Replayed, statistic: str, done: Blocks | None = None) -> Blocks:
+    done = Blocks(view) if done is None else done
+    with PrunedStages(view, calls.order, done) as calls.put:
+        measure = lambda names: calls.measure(names, [statistic])  # noqa: E731
+        by_blocks(calls.order, measure, pruning(view, statistic), done)
+    return done
+
+
+def check_same(found: Blocks, expected: Blocks) -> None:
+    assert found.kept.keys() == expected.kept.keys()
+    assert found.updates.keys() == expected.updates.keys()
+    for name, kept in expected.kept.items():
+        assert torch.equal(kept.tensor(), found.kept[name].tensor()), name
+    for name, updated in expected.updates.items():
+        assert torch.equal(updated, found.updates[name]), name
 
 
 def state_of(model: nn.Module) -> dict:
@@ -71,24 +92,24 @@ def check(view: PrunableView, batches: Sequence, statistics: Sequence[str] = tup
             found = replayed(view, calls, statistic)
             assert state_of(view.model) == before
             expected = slowly(view, batches, calls.order, statistic)
-        assert found.keys() == expected.keys() == view.weights.keys()
-        for name, done in expected.items():
-            assert torch.equal(done.kept, found[name].kept), name
-            assert (done.updated is None) == (found[name].updated is None)
-            assert done.updated is None or torch.equal(done.updated, found[name].updated), name
+        assert found.kept.keys() == view.weights.keys()
+        check_same(found, expected)
     assert all(torch.equal(value, weights[key]) for key, value in view.model.state_dict().items())
-    with replaced(view, {}) as put, Replayed(view, lambda: batches, stages(view), **options) as calls:
-        for names in calls.order:
+    done = Blocks(view)
+    with (
+        Replayed(view, lambda: batches, stages(view), **options) as calls,
+        PrunedStages(view, calls.order, done) as put,
+    ):
+        calls.put = put
+        for number, names in enumerate(calls.order):
             both = calls.measure(names, ["gram", "input_norms", "hessian"])
+            put(range(number))
             for statistic, values in both.items():
                 expected = collect(view, statistic, batches, names=names)
                 assert all(torch.equal(values[name], expected[name]) for name in names), (statistic, names)
-            put(
-                {
-                    name: Done(*wanda(name, view.weights[name].matrix(), {"input_norms": both["input_norms"][name]}))
-                    for name in names
-                }
-            )
+            put(())
+            norms = both["input_norms"]
+            done.save(number, {n: wanda(n, view.weights[n].matrix(), {"input_norms": norms[n]}) for n in names})
     return calls
 
 
@@ -410,25 +431,42 @@ def test_goes_on_after_any_block(finished, batches, tmp_path):
     view, scratch = tower(window_and_full), Scratch(tmp_path / "run", "data")
     with Replayed(view, lambda: batches, stages(view)) as calls:
         whole = replayed(view, calls, "hessian")
+        before = state_of(view.model), {key: value.clone() for key, value in view.model.state_dict().items()}
         left = iter(range(finished))
 
-        def measure(names):
+        def measure(names, statistics):
             if next(left, None) is None:
                 raise KilledError
-            return calls.measure(names, ["hessian"])
+            return whole_measure(names, statistics)
 
-        before = state_of(view.model), {key: value.clone() for key, value in view.model.state_dict().items()}
-        if finished < 3:
-            with pytest.raises(KilledError):
-                by_blocks(view, measure, sparsegpt, progress(view, scratch), order=calls.order)
-        else:
-            by_blocks(view, measure, sparsegpt, progress(view, scratch), order=calls.order)
+        whole_measure, calls.measure = calls.measure, measure
+        with pytest.raises(KilledError) if finished < 3 else nullcontext():
+            replayed(view, calls, "hessian", Blocks(view, scratch))
     assert state_of(view.model) == before[0]
     assert all(torch.equal(value, before[1][key]) for key, value in view.model.state_dict().items())
     with Replayed(view, lambda: batches, stages(view)) as calls:
-        resumed = replayed(view, calls, "hessian", progress(view, scratch))
-    for name, done in whole.items():
-        assert torch.equal(done.kept, resumed[name].kept) and torch.equal(done.updated, resumed[name].updated)
+        resumed = replayed(view, calls, "hessian", Blocks(view, scratch))
+    check_same(resumed, whole)
+    resumed.forget()
+    assert not list(tmp_path.iterdir())
+    check_same(resumed, whole)  # what is removed can be read on
+
+
+@pytest.mark.parametrize(("route", "most"), [(chain, 1), (window_and_full, 1), (second_to_last, 1)])
+def test_pruned_weights_are_in_the_model_only_until_their_outputs_are_kept(route, most, batches):
+    view = tower(route, depth=6)
+    dense = {name: weight.parameter.data.data_ptr() for name, weight in view.weights.items()}
+    done, found = Blocks(view), []
+    with Replayed(view, lambda: batches, stages(view)) as calls, PrunedStages(view, calls.order, done) as put:
+
+        def looking(stages):
+            put(stages)
+            found.append(sum(dense[n] != view.weights[n].parameter.data.data_ptr() for n in dense))
+
+        calls.put = looking
+        measure = lambda names: calls.measure(names, ["hessian"])  # noqa: E731
+        by_blocks(calls.order, measure, pruning(view, "hessian"), done)
+    assert max(found) == most * len(calls.order[0])
 
 
 @pytest.mark.parametrize("moment", range(8))
@@ -498,8 +536,7 @@ def test_parts_of_a_block_are_stages_too(batches):
         found = replayed(view, calls, "hessian")
         expected = slowly(view, batches, calls.order, "hessian")
     assert len(calls.order) == 9
-    for name, done in expected.items():
-        assert torch.equal(done.updated, found[name].updated)
+    check_same(found, expected)
 
 
 def test_xvlm(small_xvlm, small_batches):

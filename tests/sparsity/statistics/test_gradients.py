@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparsity.statistics.gradients import mean_gradients
+from sparsity.statistics.passes import collect
 from sparsity.view import PrunableView
 from tests.processes import PATIENCE
 
@@ -25,13 +26,13 @@ class Ranks:
         return total
 
 
-def on_ranks(view_of, shares):
+def on_ranks(view_of, shares, statistic="mean_gradient"):
     """What each rank gets for its batches, or the message of its error."""
     ranks, results = Ranks(len(shares)), {}
 
     def work(rank, batches):
         try:
-            results[rank] = mean_gradients(view_of(), batches, reduce=lambda tensor: ranks.reduce(rank, tensor))
+            results[rank] = collect(view_of(), statistic, batches, reduce=lambda tensor: ranks.reduce(rank, tensor))
         except ValueError as error:
             results[rank] = str(error)
 
@@ -63,11 +64,12 @@ def batches(*names):
 
 @pytest.mark.parametrize("names", [("ab", "ab", "ab"), ("a", "b", "a"), ("ab", "a", "b")])
 @pytest.mark.parametrize("number", [2, 3, 4])
-def test_ranks_get_what_one_gets(names, number):
+@pytest.mark.parametrize("statistic", ["mean_gradient", "squared_gradient"])
+def test_ranks_get_what_one_gets(names, number, statistic):
     """Also where a layer gets its gradient on one rank only, and a rank has no batch."""
     given = batches(*names)
-    alone = mean_gradients(view_of(), given)
-    for result in on_ranks(view_of, [given[rank::number] for rank in range(number)]):
+    alone = collect(view_of(), statistic, given)
+    for result in on_ranks(view_of, [given[rank::number] for rank in range(number)], statistic):
         for name, gradient in alone.items():
             torch.testing.assert_close(result[name], gradient)
 
