@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import models
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -29,14 +29,6 @@ def sizes(text: str) -> list[int]:
     return sorted({options.positive_int(item) for item in text.split(",")})
 
 
-def kinds(text: str) -> list[str]:
-    """argparse type: comma separated variants."""
-    found = [item.strip() for item in text.split(",")]
-    if unknown := [item for item in found if item not in KINDS]:
-        raise argparse.ArgumentTypeError(f"there is no variant {unknown[0]!r}; there are {', '.join(KINDS)}")
-    return found
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
@@ -47,7 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     clock = "cpu: of this process, for a CPU that others use too (default: %(default)s)"
     add("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     add("--threads", type=options.count, default=0, help="of the CPU (default: as torch chooses)")
-    add("--variants", type=kinds, default=list(KINDS), help=f"comma separated (default: {','.join(KINDS)})")
+    add(
+        "--variants",
+        type=options.among(*KINDS),
+        default=list(KINDS),
+        help=f"comma separated (default: {','.join(KINDS)})",
+    )
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
     add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
     options.add_config_options(parser, "prune")
@@ -60,13 +57,9 @@ def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
     options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
+    config.check(args.model, args.evaluate)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
-    if args.evaluate:
-        config.check_evaluation(args.model)
     if {"onnx", "int8"} & set(args.variants):
         from engine.deployment.onnx_files import check_packages
 
@@ -84,11 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.measure import CLOCKS, measure
+    from engine.deployment.speed_report import write_speed
     from engine.deployment.variants import Model, Variants
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.reports.speed import write_speed
     from models.checkpoint import read_weights
-    from models.graphs import graphs_of
+    from models.exported.graphs import graphs_of
 
     fabric = launch(args, args.output_dir)
     if args.threads:

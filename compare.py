@@ -1,8 +1,9 @@
-"""Compare pruners by zero-shot retrieval, or by accuracy, over sparsities and seeds, without training.
+"""Compare pruners by retrieval, accuracy, or fidelity to the dense model, over sparsities and seeds, without training.
 
     python compare.py -m xvlm -s 63,75,90 --seeds 42,43,44 --num_batches 100
     python compare.py -m xvlm -p omp,lamp,multiflow --k_test 8
     python compare.py -m xvlm -p snip,itersnip --epochs 10
+    python compare.py -m hf:FOLDER -p omp,wanda,sparsegpt --calibration captions.txt
     python compare.py -m xvlm --plans plans.yaml              # name: {pruner: wanda, reconstruct: sparsegpt, ...}
     python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
     python compare.py --nm output/nm_table/results
@@ -18,14 +19,13 @@ scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh.
 """
 
 import argparse
-import dataclasses
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import models
 import pruners
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("-p", "--pruners", help=only)
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
     add("--pattern", help="N:M of all plans, instead of sparsities, or blockRxC (default: unstructured)")
-    add("-m", "--model", metavar="MODEL", help=", ".join(models.NAMES))
+    add("-m", "--model", metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--int8", action="store_true", help="the dense model with weights rounded to 8 bits, too (default: no)")
     options.add_finished_options(add)
     options.add_config_options(parser, "prune")
+    options.add_external_options(parser, models.ANY, evaluates=True)
     options.add_one_device(parser)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
@@ -64,12 +65,10 @@ def check(args: argparse.Namespace) -> PrunedModel:
         args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
         for name in [] if args.plans else args.pruners:
             pruners.check(name)
-    models.check(args.model)
+    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
-    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.KINDS[args.model]])
-    read_yaml(config.model_config)
-    config.check_weights()
-    config.check_evaluation(str(args.config))
+    args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
+    config.check(str(args.config), evaluate=True)
     check_writable(args.output_dir, "--output_dir")
     return config.reranking(args.k_test)
 
@@ -96,19 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.ranks import place_of
 
     chosen = {name: Entry(engines[name], file.pattern, file.groups) for name, file in files.items()}
-    subject = SUBJECTS[models.KINDS[args.model]](models.find(args.model), config)
+    subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     fabric = launch(args, args.output_dir)
     view, file = subject.load(fabric), args.output_dir / "results.csv"
-    digest = digests(view, subject.sizes, config, vars(args), chosen)
-    ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
-    if not ledger.rows:  # else it goes on
+    if not file.is_file():  # else it goes on
         clear_skipped(args.output_dir, place_of(fabric))
-    evaluate = subject.evaluation(args.output_dir)
+    digest, evaluate = digests(view, subject.sizes, config, vars(args), chosen), subject.evaluation(args.output_dir)
+    ledger = Ledger(file, args.model, view.groups, subject.metrics, digest)
     save_arguments(vars(args), config, args.output_dir)
 
-    @lru_cache(maxsize=1)
-    def data(seed: int) -> Any:
-        return subject.calibration(args.output_dir, args.num_batches, seed)
+    data = lru_cache(maxsize=1)(partial(subject.calibration, args.output_dir, args.num_batches))
 
     def passes(name: str, seed: int) -> Any:
         own = data(seed) if engines[name].plan.statistics else None
@@ -120,9 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = chosen, args.sparsities, args.seeds
     compare(view, *asked, ledger, calibrations=passes, evaluate=evaluate, int8=args.int8)
     rows = summarise(ledger, wanted(*asked, args.int8))
-    evaluated = dataclasses.asdict(config.evaluation)
-    facts = {"weights": config.weights, "num_batches": args.num_batches}
-    facts |= {name: value for name, value in evaluated.items() if name == "k_test"}  # of retrieval alone
+    facts = {"weights": config.weights, "num_batches": args.num_batches, **config.evaluated}
     print(write_tables(args.output_dir, args.model, facts | {"seeds": ", ".join(map(str, args.seeds))}, rows))
 
 

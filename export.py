@@ -12,12 +12,14 @@ weights in int8. Weights may be dense ones with a --mask, pruned, fine-tuned or 
 """
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import models
-from configs.loading import configure, load_config, read_yaml
+from configs.loading import configure, load_config
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -28,21 +30,18 @@ FORMATS = ("dense", "packed", "onnx", "int8")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def formats(text: str) -> list[str]:
-    """argparse type: comma separated formats."""
-    found = [item.strip() for item in text.split(",")]
-    if unknown := [item for item in found if item not in FORMATS]:
-        raise argparse.ArgumentTypeError(f"there is no format {unknown[0]!r}; there are {', '.join(FORMATS)}")
-    return found
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("--task", choices=("captioning",), help="what the weights were fine-tuned for (default: none, or other tasks)")
     add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
-    add("--formats", type=formats, default=list(FORMATS), help=f"comma separated (default: {','.join(FORMATS)})")
+    add(
+        "--formats",
+        type=options.among(*FORMATS),
+        default=list(FORMATS),
+        help=f"comma separated (default: {','.join(FORMATS)})",
+    )
     add("--packed_dtype", choices=DTYPES, help="of the weights of the packed file (default: as they are)")
     add("-o", "--output_dir", type=Path, default=Path("output/export"), help="default: %(default)s")
     options.add_config_options(parser, "prune")
@@ -57,9 +56,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
     if args.task:
         models.check_task(args.model, args.task)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
+    config.check(args.model, False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
     if args.packed_dtype and "packed" not in args.formats:
@@ -71,6 +68,15 @@ def check(args: argparse.Namespace) -> PrunedModel:
     check_writable(args.output_dir, "--output_dir")
     args.accelerator = "cpu"  # what is written does not depend on it
     return config
+
+
+def files_beside(name: str, sizes: Any) -> dict[str, dict[str, Any]]:
+    """Return the files beside the weights of a model of this project, name -> content; others have their own."""
+    if models.kind(name) == "external":
+        return {}
+    if name in models.of_task("published"):
+        return models.find_task(name, "published").files(sizes)
+    return {"config.json": dataclasses.asdict(sizes)}
 
 
 @script
@@ -87,8 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.pruning.data_kinds import SUBJECTS
     from engine.reports.model_card import model_card
     from models.checkpoint import read_weights
-    from models.graphs import graphs_of
-    from models.published import files_of
+    from models.exported.graphs import graphs_of
 
     fabric, folder = launch(args, args.output_dir), args.output_dir
     module = models.find(args.model)
@@ -104,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         masks_of(args.mask, read_weights).apply(view)
     masks, names = zeros_of(view), [key for weight in view.weights.values() for key in weight.aliases]
     if "dense" in args.formats:
-        save_folder(view.model, folder / "dense", view.halves, files_of(subject.sizes))
+        save_folder(view.model, folder / "dense", view.halves, files_beside(args.model, subject.sizes))
         command = shlex.join(["python", Path(sys.argv[0]).name, *(arguments or sys.argv[1:])])
         facts = {"model": args.model, "weights": config.weights} | ({"mask": str(args.mask)} if args.mask else {})
         card = model_card(f"{args.model}, pruned", facts, masks, view, {}, command)

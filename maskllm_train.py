@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 import models
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS
 from configs.sources import images_of
 from engine.launch import launch, run, script
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_learning_options(parser, tuple(RECIPES))
     add_training_options(parser)
     add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY, trains=True)
     add_device_options(parser, "-p")
     args = parser.parse_args(arguments)
     fill_from_preset(args)
@@ -80,13 +80,9 @@ def check(args: argparse.Namespace) -> tuple[Recipe, Any]:
     check_undecoded(args)
     check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
+    config.check(str(args.config), args.evaluate)
     config.check_calibration(str(args.config))
-    if args.evaluate:
-        config.check_evaluation(str(args.config))
-    return recipe, config
+    return recipe, config.learning()
 
 
 @script

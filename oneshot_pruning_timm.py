@@ -22,7 +22,7 @@ from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
 from engine.options.oneshot import PRUNERS, add_oneshot_options, check_oneshot, plan_of
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable
+from sparsity.files import check_writable, weights_files
 
 SUFFIXES = (".pth.tar", ".pt", ".pth", ".safetensors")
 WAY_OUT = "give --ckpt FILE, a checkpoint of this model"
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
     args.target, args.decoding = check_oneshot(args), decoding(args)
-    if args.ckpt and not args.ckpt.is_file():
+    if args.ckpt and not weights_files(args.ckpt):
         raise MissingFileError(f"--ckpt {args.ckpt}: there is no such file")
     if args.weights_key and not args.ckpt:
         raise UserError(f"--weights-key {args.weights_key}: is a key of --ckpt FILE, which is not given")

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.launch import run
 from engine.options.command_line import Parser
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable
+from sparsity.files import check_writable, weights_files
 
 ALLOWED = {"vanished": ("vanished",), "all": ("vanished", "overflowed")}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -24,7 +24,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("source", type=Path, help="checkpoint: safetensors, packed or not, or what torch.save wrote")
+    add(
+        "source", type=Path, help="checkpoint: safetensors, packed or not, what torch.save wrote, or a folder of shards"
+    )
     add("target", type=Path, help="file to write, .safetensors")
     add("--unpack", action="store_true", help="write all weights, zeros too (default: no)")
     add("--dtype", choices=DTYPES, help="of floating-point weights, quantised ones apart (default: as they are)")
@@ -35,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before heavy imports."""
-    if not args.source.is_file():
+    if not weights_files(args.source):
         raise MissingFileError(f"{args.source}: there is no such file")
     if args.target.suffix != ".safetensors":
         raise UserError(f"{args.target}: the file to write must be a .safetensors file")

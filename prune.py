@@ -3,26 +3,28 @@
     python prune.py -m xvlm -p multiflow
     python prune.py -m xvlm -p omp -s 50,75 --pool layer --evaluate
     python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
+    python prune.py -m xvlm -p wanda --allocation error:output -s 75 --save_allocation errors.yaml
     python prune.py -m xvlm --variant base --check_data
     python prune.py -m timm:vit_base_patch16_224 -p lamp --save_model
+    python prune.py -m dino -p sparsegpt --reconstruct lsq -s 90 --recover 1000 --evaluate
 
 Masks, run times and a report are written to <output_dir>/<pruner>/.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import models
 import pruners
-from configs.loading import configure, read_yaml
+from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from sparsity.allocation.budget import parse_sparsities
+from engine.options.recovery import add_recovery_options, recovery_options
 from sparsity.errors import UserError
 from sparsity.files import check_writable
-from sparsity.pattern import NM, pattern_of
 from sparsity.run.request import Request
 
 SPARSITIES = "63,75,90"
@@ -44,6 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_pruner_options(parser)
     options.add_config_options(parser, "prune")
     options.add_external_options(parser, models.ANY)
+    add_recovery_options(parser)
     options.add_device_options(parser)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
@@ -66,18 +69,10 @@ def list_data(args: argparse.Namespace) -> bool:
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports; also resolves sparsities, pattern and configuration."""
     pruners.check(args.pruner)
-    args.pattern = pattern_of(args.pattern)
-    decided = isinstance(args.pattern, NM)
-    for option in ("sparsities", "pool", "allocation", "scope"):
-        if decided and getattr(args, option) is not None:
-            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = None if decided else parse_sparsities(SPARSITIES if args.sparsities is None else args.sparsities)
+    options.resolve_targets(args, SPARSITIES)
+    recovery_options(args)
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
-    if config.model_config:
-        read_yaml(config.model_config)
-    config.check_weights()
-    if args.evaluate:
-        config.check_evaluation(str(args.config))
+    config.check(str(args.config), args.evaluate)
     check_writable(args.output_dir / args.pruner, "--output_dir")
     return config
 
@@ -94,27 +89,32 @@ def main(arguments: list[str] | None = None) -> None:
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:
         raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")
-    if engine.plan.statistics:
+    if engine.plan.statistics or args.recover:
         config.check_calibration(str(args.config))
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
     from engine.pruning.run import Results, calibrations, preflight, timed
+    from engine.pruning.start import load_start
     from engine.ranks import place_of
+    from engine.recovery.recovery import build_recovery
 
     subject, folder = SUBJECTS[models.kind(args.model)](models.find(args.model), config), args.output_dir / args.pruner
-    fabric = launch(args, folder)
+    fabric = launch(args, folder, unused_parameters=bool(args.recover))
     view = subject.load(fabric)
+    request = replace(request, start=load_start(view, args.from_mask, args.from_weights))
     clear_skipped(folder, place_of(fabric))
-    results = Results(folder, view, vars(args), config, subject.metrics, writes=fabric.is_global_zero)
-    data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics else None
+    data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics or args.recover else None
     preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
+    results = Results(folder, view, vars(args), config, subject.metrics, fabric)
+    results.recovery = build_recovery(args, fabric, view, data, config)
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)
-    with results.calibration():
+    with results.calibration(data):
         measured = engine.measure(view, passes(0), request)
+    results.pictures.sensitivity = measured.sensitivity
     for sparsity, chosen, seconds in timed(engine.masks(view, measured, request, passes), engine.plan.one_pass):
         results.add(sparsity, chosen, seconds, evaluate)
     if args.save_scores:

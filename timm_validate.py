@@ -18,6 +18,7 @@ from configs.sources import IMAGENET, images_of
 from engine.launch import launch, run
 from engine.options.command_line import Parser, add_device_options, add_reading_options, decoding, positive_int
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import weights_files
 
 MODES = ("dense", "sparse", "maskllm")
 
@@ -26,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a name of timm, or vit_mini")
-    add("--checkpoint", type=Path, help="weights to evaluate (default: none)")
+    add("--checkpoint", type=Path, help="weights to evaluate, or a folder of shards (default: none)")
     add("--pretrained", action="store_true", help="evaluate the published weights (default: no)")
     add("--use-ema", action="store_true", help="the checkpoint's averaged weights (default: no)")
     add(
@@ -58,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--sparsity-mode {args.sparsity_mode} needs --checkpoint: the published weights are dense")
     for option in ("checkpoint", "mask"):
         path = vars(args)[option]
-        if path and not path.is_file():
+        if path and not weights_files(path):
             raise MissingFileError(f"--{option} {path}: there is no such file")
 
 

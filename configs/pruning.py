@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 from configs.decoding import Decoding
 from configs.general_loader import GeneralLoader
 from configs.loading import load_config, read_yaml
-from configs.sources import FUNCTION, Files, LabelledImages, at_least, is_hosted
+from configs.sources import FUNCTION, TEXT_FILES, Files, LabelledImages, at_least, is_hosted
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import weights_files
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # auto: that of the weights
+TOKENS = ("all", "text", "vision")  # that a language model is calibrated on
+OWN_DATA = "a folder of images, a file of texts (.txt, .jsonl) or package.module:function"
 BUNDLED_SPLITS = ("scenes", "unseen_scenes", "unseen_glyphs")
 
 
@@ -71,9 +75,33 @@ class PrunedModel:
         """The file with the weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {}
+
+    def learning(self) -> PrunedModel:
+        """This, where something is learned step by step, which needs the bits of float32."""
+        return self
+
+    def check(self, where: str, evaluate: bool) -> None:
+        """Raise UserError or FileNotFoundError for a model's configuration or weights that cannot be read.
+
+        where: the file of this configuration. evaluate: whether evaluation data must be there, too.
+        """
+        if self.model_config:
+            read_yaml(self.model_config)
+        self.check_weights()
+        if evaluate:
+            self.check_evaluation(where)
+
+    def check_evaluation(self, where: str) -> None:
+        """Raise UserError or FileNotFoundError where evaluation data is not configured or not there."""
+        raise NotImplementedError
+
     def check_weights(self) -> None:
-        """Raises FileNotFoundError where the file is not there."""
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+        """Raises FileNotFoundError where the file, or the folder with it, is not there."""
+        if self.checkpoint is not None and not weights_files(self.checkpoint):
             raise MissingFileError(
                 f"{self.checkpoint}: weights file not found; give --weights PATH, or --weights random"
             )
@@ -128,6 +156,11 @@ class PruneConfig(PrunedModel):
             self.evaluation.files.check()
         elif not self.evaluation.bundled_scenes:
             raise UserError(f"{where}: no evaluation data: set evaluation.bundled_scenes or evaluation.files")
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {"k_test": self.evaluation.k_test}
 
     def reranking(self, k_test: int) -> PruneConfig:
         """This, where the evaluation re-ranks `k_test` candidates."""
@@ -223,21 +256,35 @@ class LabelsPruneConfig(PrunedModel):
 class ExternalPruneConfig(PrunedModel):
     """Pruning of any other model, `timm:NAME`, `hf:NAME_OR_FOLDER` or `package.module:function`.
 
-    weights: "published", "random", or a file; weights_key: where they stand in the file. calibration: a folder of
-    images, or a function of the user's that returns batches; loss: one that gives a batch's loss, both as
-    package.module:function. class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs
-    over layers that are prunable and that are not. groups: name -> globs over its layers.
+    weights: "published", "random", or a file, or a folder or index of shards; weights_key: where they stand in the
+    file. dtype: what the model computes in, of `DTYPES`. img_size, model_kwargs: of models of timm, side of the images
+    in pixels and further arguments. calibration: a folder of images, a file of texts, or a function of the user's that
+    returns batches; max_tokens: of a row of texts; calibrate_on: which tokens of a language model count, of `TOKENS`.
+    evaluate: whether quality is measured, on `evaluation`, which is as `calibration`, or else on a part of that, which
+    is held out then. loss: a function that gives a batch's loss. Functions are given as package.module:function.
+    class_map: a JSON file, {folder of images: class of the model}. include, exclude: globs over layers that are
+    prunable and that are not. groups: name -> globs over its layers.
     """
 
     # What decides the calibration batches.
-    CALIBRATION: ClassVar = ("calibration", "class_map", "loss", "batch_size", "decoding")
+    CALIBRATION: ClassVar = (
+        *("calibration", "calibrate_on", "class_map", "loss", "batch_size", "decoding", "max_tokens", "evaluate"),
+        *("evaluation", "dtype"),
+    )
 
     model_config: str = ""  # there is none
     weights: str = "published"
     workers: int = 0
     weights_key: str = ""
+    dtype: str = "auto"
+    img_size: int | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     calibration: str = ""
+    calibrate_on: str = "all"
+    max_tokens: int | None = None
+    evaluate: bool = False
+    evaluation: str = ""
     class_map: str = ""
     loss: str = ""
     include: list[str] = field(default_factory=list)
@@ -246,8 +293,16 @@ class ExternalPruneConfig(PrunedModel):
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "img_size", "max_tokens")
+        for name, known in {"dtype": DTYPES, "calibrate_on": TOKENS}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.loss and not FUNCTION.fullmatch(self.loss):
             raise UserError(f"loss must be package.module:function, got {self.loss!r}")
+
+    def learning(self) -> ExternalPruneConfig:
+        """This, in float32."""
+        return replace(self, dtype="float32")
 
     @property
     def file(self) -> str | None:
@@ -262,15 +317,36 @@ class ExternalPruneConfig(PrunedModel):
     def check_calibration(self, where: str) -> None:
         """Raises UserError or FileNotFoundError where calibration data is not given or not there."""
         if not self.calibration:
-            raise UserError("this pruner needs --calibration, a folder of images or package.module:function")
-        if not Path(self.calibration).is_dir() and not FUNCTION.fullmatch(self.calibration):
-            raise MissingFileError(f"--calibration {self.calibration}: neither a folder nor package.module:function")
+            raise UserError(f"this pruner needs --calibration, {OWN_DATA}")
+        self._check_data("calibration", self.calibration)
         if self.class_map and not Path(self.class_map).is_file():
             raise MissingFileError(f"--class_map {self.class_map}: there is no such file")
 
     def check_evaluation(self, where: str) -> None:
-        """Raises UserError: what this model is for is not known."""
-        raise UserError(f"--evaluate: there is no evaluation of {self.model}: leave it out")
+        """Raises UserError or FileNotFoundError where there is nothing to evaluate on."""
+        if self.evaluation:
+            self._check_data("evaluation", self.evaluation)
+        elif self.calibration:
+            self.check_calibration(where)
+        else:
+            told = f"give --evaluation, {OWN_DATA}; or --calibration, a part of which is held out"
+            raise UserError(f"--evaluate: there is nothing to evaluate {self.model} on: {told}")
+
+    def _check_data(self, option: str, path: str) -> None:
+        texts = Path(path).is_file() and Path(path).suffix in TEXT_FILES
+        if not (Path(path).is_dir() or texts or FUNCTION.fullmatch(path)):
+            raise MissingFileError(f"--{option} {path}: neither a folder, a file of texts nor package.module:function")
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a table of evaluations says of how they were made."""
+        return {"evaluated on": self.evaluation or f"items of {self.calibration} that are not calibrated on"}
+
+    def reranking(self, k_test: int) -> ExternalPruneConfig:
+        """Raises UserError where candidates are to be re-ranked, which is of this project's models."""
+        if k_test:
+            raise UserError(f"--k_test re-ranks with a model of this project, not {self.model}: leave it out")
+        return self
 
 
 @dataclass(frozen=True)

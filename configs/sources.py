@@ -15,6 +15,7 @@ HOW_TO_GET = "README.md says how to get the annotations and images"
 LABELLED = {"imagenet": "{split}", "flowers102": "images"}  # public sets -> where the images of a split are
 FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:function
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on a hub: owner/name
+TEXT_FILES = (".txt", ".jsonl")  # what ends like this holds texts
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
 
 

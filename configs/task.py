@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from configs.decoding import Decoding
 from configs.sources import at_least
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import weights_files
 
 OPTIMIZERS = ("adamW", "sgd")
 SCHEDULES = ("linear", "cosine")
@@ -111,7 +111,7 @@ class TaskConfig:
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+        if self.checkpoint is not None and not weights_files(self.checkpoint):
             raise MissingFileError(f"{self.checkpoint}: weights file not found; give --pretraining_weights PATH")
 
     def check_data(self, where: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsity.casting import cast
 from sparsity.errors import UserError
-from sparsity.files import replacing, replacing_folder
+from sparsity.files import INDEX, SAVED, replacing, replacing_folder, weights_files
 from sparsity.packing import pack
 from sparsity.view import canonical
 
@@ -92,10 +92,32 @@ def save_model(model: nn.Module, path: str | Path, halves: Mapping[str, torch.dt
     own = model.config.dtype
     with replacing_folder(path) as temporary:
         with as_published(model, halves or {}):
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, **_sharding(model.name_or_path))
         model.config.dtype = own  # what is in memory is not what was written
         _save_processor(model.name_or_path, temporary)
     return Path(path)
+
+
+def _sharding(name: str) -> dict[str, int]:
+    """Return the options of save_pretrained that cut the weights as the files that they came from: shards are as large
+    as the largest of those.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in SAVED:
+        index = f"{file}{INDEX}"
+        found = Path(name, index) if Path(name).is_dir() else try_to_load_from_cache(name, index)
+        if isinstance(found, str | Path) and Path(found).is_file():
+            return {"max_shard_size": max(map(_data_bytes, weights_files(found)))}
+    return {}
+
+
+def _data_bytes(path: Path) -> int:
+    """Return the bytes of the tensors in a file: without the header of safetensors."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _save_processor(name: str, folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.files import reading
+from sparsity.files import SAVED, reading, weights_files
 from sparsity.learned.checkpoint import GATE, fold
 from sparsity.packing import unpack
 from sparsity.view import canonical
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
 AVERAGED = ("state_dict_ema", "model_ema")  # those of averaged weights beside them, as timm's training writes
 TIMM = (*AVERAGED, "state_dict", *WRAPPERS)  # in the order in which timm looks for them: averaged ones first
-SAVED_FILES = ("model.safetensors", "pytorch_model.bin")  # as transformers names them
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
 SHOWN = 3  # names in an error message
 HALF = (torch.float16, torch.bfloat16)
@@ -40,10 +39,12 @@ def find_weights(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.is_dir():
-        found = [path / file for file in SAVED_FILES if (path / file).is_file()]
+        found = weights_files(path)
         if not found:
-            raise MissingFileError(f"{path}: no weights in this folder; expected {' or '.join(SAVED_FILES)}")
-        return found[0]
+            raise MissingFileError(
+                f"{path}: no weights in this folder; expected {' or '.join(SAVED)}, whole or sharded"
+            )
+        return found[0] if len(found) == 1 else path
     return path if path.is_file() or path.suffix in SUFFIXES else _download(str(name))
 
 
@@ -52,7 +53,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     offline = not hub_answers()
-    for file in SAVED_FILES:
+    for file in SAVED:
         try:
             return Path(hf_hub_download(repository, file, local_files_only=offline))
         except EntryNotFoundError:
@@ -60,19 +61,27 @@ def _download(repository: str) -> Path:
         except Exception as error:  # of the network, of the hub, of a name that is none
             raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
-    raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED_FILES)}")
+    raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED)}")
 
 
 def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str = "") -> dict[str, Tensor]:
-    """State dict of a safetensors file, packed or not, or a pickle (no code is unpickled), under canonical names.
+    """State dict of a safetensors file, packed or not, or a pickle (no code is unpickled), under canonical names; of a
+    folder or an index of shards, the tensors of all its files.
 
     wrappers: keys under which the weights may stand, the first that is there counts; which one it was is logged where
     the file has several. key: the one that alone counts. Raises FileNotFoundError, or UserError where the file holds no
     weights.
     """
-    path = Path(path)
-    if not path.is_file():
+    path, files = Path(path), weights_files(path)
+    if not files:
         raise MissingFileError(f"{path}: weights file not found")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= _read_weights(file, wrappers, key)
+    return found
+
+
+def _read_weights(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Tensor]:
     with reading(path), path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pruners.presets import PRESETS, record, resolve
 from sparsity.errors import UserError
 from sparsity.pattern import NM, Block, pattern_of
-from sparsity.run.axes import AXES
+from sparsity.run.axes import AXES, BOUNDS
 from sparsity.run.registry import Registry
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ def own_options(
     known |= {"enable_update"} if updates(name) else set()
     known -= set() if plan.of_inputs else {"calibration_mode", "offload"}
     known -= set() if plan.score.in_steps else {"epochs", "schedule"}
-    known -= {"pool", "allocation", "scope"} if plan.whole else set()
+    known -= {"pool", "allocation", "scope", "swaps", *BOUNDS} if plan.whole else set()
+    solver = plan.reconstruction if plan.reconstruction and not plan.whole else None
+    known -= set() if solver else {"target", "correct_bias", "layer_errors"}
+    known -= set() if solver and "dense" in solver.targets else {"target"}
     return {option: value for option, value in given.items() if option in known}
 
 
@@ -128,6 +131,7 @@ def prune(
     pattern: "str | NM | Block | None" = None,
     group_sparsity: "Mapping[str, Sparsity] | None" = None,
     data: "Iterable[Any] | None" = None,
+    start: "Masks | None" = None,
     seed: int = 42,
     **options: Any,
 ) -> "Masks | list[Masks]":
@@ -139,12 +143,14 @@ def prune(
 
     model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
     tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead,
-    or "block4x4" beside it. options: as `build`. The model itself is not changed. Raises UserError for what cannot be.
+    or "block4x4" beside it. start: masks that are there already, whose zeros stay and count. options: as `build`. The
+    model itself is not changed. Raises UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
     wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
     chosen = pattern_of(pattern) if pattern is None or isinstance(pattern, str) else pattern
     built = build(pruner, pattern=chosen, sparsities=wanted, **options)
     view = views.generic_view(model)
-    found = [masks for _, masks in built.prune(view, data, wanted, pattern=chosen, seed=seed, groups=group_sparsity)]
+    asked = {"pattern": chosen, "seed": seed, "groups": group_sparsity, "start": start}
+    found = [masks for _, masks in built.prune(view, data, wanted, **asked)]
     return found if isinstance(sparsity, list | tuple) else found[0]

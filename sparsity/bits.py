@@ -84,3 +84,11 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def is_binary(value: Tensor) -> bool:
+    """Return whether all are 0 or 1; a damaged bool holds other bytes, too, and no sparse or meta tensor is ours."""
+    if value.layout != torch.strided or value.is_meta:
+        return False
+    value = value.contiguous().view(torch.uint8) if value.dtype == torch.bool else value
+    return bool(((value == 0) | (value == 1)).all())

@@ -5,6 +5,7 @@ file of the user's that cannot be read or written is a `UserError`.
 """
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from sparsity.errors import MissingFileError, ResourceError, UserError
+from sparsity.errors import MissingFileError, ResourceError, UserError, listed
 
 # What the system says when something is used up.
 USED_UP = {
@@ -27,6 +28,47 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors passes it on
 _LEFTOVER = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")  # as `replacing` names what it writes
 _CUT_SHORT = re.compile(r"inline_container|iostream error|file write failed")  # torch.save, which says no more
+
+SAVED = ("model.safetensors", "pytorch_model.bin")  # as transformers names the weights of a folder
+INDEX = ".index.json"  # what the list of shards beside them ends with
+
+
+def weights_files(path: str | Path) -> list[Path]:
+    """Return the files with the weights that a path stands for: itself, the shards of an index (*.index.json), or those
+    of a folder that has either under the names of `SAVED`; none where there is nothing.
+
+    Raises MissingFileError for an index one of whose shards is not there, UserError for one that is damaged.
+    """
+    path = Path(path)
+    if path.name.endswith(INDEX) and path.is_file():
+        return _shards(path)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    for name in SAVED:
+        stem, suffix = name.rsplit(".", 1)
+        whole, index = path / name, path / f"{name}{INDEX}"
+        if whole.is_file():
+            return [whole]
+        found = _shards(index) if index.is_file() else sorted(path.glob(f"{stem}-?????-of-?????.{suffix}"))
+        if found:
+            return found
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        with reading(index):
+            places = json.loads(index.read_bytes())["weight_map"]
+        names = sorted({Path(place).name for place in places.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: no index of shards, {{'weight_map': {{name: file}}}} ({error!r:.80})") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        told = (
+            f"{len(missing)} of {len(names)} shards are not there: {listed(missing)}" if names else "it names no shard"
+        )
+        raise MissingFileError(f"{index}: {told}")
+    return [index.parent / name for name in names]
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 from sparsity.errors import UserError
 
+WEIGHT, _BIAS = ".weight_pruning_mask", ".bias_pruning_mask"  # keys of public files
+_NESTS = ("model", "model_state", "state_dict", "student")
 METADATA = "sparsity"  # the one entry of the file's metadata
 _FORMAT = 1
 _NEEDED = {"shapes", "aliases", "digest", "provenance"}
@@ -116,3 +118,13 @@ def _aliases(aliases: Any) -> bool:
     return isinstance(aliases, dict) and all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in aliases.values()
     )
+
+
+def public_entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the mask entries of a public file, bare or nested."""
+    while isinstance(content, Mapping):
+        entries = [(k, v) for k, v in content.items() if isinstance(k, str) and k.endswith((WEIGHT, _BIAS))]
+        if entries:
+            yield from entries
+            return
+        content = next((content[nest] for nest in _NESTS if nest in content), None)

@@ -34,16 +34,18 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from sparsity.bits import Bits, ShapedTensors, shape_in, tensors_digest
+from sparsity.bits import Bits, ShapedTensors, is_binary, shape_in, tensors_digest
 from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import check_archive, reading, write_atomic
 from sparsity.mask_file import (
     METADATA,
+    WEIGHT,
     BadFileError,
     begin_digest,
     check_digest,
     named,
     opened,
+    public_entries,
     write_description,
 )
 from sparsity.view import PrunableView, canonical
@@ -51,8 +53,6 @@ from sparsity.view import PrunableView, canonical
 logger = logging.getLogger(__name__)
 
 TIES = "equal scores: prunable order, then row-major in (out, in), lowest index pruned first"
-_WEIGHT, _BIAS = ".weight_pruning_mask", ".bias_pruning_mask"
-_NESTS = ("model", "model_state", "state_dict", "student")
 # Where `report` warns: a layer that keeps one weight in a thousand no longer carries a signal, and a modality that
 # keeps one in fifty has collapsed.
 _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
@@ -64,8 +64,9 @@ class Masks(Mapping[str, Tensor]):
 
     masks: name -> bool tensor or `Bits`, in prunable order, or pairs one by one. provenance: whatever can be written as
     JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
-    layout, from methods that update them, held or read one at a time (`ShapedTensors`); they are put in wherever the
-    masks are applied, and are no part of the mask file.
+    layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a layer's bias
+    -> what it becomes. Both are put in wherever the masks are applied, and are no part of the mask file. errors: name
+    -> what a method tells of the layer's error (`sparsity.reconstruction.errors`), for reports.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Masks(Mapping[str, Tensor]):
         provenance: Mapping[str, Any] | None = None,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        biases: Mapping[str, Tensor] | None = None,
+        errors: Mapping[str, Tensor] | None = None,
     ):
         self._bits: dict[str, Bits] = {}
         for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
@@ -85,6 +88,7 @@ class Masks(Mapping[str, Tensor]):
             shape = shape_in(self.weights, name)
             if name not in self._bits or shape != self._bits[name].shape:
                 raise UserError(f"there is no mask of the shape {shape} for the weights of {name!r}")
+        self.biases, self.errors = dict(biases or {}), dict(errors or {})
         self.provenance = dict(provenance or {})
         self.aliases = {name: tuple(keys) for name, keys in (aliases or {}).items() if len(keys) > 1}
 
@@ -152,18 +156,18 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def _read_public(cls, content: Any) -> "Masks":
         masks = {}
-        for key, value in _public_entries(content):
-            if not isinstance(value, Tensor) or not _is_binary(value):
+        for key, value in public_entries(content):
+            if not isinstance(value, Tensor) or not is_binary(value):
                 raise BadFileError(f"{key!r} holds values other than 0 and 1")
-            if key.endswith(_WEIGHT):
-                name = canonical(key.removesuffix(_WEIGHT) + ".weight")
+            if key.endswith(WEIGHT):
+                name = canonical(key.removesuffix(WEIGHT) + ".weight")
                 if name in masks and not torch.equal(masks[name], value.bool()):
                     raise BadFileError(f"it has two masks of {name!r}, which differ")
                 masks[name] = value.bool()
             elif not bool(value.all()):
                 raise BadFileError(f"{key!r} prunes a bias, and biases are never pruned")
         if not masks:
-            raise BadFileError(f"it has no key like '<layer>{_WEIGHT}'")
+            raise BadFileError(f"it has no key like '<layer>{WEIGHT}'")
         return cls(masks)
 
     def resolve(self, view: PrunableView) -> dict[str, Tensor]:
@@ -213,6 +217,9 @@ class Masks(Mapping[str, Tensor]):
         names, updated = self._names(view), self._updated(view)
         for name, own in names.items():
             self._change(view.weights[name].parameter, own, updated.get(name))
+        with torch.no_grad():
+            for bias, new in self._biases(view):
+                bias.copy_(new)
 
     @torch.no_grad()
     def _change(self, parameter: Tensor, own: str, updated: str | None) -> None:
@@ -226,6 +233,13 @@ class Masks(Mapping[str, Tensor]):
         known = self._known(self.weights)
         found = {name: [known[key] for key in weight.aliases if key in known] for name, weight in view.weights.items()}
         return {name: own[0] for name, own in found.items() if own}
+
+    def _biases(self, view: PrunableView) -> list[tuple[Tensor, Tensor]]:
+        """Return the biases of the model that change, with what they become."""
+        if not self.biases:
+            return []
+        found = [(key, bias) for weight in view.weights.values() for key, bias in weight.biases.items()]
+        return [(bias, self.biases[key]) for key, bias in found if key in self.biases]
 
     def _known(self, names: Iterable[str]) -> dict[str, str]:
         """Every key of a weight -> which of these names it goes by here."""
@@ -246,6 +260,10 @@ class Masks(Mapping[str, Tensor]):
                 before = parameter.detach() if where is None else parameter.detach()[~self[own].to(parameter.device)]
                 stack.callback(self._put_back, parameter, where, before.to("cpu", copy=where is None))
                 self._change(parameter, own, updated.get(name))
+            for bias, new in self._biases(view):
+                stack.callback(self._put_back, bias, None, bias.detach().to("cpu", copy=True))
+                with torch.no_grad():
+                    bias.copy_(new)
             yield
 
     @torch.no_grad()
@@ -372,14 +390,6 @@ def _sha(shapes: list[list], packed: Mapping[str, Tensor]) -> Any:
     return sha
 
 
-def _is_binary(value: Tensor) -> bool:
-    """Whether all are 0 or 1; a damaged bool holds other bytes, too, and a sparse or meta tensor is none of ours."""
-    if value.layout != torch.strided or value.is_meta:
-        return False
-    value = value.contiguous().view(torch.uint8) if value.dtype == torch.bool else value
-    return bool(((value == 0) | (value == 1)).all())
-
-
 def _unpickle(path: Path) -> Any:
     try:
         check_archive(path)
@@ -388,13 +398,3 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises is anyone's guess
         raise BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error
-
-
-def _public_entries(content: Any) -> Iterator[tuple[str, Any]]:
-    """The mask entries of a public file, bare or nested."""
-    while isinstance(content, Mapping):
-        entries = [(k, v) for k, v in content.items() if isinstance(k, str) and k.endswith((_WEIGHT, _BIAS))]
-        if entries:
-            yield from entries
-            return
-        content = next((content[nest] for nest in _NESTS if nest in content), None)

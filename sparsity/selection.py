@@ -221,7 +221,7 @@ def keep_within(name: str, score: Tensor, scope: str, lost: Lost, width: int = S
     """
     if scope == "row":
         return keep_rows(name, score, lost(score.shape[1]))
-    return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in _units(score, scope, width)], dim=1)
+    return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in units_of(score, scope, width)], dim=1)
 
 
 def keep_exactly(name: str, score: Tensor, scope: str, count: int, width: int = SELECTION) -> Tensor:
@@ -230,17 +230,25 @@ def keep_exactly(name: str, score: Tensor, scope: str, count: int, width: int = 
     """
     if scope == "row":
         each, more = divmod(count, score.shape[0])
-        counts = torch.full((score.shape[0],), each, device=score.device)
-        counts[:more] += 1
+        counts = [each + (row < more) for row in range(score.shape[0])]
+        return keep_units(name, score, scope, counts) if more else keep_rows(name, score, each)
+    sizes = [unit.numel() for unit in units_of(score, scope, width)]
+    return keep_units(name, score, scope, _shared(count, sizes), width)
+
+
+def keep_units(name: str, score: Tensor, scope: str, counts: Sequence[int], width: int = SELECTION) -> Tensor:
+    """Return what is kept, bool (out, in), of a layer whose units of a scope lose so many weights each."""
+    if scope == "row":
         wide = score.to(torch.promote_types(score.dtype, torch.float32))
-        return keep_rows(name, wide, counts) if more else keep_rows(name, score, each)
-    units = list(_units(score, scope, width))
-    sizes = [unit.numel() for unit in units]
-    return torch.cat([_keep_lowest(name, *each) for each in zip(units, _shared(count, sizes), strict=True)], dim=1)
+        return keep_rows(name, wide, torch.tensor(counts, device=score.device))
+    units = zip(units_of(score, scope, width), counts, strict=True)
+    return torch.cat([_keep_lowest(name, unit, count) for unit, count in units], dim=1)
 
 
-def _units(score: Tensor, scope: str, width: int = SELECTION) -> Sequence[Tensor]:
-    """The parts of a layer, all its rows each, within which weights compete."""
+def units_of(score: Tensor, scope: str, width: int = SELECTION) -> Sequence[Tensor]:
+    """Return the parts of a layer within which weights compete: its rows, its blocks of columns, or itself."""
+    if scope == "row":
+        return score.split(1)
     return score.split(width, dim=1) if scope == "block" else (score,)
 
 
@@ -269,6 +277,11 @@ def keep_pattern(pattern: NM, name: str, score: Tensor) -> Tensor:
 def lowered(score: Tensor, alive: Tensor) -> Tensor:
     """Return scores in which what was pruned before lies below every survivor, also where survivors score lowest."""
     return torch.where(alive, score, torch.finfo(score.dtype).min)
+
+
+def pruned_before(score: Tensor) -> Tensor:
+    """Return where scores say so, bool of their shape: see `lowered`."""
+    return score == torch.finfo(score.dtype).min
 
 
 def counts_by_name(scores: Scores[str], counts: Sequence[int]) -> list[dict[str, int]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.nn.utils import parametrize
 from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
+IN, OUT = "in_proj_weight", "out_proj.weight"  # of nn.MultiheadAttention: (3 d, d) for query, key and value, and (d, d)
+_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that multiply nothing
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
 
@@ -69,6 +71,23 @@ def module_name(raw: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Output:
+    """Something that a model gives for a batch of B samples, as another model is taught to give it.
+
+    kind: how two of them are compared. "logits" (B, ..., classes): a softmax is taken of them; "embedding" (B, ...,
+    width): its direction counts; "states" (B, ..., width): its numbers count. real: bool, the shape of `tensor` without
+    its last axis, false at padding; None: all is real.
+    """
+
+    kind: Literal["logits", "embedding", "states"]
+    tensor: Tensor
+    real: Tensor | None = None
+
+
+Outputs = Mapping[str, Output]
+
+
+@dataclass(frozen=True, eq=False)
 class PrunableWeight:
     """One prunable parameter, under every name that it has."""
 
@@ -78,10 +97,14 @@ class PrunableWeight:
     uses: tuple[str, ...]  # for each of `modules`, the state-dict key of its weight
     group: str  # modality: "vision", "text", "fusion"
     transposed: bool = False  # transformers' Conv1D stores (in, out)
+    attribute: str = "weight"  # of `modules`; of nn.MultiheadAttention, IN or OUT
 
     @property
     def parameter(self) -> nn.Parameter:
-        weight = self.modules[0]._parameters["weight"]  # as it is stored: a learnable mask changes how it is read
+        inner, _, key = self.attribute.rpartition(".")
+        weight = (
+            self.modules[0].get_submodule(inner)._parameters[key]
+        )  # as stored: a learnable mask changes the reading
         assert weight is not None, "layers without a weight of their own are refused"
         return weight
 
@@ -93,6 +116,14 @@ class PrunableWeight:
     @property
     def numel(self) -> int:
         return self.parameter.numel()
+
+    @property
+    def biases(self) -> dict[str, nn.Parameter]:
+        """State-dict key -> bias of each layer that uses the weight; empty unless all of them have one."""
+        found = [module._parameters.get("bias") for module in self.modules]
+        keys = [f"{use.removesuffix('weight')}bias" for use in self.uses]
+        known = {key: bias for key, bias in zip(keys, found, strict=True) if bias is not None}
+        return known if len(known) == len(found) else {}
 
     def matrix(self) -> Tensor:
         """The weight as (out, in), without gradient, on the parameter's own storage."""
@@ -114,10 +145,12 @@ class PrunableView:
     with all that is in it. forward(batch): runs one calibration batch. loss(batch) -> scalar. valid_tokens(key, batch):
     (samples, tokens), true where a token of the input of the layer whose weight has that key is real, or None when all
     are; a tied weight is asked about once for each layer that uses it. blocks: the model's blocks in execution order,
-    for layer-wise methods. moved_by_loss: globs over the names of the parameters that the loss itself changes
-    (momentum copies). halves: state-dict key -> dtype of tensors that the model's source has in half precision, while
-    they are wider here: what is written goes back to it. Raises UserError, naming the layer, for weights that cannot be
-    pruned as they are.
+    for layer-wise methods. in_full(batch): runs a calibration batch in every mode in which the model is evaluated, for
+    what fits weights to their inputs, where `forward` runs fewer. outputs(model, batch): name -> what the model, this
+    one or a copy of it, gives for a batch and is taught to give when it is pruned. moved_by_loss: globs over the names
+    of the parameters that the loss itself changes (momentum copies). halves: state-dict key -> dtype of tensors that
+    the model's source has in half precision, while they are wider here: what is written goes back to it. Raises
+    UserError, naming the layer, for weights that cannot be pruned as they are.
     """
 
     def __init__(
@@ -127,9 +160,11 @@ class PrunableView:
         group_of: Callable[[str], str],
         keep_dense: Sequence[str] = (),
         forward: Callable[[Any], Any] | None = None,
+        in_full: Callable[[Any], Any] | None = None,
         loss: Callable[[Any, torch.Generator | None], Tensor] | None = None,
         valid_tokens: Callable[[str, Any], Tensor | None] | None = None,
         blocks: Sequence[nn.Module] | None = None,
+        outputs: Callable[[nn.Module, Any], Outputs] | None = None,
         moved_by_loss: Sequence[str] = (),
         halves: Mapping[str, torch.dtype] | None = None,
     ):
@@ -139,7 +174,8 @@ class PrunableView:
             id(p) for n, p in model.named_parameters() if any(fnmatchcase(canonical(n), g) for g in moved_by_loss)
         )
         self.blocks = blocks
-        self._forward, self._loss, self._valid_tokens = forward, loss, valid_tokens
+        self._forward, self._loss, self._valid_tokens, self._outputs = forward, loss, valid_tokens, outputs
+        self._in_full = in_full
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
 
     @property
@@ -176,6 +212,11 @@ class PrunableView:
         return accelerators(next(iter(self.weights.values())).parameter)
 
     @property
+    def has_outputs(self) -> bool:
+        """Return whether the view says what the model gives for a batch."""
+        return self._outputs is not None
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the first weight: where ranks add up, and what is computed lies."""
         return next(iter(self.weights.values())).parameter.device
@@ -186,12 +227,26 @@ class PrunableView:
         with eager(self.model):
             return self._forward(batch)
 
+    def in_full(self) -> "PrunableView":
+        """Return the same view, whose forward runs every mode in which the model is evaluated."""
+        if self._in_full is None:
+            return self
+        view = copy.copy(self)
+        view._forward = self._in_full
+        return view
+
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         """The scalar loss of a batch; what it draws (hard negatives) comes from `generator`."""
         if self._loss is None:
             raise UserError("this pruner needs gradients, and the model's view has no loss")
         with eager(self.model):
             return self._loss(batch, generator)
+
+    def outputs(self, batch: Any, model: nn.Module | None = None) -> Outputs:
+        """Return what the model gives for a batch; of a copy of it where `model` is one."""
+        if self._outputs is None:
+            raise UserError("recovery needs what the model gives for a batch, and the model's view has no outputs")
+        return self._outputs(self.model if model is None else model, batch)
 
     def valid_tokens(self, key: str, batch: Any) -> Tensor | None:
         return None if self._valid_tokens is None else self._valid_tokens(key, batch)
@@ -205,6 +260,7 @@ class _Found:
     modules: list[nn.Module]
     uses: list[str]
     transposed: bool
+    attribute: str = "weight"
 
 
 def _discover(
@@ -214,9 +270,18 @@ def _discover(
     found: dict[int, _Found] = {}
     fixed: set[int] = set()  # parameters that something not prunable uses
     dense: list[str] = []
-    for name, module, kept_dense in _walk(model, keep_dense):
+    attended: set[int] = set()  # output projections of nn.MultiheadAttention, which it does not call
+    walked = list(_walk(model, keep_dense))
+    left = {id(module) for _, module, kept_dense in walked if kept_dense}
+    for name, module, kept_dense in walked:
         if not kept_dense:
             _refuse_experts(name, module)
+        if _is_attention(module) and not kept_dense:
+            _add_attention(name, module, found, id(module.out_proj) not in left)
+            attended.add(id(module.out_proj))
+            continue
+        if id(module) in attended and not kept_dense:
+            continue
         linear = isinstance(module, nn.Linear) or _is_conv1d(module)
         if kept_dense or not linear:
             if not kept_dense:
@@ -240,11 +305,34 @@ def _discover(
         if name in weights:
             raise UserError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
         weights[name] = PrunableWeight(
-            name, tuple(entry.aliases), tuple(entry.modules), tuple(entry.uses), group_of(name), entry.transposed
+            name,
+            tuple(entry.aliases),
+            tuple(entry.modules),
+            tuple(entry.uses),
+            group_of(name),
+            entry.transposed,
+            entry.attribute,
         )
     if not weights:
         raise UserError("the model has no prunable weight (an nn.Linear that is not kept dense)")
     return weights, tuple(dense)
+
+
+def _is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether this is one whose queries, keys and values are made by one matrix: it calls no layer."""
+    return isinstance(module, nn.MultiheadAttention) and module._parameters.get(IN) is not None
+
+
+def _add_attention(name: str, module: nn.MultiheadAttention, found: dict[int, _Found], out: bool) -> None:
+    """Note the weights of an nn.MultiheadAttention. out: whether its output projection is prunable."""
+    for attribute in (IN, OUT) if out else (IN,):
+        inner, _, key = attribute.rpartition(".")
+        weight = _plain(f"{name}.{attribute}", module.get_submodule(inner), key)
+        entry = found.setdefault(id(weight), _Found([], [], [], False, attribute))
+        entry.aliases.append(f"{name}.{attribute}")
+        if not any(module is known for known in entry.modules):
+            entry.modules.append(module)
+            entry.uses.append(f"{name}.{attribute}")
 
 
 def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -269,35 +357,42 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
     """The layer's weight, when it is a plain floating-point matrix."""
-    if parametrize.is_parametrized(module, "weight"):
+    weight = _plain(name, module, "weight")
+    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
+        raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")
+    return weight
+
+
+def _plain(name: str, module: nn.Module, key: str) -> nn.Parameter:
+    """A parameter of a module, when it is a plain floating-point tensor."""
+    if parametrize.is_parametrized(module, key):
         raise _refusal(name, "its weight is parametrised")
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(key)
     if weight is None:
         raise _refusal(name, "its weight is computed from others (weight norm, spectral norm, torch.nn.utils.prune)")
     if isinstance(weight, nn.UninitializedParameter):
         raise _refusal(name, "its weight has no shape before a first forward")
     if weight.dtype not in FLOATS or type(weight.data) is not Tensor:
         raise _refusal(name, f"its weight is quantised or sharded ({type(weight.data).__name__}, {weight.dtype})")
-    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
-        raise _refusal(name, f"its weight has shape {tuple(weight.shape)}, which is not (out, in)")
     return weight
 
 
 def _refuse_opaque(name: str, module: nn.Module) -> None:
     """Layers that hold linear weights where no hook sees their input."""
     if isinstance(module, nn.MultiheadAttention):
-        raise _refusal(name, "the projections of nn.MultiheadAttention cannot be observed")
+        raise _refusal(name, "an nn.MultiheadAttention whose keys or values have a width of their own")
     kind = type(module)
     if "quantized" in kind.__module__ and "Linear" in kind.__name__:
         raise _refusal(name, f"it is quantised ({kind.__module__}.{kind.__name__})")
 
 
 def _refuse_experts(name: str, module: nn.Module) -> None:
-    """3-D weights (experts, nn.Bilinear); position embeddings (1, tokens, width) and convolutions are none."""
+    """3-D weights (experts, nn.Bilinear); embeddings of positions, biases by position and convolutions are none."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return
     for key, parameter in module._parameters.items():
-        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1:
+        table = any(word in key for word in _TABLES)
+        if parameter is not None and parameter.ndim == 3 and min(parameter.shape) > 1 and not table:
             raise _refusal(name, f"its {key} is 3-D, {tuple(parameter.shape)}")
 
 

@@ -184,6 +184,62 @@ def test_a_configuration_file(tmp_path, clip, photos):
     assert "eyes %" in (folder / "report.md").read_text()
 
 
+def test_a_text_model_on_a_file_of_texts(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**tiny_models.TEXT, num_key_value_heads=2)
+    folder = tiny_models.save(transformers.LlamaForCausalLM(config).bfloat16(), tmp_path / "llama", tokenizer())
+    (tmp_path / "captions.txt").write_text("\n".join(f"a photo : red cat w{i % 70}" for i in range(40)))
+    data = ["--calibration", str(tmp_path / "captions.txt"), "--max_tokens", "12", "--evaluate"]
+    out, masks = pruned(tmp_path / "out", f"hf:{folder}", "wanda", *data, "--save_model")
+    assert half(masks)
+    report = (out / "report.md").read_text()
+    assert all(column in report for column in ("cos %", "pooled %", "agree %", "KL mnat", "perplexity", "eval s"))
+    assert "captions.txt: 40 texts ('a photo : red cat w0', 'a photo : red cat w1' and 38 more)" in report
+    assert "2 batches of at most 3 an epoch, from 21 of the 24" in report
+    saved = transformers.LlamaForCausalLM.from_pretrained(next(out.glob("*_model")), dtype="auto")
+    assert saved.dtype == torch.bfloat16
+    assert all(not saved.state_dict()[name][~mask].any() for name, mask in masks.items())
+
+
+def test_evaluation_of_pairs_on_what_is_held_out(tmp_path, clip, photos):
+    out, _ = pruned(tmp_path / "a", f"hf:{clip}", "wanda", "--calibration", str(photos), "--evaluate")
+    report = (out / "report.md").read_text()
+    for column in ("cos vision %", "cos text %", "pooled vision %", "pooled text %", "agree %", "KL mnat"):
+        assert column in report
+    assert "i2t R@1" in report and "8 images (cat/0.png, cat/1.png, cat/2.png and 5 more), with captions" in report
+    assert "from 7 of the 8" in report
+    out, masks = pruned(tmp_path / "b", f"hf:{clip}", "omp", "--evaluation", str(photos), "--evaluate")
+    assert half(masks) and "t2i R@5" in (out / "report.md").read_text()
+
+
+def test_evaluation_of_a_classifier_of_timm_at_another_size(tmp_path, photos):
+    torch.save(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "map.json").write_text('{"cat": 281, "dog": 207}')
+    data = ["--weights", str(tmp_path / "w.pt"), "--img_size", "64", "--evaluation", str(photos), "--evaluate"]
+    out, masks = pruned(tmp_path, "timm:test_vit", "omp", *data, "--class_map", str(tmp_path / "map.json"))
+    dense = next(line for line in (out / "report.md").read_text().splitlines() if line.startswith("| dense"))
+    assert half(masks) and "top-1" in (out / "report.md").read_text() and "100.0" in dense
+
+
+def test_tokens_of_images_or_of_texts(tmp_path, photos):
+    torch.manual_seed(0)
+    processor = transformers.LlavaProcessor(
+        image_processor(),
+        tokenizer(),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    folder = tiny_models.save(tiny_models.llava(), tmp_path / "llava", processor)
+    digests = set()
+    for tokens in ("all", "text", "vision"):
+        given = ["--calibration", str(photos), "--calibrate_on", tokens]
+        _, masks = pruned(tmp_path / tokens, f"hf:{folder}", "wanda", *given)
+        assert half(masks)
+        digests.add(masks.digest())
+    assert len(digests) == 3
+
+
 def test_a_saved_model_of_the_projects_own(tmp_path):
     config = ["--config", "tests/data/configs/prune.yaml", "--accelerator", "cpu", "--output_dir", str(tmp_path)]
     prune.main(["-m", "xvlm", "-p", "omp", "-s", "50", "--save_model", *config])
@@ -196,7 +252,11 @@ def test_a_saved_model_of_the_projects_own(tmp_path):
 def test_what_would_be_read_is_listed(photos, capsys):
     for given, code, told in (
         (["--calibration", str(photos)], 0, "8 images with captions of 2 classes; 8 of 8 images looked up are there"),
-        (["--calibration", "absent"], 1, "--calibration absent: neither a folder nor package.module:function"),
+        (
+            ["--calibration", "absent"],
+            1,
+            "--calibration absent: neither a folder, a file of texts nor package.module:function",
+        ),
         (["--calibration", f"{HERE}:batches"], 0, "a function, which was not called"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -207,16 +267,19 @@ def test_what_would_be_read_is_listed(photos, capsys):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["-m", "timm:test_vit", "-p", "multiflow"], "this pruner needs --calibration, a folder of images or package."),
+        (["-m", "timm:test_vit", "-p", "multiflow"], "this pruner needs --calibration, a folder of images, a file"),
         (
             ["-m", "timm:test_vit", "-p", "snip", "--calibration", "absent"],
-            "--calibration absent: neither a folder nor ",
+            "--calibration absent: neither a folder, a file of texts nor ",
         ),
         (
             ["-m", "timm:test_vit", "-p", "snip", "--calibration", ".", "--class_map", "absent.json"],
             "--class_map absent.json: there is no such file",
         ),
-        (["-m", "timm:test_vit", "-p", "omp", "--evaluate"], "--evaluate: there is no evaluation of timm:test_vit"),
+        (
+            ["-m", "timm:test_vit", "-p", "omp", "--evaluate"],
+            "there is nothing to evaluate timm:test_vit on",
+        ),
         (["-m", "timm:test_vit", "-p", "omp", "--variant", "mini"], "--variant is for xvlm, "),
         (["-m", "timm:test_vit", "-p", "omp"], "the hub cannot be reached"),
         (["-m", "timm:test_vitt", "-p", "omp"], "did you mean timm:test_vit?"),
@@ -255,3 +318,47 @@ def test_the_snippet_of_the_readme(capsys):
     assert all(not view.weights[name].parameter[~mask].any() for name, mask in masks.items())
     assert set(masks) < set(model.state_dict())
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 6
+
+
+# The hub
+
+
+class Hub:
+    """What is asked of the hub."""
+
+    asked: list = []
+
+    def create_repo(self, name, **options):
+        self.asked.append(("create", name, options["private"]))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path):
+        self.asked.append(("folder", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+        self.asked.append(("file", repo_id, path_in_repo))
+
+
+def test_models_go_to_the_hub_with_a_card(tmp_path, clip, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.asked = []
+    folder, _ = pruned(tmp_path, f"hf:{clip}", "omp", "--save_model", "--push_to_hub", "me/clip")
+    (saved,) = folder.glob("*_model")
+    text = (saved / "README.md").read_text()
+    assert "library_name: transformers" in text and "- sparsity: 50" in text and "| all " in text
+    assert Hub.asked[0] == ("create", "me/clip-omp-50", True) and "README.md" in Hub.asked[1][2]
+    assert "https://hub/me/clip-omp-50" in capsys.readouterr().out
+    Hub.asked = []
+    given = ["--weights", "random", "--save_model", "--push_to_hub", "me/vit"]
+    pruned(tmp_path / "timm", "timm:test_vit", "omp", *given)
+    assert [each[-1] for each in Hub.asked[1:]] == ["model.safetensors", "README.md"]
+
+
+def test_nothing_goes_to_the_hub_without_a_token_or_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    given = ["--weights", "random", "--push_to_hub", "me/vit"]
+    with pytest.raises(ValueError, match="--push_to_hub uploads what --save_model writes"):
+        pruned(tmp_path, "timm:test_vit", "omp", *given)
+    with pytest.raises(ValueError, match="--push_to_hub: there is no token"):
+        pruned(tmp_path, "timm:test_vit", "omp", *given, "--save_model")

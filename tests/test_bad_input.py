@@ -145,6 +145,8 @@ BAD_VALUES = {
         "/proc/results": "--output_dir /proc/results",
     },
     "calibration": {"photos": "--calibration is for other models"},
+    "evaluation": {"photos": "--evaluation is for other models"},
+    "push_to_hub": {"me/model": "--push_to_hub is for other models"},
     "weights_key": {"state_dict": "--weights_key is for other models"},
     "class_map": {"map.json": "--class_map is for other models"},
     "loss": {"a.b:c": "--loss is for other models"},
@@ -324,7 +326,11 @@ SCHEMAS = {
         "prune",
         ["-m", "timm:resnet18"],
         {"weights": "random", "include": ["*"], "groups": {"all": ["*"]}},
-        [({"loss": text}, "loss must be package.module:function") for text in ("a.b", "a b:c")],
+        [
+            *(({"loss": text}, "loss must be package.module:function") for text in ("a.b", "a b:c")),
+            ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
+            ({"calibrate_on": "audio"}, "calibrate_on must be one of all, text, vision, got 'audio'"),
+        ],
     ),
     PRETRAIN_CONFIGS["pairs"]: Schema(
         "pretrain",
@@ -440,7 +446,7 @@ def wrong(kind: Any) -> Iterator[Any]:
     elif origin is dict:
         yield from (3, "text", [1], None, *({"a": value} for value in wrong(arguments[1])))
     else:
-        yield from WRONG[kind]
+        yield from WRONG.get(kind, ())  # Any: nothing is wrong
 
 
 def example(kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """Tiny random models of timm and transformers, and processors that need no file."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -94,12 +95,61 @@ def qwen() -> nn.Module:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def idefics3(smol: bool = False) -> nn.Module:
+    kind = "SmolVLM" if smol else "Idefics3"
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=VISION,
+        text_config={"model_type": "llama", **TEXT, "num_key_value_heads": 2},
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def paligemma() -> nn.Module:
+    config = transformers.PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        text_config={"model_type": "gemma", **TEXT, "num_key_value_heads": 1, "head_dim": 16},
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+BART = {
+    **{key: TEXT[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "pad_token_id")},
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 2, "decoder_start_token_id": 2},
+}
+
+
+def florence2() -> nn.Module:
+    stages = {"patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]}
+    vision = {"depths": [1, 1], "embed_dim": [16, 32], "num_heads": [2, 2], "num_groups": [2, 2], "window_size": 4}
+    vision |= {"projection_dim": 32, "max_temporal_embeddings": 4, "max_position_embeddings": 8, **stages}
+    config = transformers.Florence2Config(
+        text_config={"model_type": "bart", **BART}, vision_config=vision, image_token_id=IMAGE_TOKEN
+    )
+    return transformers.Florence2ForConditionalGeneration(config)
+
+
+def whisper() -> nn.Module:
+    sizes = {key: value for key, value in BART.items() if key != "max_position_embeddings"}
+    heard = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes, **heard))
+
+
 TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
     "clip": clip,
     "siglip": siglip,
     "blip2": blip2,
     "llava": llava,
     "qwen": qwen,
+    "idefics3": idefics3,
+    "smolvlm": partial(idefics3, smol=True),
+    "paligemma": paligemma,
+    "florence2": florence2,
+    "whisper": whisper,
 }
 
 
@@ -116,14 +166,24 @@ def batch_for(kind: str, seed: int = 0) -> dict[str, Tensor]:
     needs."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, 3, 32, 32, generator=generator)
+    if kind == "whisper":
+        heard = torch.randn(2, 8, 40, generator=generator)
+        return {"input_features": heard, "labels": torch.tensor([[5, 6, 7, 2], [9, 2, -100, -100]])}
     if kind in ("clip", "siglip"):
         return {**words([[1, 5, 6, 7, 2], [1, 9, 2]]), "pixel_values": images, "return_loss": True}
     if kind == "qwen":
         places, grid = [97] + [IMAGE_TOKEN] * 4 + [96], torch.tensor([[1, 4, 4], [1, 4, 4]])
         images = {"pixel_values": torch.randn(32, 3 * 2 * 14 * 14, generator=generator), "image_grid_thw": grid}
+    elif kind in ("idefics3", "smolvlm"):
+        places, images = [IMAGE_TOKEN], {"pixel_values": images[:, None]}  # 2 x 2 patches become one
     else:
-        places, images = [IMAGE_TOKEN] * 4, {"pixel_values": images}  # of 2 x 2 patches, or of 4 queries
+        count = 17 if kind == "florence2" else 4  # of 4 x 4 and their mean, of 2 x 2 patches, or of 4 queries
+        places, images = [IMAGE_TOKEN] * count, {"pixel_values": images}
     batch = words([[1, *places, 5, 6, 7], [1, *places, 9]])
+    if kind == "florence2":
+        return {**batch, **images, "labels": torch.tensor([[5, 6, 2], [9, 2, -100]])}
+    if kind == "paligemma":
+        batch["token_type_ids"] = (batch["input_ids"] < IMAGE_TOKEN).long() * batch["attention_mask"]
     labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] > 90), -100)
     return {**batch, **images, "labels": labels}
 

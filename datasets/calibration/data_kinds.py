@@ -3,6 +3,7 @@ whole batches to each rank.
 """
 
 import copy
+import itertools
 import logging
 import math
 from collections import Counter
@@ -18,6 +19,7 @@ from datasets.bundled.classification import BundledClassification
 from datasets.bundled.generation import Noised
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledRegions, BundledScenes
+from datasets.calibration.held_out import hold_out
 from datasets.collate import SkippedImages, collate, collate_regions
 from datasets.labelled.public import check_classes, labelled
 from datasets.loaders import loader
@@ -29,6 +31,8 @@ from datasets.text import TextEncoder
 from datasets.transforms import IMAGENET, TrainTransform
 
 log = logging.getLogger(__name__)
+
+ALIGNED = 8  # rounds
 
 
 class Lockstep:
@@ -44,6 +48,9 @@ class Lockstep:
         folder: where the images that cannot be read are listed.
     """
 
+    unit = "samples"
+    told = ""  # what is read, where it is the user's own
+
     def __init__(
         self,
         kinds: Sequence[Sequence["Source"]],
@@ -53,14 +60,54 @@ class Lockstep:
         seed: int,
         place: Place = ALONE,
     ):
-        available = [max(1, sum(len(data) // config.batch_size for data, _ in kind)) for kind in kinds]
-        self.batches = min(num_batches, *available)
+        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, place.rank)
+        self.place, self.epoch, self.passed = place, 0, 0
+        self._read(kinds, num_batches)
         if self.batches < num_batches:
             log.info("the calibration data has %d batches, fewer than the %d asked for", self.batches, num_batches)
-        self.config, self.seed, self.skipped_path = config, seed, skipped_path(folder, place.rank)
-        self.place, self.epoch = place, 0
+
+    def _read(self, kinds: Sequence[Sequence["Source"]], num_batches: int) -> None:
+        """Set what is read: at most `num_batches` batches of each kind an epoch."""
+        size = self.config.batch_size
+        available = [max(1, sum(len(data) // size for data, _ in kind)) for kind in kinds]
+        self.kinds, self.batches = kinds, min(num_batches, *available)
         self.sources = [source for kind in kinds for source in kind]
         self.shares = [n for kind in kinds for n in proportional(self.batches, [len(data) for data, _ in kind])]
+
+    def split(self, seed: int, most: int) -> tuple["Lockstep", "Lockstep"]:
+        """Return the data without a tenth of its samples, and that tenth, of which at most `most` batches of each kind
+        are read. Which samples these are depends on the seed alone.
+
+        An epoch of the first has a multiple of `ALIGNED` rounds where it has as many: then as many ranks as divide that
+        read in turns what one rank reads.
+        """
+        parts = [[(*hold_out(data, seed), gather) for data, gather in kind] for kind in self.kinds]
+        rest, held = copy.copy(self), copy.copy(self)
+        kinds = [[(kept, gather) for kept, _, gather in kind] for kind in parts]
+        rest._read(kinds, self.batches)
+        if rest.batches > ALIGNED:
+            rest._read(kinds, rest.batches - rest.batches % ALIGNED)
+        held._read([[(tenth, gather) for _, tenth, gather in kind] for kind in parts], most)
+        return rest, held
+
+    @property
+    def samples(self) -> int:
+        """The samples of the sources, whether they are read or not."""
+        return sum(len(data) for data, _ in self.sources)
+
+    @property
+    def batches_in_round(self) -> int:
+        """The batches of a round, on all ranks."""
+        return sum(self.shares) // self.batches
+
+    def stream(self, start: int = 0) -> Iterator[Any]:
+        """Yield this rank's batches epoch after epoch, without end and without the first `start`."""
+        for epoch in itertools.count(self.epoch):
+            own = self.at(epoch)
+            own.passed = min(start, len(own))
+            start -= own.passed
+            if own.passed < len(own):
+                yield from own
 
     def at(self, epoch: int) -> "Lockstep":
         """The same data with the batches that follow those of the epochs before; this one is epoch 0."""
@@ -74,15 +121,14 @@ class Lockstep:
 
     @property
     def rounds(self) -> list[int]:
-        together = sum(self.shares) // self.batches  # batches of a round, on all ranks
-        own = Counter(number // together - self.epoch * self.batches for number in self.numbers)
+        own = Counter(number // self.batches_in_round - self.epoch * self.batches for number in self.numbers)
         return [own[i] for i in range(self.batches)]
 
     def __len__(self) -> int:
         return len(self._turns())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        turns = self._turns()
+        turns = self._turns()[self.passed :]
         expected = max(1, len(turns) * self.config.batch_size)
         skipped = SkippedImages(self.skipped_path, expected, self.config.max_skipped)
         steps = {i: [batch // self.place.world_size for _, j, batch in turns if j == i] for _, i, _ in turns}

@@ -14,7 +14,7 @@ from datasets.collate import Skipped
 from datasets.images import DEFAULT
 from datasets.labelled.class_folders import EXTENSIONS, images_below, in_order
 from datasets.sampler import sample_generator
-from sparsity.errors import UserError
+from sparsity.errors import UserError, listed
 
 CAPTIONS = "captions.json"
 
@@ -49,6 +49,9 @@ class ImageFolder(Dataset):
         classified = all("/" in path for path in paths)
         self.classes = tuple(in_order({path.partition("/")[0] for path in paths})) if classified else ()
         self.paths = paths
+        captioned = "with captions" if self.captioned else "without captions"
+        self.told = f"{root}: {len(paths)} images ({listed(paths, 3)}), {captioned}"
+        self.told += f", of {len(self.classes)} classes" if self.classes else ""
         self.records = Records((path, captions[path] if captions else []) for path in paths)
 
     def __len__(self) -> int:

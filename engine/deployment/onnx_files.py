@@ -24,7 +24,7 @@ OPSET = 20
 
 
 class Graph(Protocol):
-    """What `models.graphs.Graph` has, of which this module reads these."""
+    """What `models.exported.graphs.Graph` has, of which this module reads these."""
 
     @property
     def name(self) -> str: ...

@@ -11,14 +11,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from configs.decoding import GROUNDS, Decoding
+from configs.pruning import DTYPES, TOKENS
 from engine.exit_codes import BAD_INPUT
+from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
+from sparsity.pattern import NM, pattern_of
+from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
 
 # Options of models that are not the project's own.
 EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
+EXTERNAL += ("dtype", "img_size", "model_kwargs", "max_tokens", "calibrate_on", "evaluation", "push_to_hub")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
@@ -68,6 +74,23 @@ share = _checked(float, lambda v: 0 <= v <= 1, "a fraction between 0 and 1")
 seed = _checked(int, lambda v: 0 <= v < 2**32, "an integer from 0 to 2^32 - 1")
 
 
+_number_or_auto = _checked(float, lambda v: 0 < v < math.inf, "a number above 0, or auto")
+
+
+def damp(text: str) -> float | str:
+    """argparse type: a number above 0, or "auto"."""
+    return text if text == "auto" else _number_or_auto(text)
+
+
+def target(text: str) -> str:
+    """argparse type: same, dense, or dense:A."""
+    try:
+        dense_share(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def seeds(text: str) -> list[int]:
     """argparse type: a comma separated list of seeds, each once."""
     return list(dict.fromkeys(seed(item) for item in text.split(",")))
@@ -83,14 +106,16 @@ def byte_count(text: str) -> int:
 
 # The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
+PLAN += BOUNDS
 PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
+PLAN += ("target", "correct_bias", "swaps", "layer_errors")
 
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     """The options of `PLAN`: the axes, and what single methods have."""
     add = parser.add_argument_group("plan").add_argument
     add("--pool", choices=POOLS, help="one word for --allocation and --scope (default: the pruner's)")
-    add("--allocation", choices=ALLOCATIONS.names(), help="how much each layer loses (default: the pruner's)")
+    add_allocation_options(add, share)
     add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns (default: the pruner's)")
     updates = ("none", *RECONSTRUCTIONS.names())
     add(
@@ -106,7 +131,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--offload", action="store_true", help=OFFLOAD)
     add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
     add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
-    add("--damp", type=positive_float, default=0.01, help="of a reconstruction's Gram matrix (default: %(default)s)")
+    add_reconstruction_options(add)
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
     add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
@@ -117,20 +142,49 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
 
 
+def add_reconstruction_options(add: Callable[..., Any]) -> None:
+    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
+    held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
+    add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
+    wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
+    add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
+    add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")
+    exchanges = "exchanges of a kept weight for a pruned one in each row, before --reconstruct (default: %(default)s)"
+    add("--swaps", type=count, default=0, metavar="K", help=exchanges)
+    errors = "report errors of held-out samples, and of a dense target's output, which take more sums (default: no)"
+    add("--layer_errors", action="store_true", help=errors)
+
+
 def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
     """Return the options of `PLAN` that are given, name -> value."""
     unset = object()
     everything: dict[str, Any] = {action.dest: unset for action in parser._actions}
     parsed, _ = parser.parse_known_args(arguments, argparse.Namespace(**everything))
-    return {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+    given = {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+    return {name: resolved(value) if name == "allocation" else value for name, value in given.items()}
 
 
 def add_targets(add: Callable[..., Any]) -> None:
-    """`--pattern` and `--group_sparsity`."""
+    """`--pattern`, `--group_sparsity`, and the masks that a run begins with."""
     both = "N:M, N weights kept of every M, instead of sparsities, e.g. 2:4; or blockRxC, R x C weights as one"
     add("--pattern", help=f"{both} (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
+    add_mask_options(add)
+
+
+def resolve_targets(args: argparse.Namespace, usual: str) -> None:
+    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where N:M decides.
+
+    usual: sparsities where neither is given. UserError for options that N:M leaves nothing to decide.
+    """
+    args.pattern = pattern_of(args.pattern)
+    decided = isinstance(args.pattern, NM)
+    for option in ("sparsities", "pool", "allocation", "scope"):
+        if decided and getattr(args, option) is not None:
+            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
+    args.sparsities = None if decided else parse_sparsities(usual if args.sparsities is None else args.sparsities)
+    check_mask_options(args)
 
 
 def group_sparsity(text: str) -> dict[str, Decimal]:
@@ -161,6 +215,18 @@ def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("give one of -m/--model, --finetuned, --nm and --quality")
 
 
+def among(*known: str) -> Callable[[str], list[str]]:
+    """argparse type: comma separated values, each one of those that are known."""
+
+    def parse(text: str) -> list[str]:
+        found = [item.strip() for item in text.split(",")]
+        if unknown := [item for item in found if item not in known]:
+            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
+        return found
+
+    return parse
+
+
 def globs(text: str) -> list[str]:
     """argparse type: comma separated globs."""
     found = [glob.strip() for glob in text.split(",")]
@@ -180,10 +246,27 @@ def group_globs(text: str) -> dict[str, list[str]]:
     return groups
 
 
-def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
+def keywords(text: str) -> dict[str, Any]:
+    """argparse type: comma separated name=value, where a value is what YAML reads."""
+    found: dict[str, Any] = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if not (name.isidentifier() and value):
+            raise argparse.ArgumentTypeError(f"expected name=value,name=value, got {item!r}")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise argparse.ArgumentTypeError(f"{name}: expected a number or a text, got {value!r}") from None
+    return found
+
+
+def add_external_options(
+    parser: argparse.ArgumentParser, forms: str, *, trains: bool = False, evaluates: bool = False
+) -> None:
     """What a model that is not the project's own can be told, named as the keys of its configuration.
 
-    forms: how such a model is given.
+    forms: how such a model is given. trains: whether the script trains, in float32. evaluates: whether it always
+    evaluates.
     """
     add = parser.add_argument_group(f"any other model ({forms})").add_argument
     add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
@@ -191,10 +274,26 @@ def add_external_options(parser: argparse.ArgumentParser, forms: str) -> None:
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
     keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
     add("--weights_key", help=keys)
-    add("--calibration", help="folder of images, or package.module:function that returns batches (default: none)")
+    data = "images (captions: captions.json in it, {image: caption}, or 1.txt beside 1.jpg; classes: its folders)"
+    own = "package.module:function that returns batches"
+    add("--calibration", help=f"folder of {data}; file of texts, .txt or .jsonl; or {own} (default: none)")
+    add("--max_tokens", type=positive_int, help="tokens of a row of texts (default: the model's, at most 2048)")
+    tokens = "tokens of a language model that are counted: all, those of the text, or those of the images"
+    add("--calibrate_on", choices=TOKENS, help=f"{tokens} (default: all)")
     add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
     add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
     add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
+    if trains:
+        return
+    if evaluates:
+        parser.set_defaults(evaluate=True)
+    else:
+        hub = "owner/name, to which -PRUNER-SPARSITY is added: upload each model of --save_model, private (default: no)"
+        add("--push_to_hub", metavar="REPOSITORY", help=hub)
+    add("--evaluation", help="data of --evaluate, as --calibration (default: one in 8 of its items, held out)")
+    add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
+    add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")
+    add("--model_kwargs", type=keywords, help="timm: further arguments of the model, name=value,... (default: none)")
 
 
 def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
@@ -202,10 +301,22 @@ def check_external(args: argparse.Namespace, external: bool, names: Sequence[str
     way round.
     """
     for option in EXTERNAL:
-        if not external and getattr(args, option) is not None:
+        if not external and vars(args).get(option) is not None:
             raise UserError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
+    if vars(args).get("push_to_hub"):
+        if not args.save_model:
+            raise UserError("--push_to_hub uploads what --save_model writes: give both")
+        _check_token()
     if external and args.variant != "auto":
         raise UserError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
+
+
+def _check_token() -> None:
+    """UserError where nothing can be uploaded: there is no token."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError("--push_to_hub: there is no token: run `hf auth login`, or set HF_TOKEN")
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loading import read_yaml
+from engine.options.allocation import resolved
 from engine.options.command_line import PLAN
 from sparsity.allocation.budget import Sparsity, parse_sparsities
 from sparsity.errors import UserError
@@ -85,6 +86,7 @@ def _plan(where: str, entry: Any) -> PlanFile:
         pattern = entry.get("pattern")
         if isinstance(pattern, int):  # YAML reads 2:4 as a number to the base of 60
             raise UserError(f"pattern: write it in quotes, '2:4', got {pattern}")
+        options |= {"allocation": resolved(options["allocation"])} if "allocation" in options else {}
         groups = {str(group): parse_sparsities(str(share))[0] for group, share in shares.items()}
         return PlanFile(entry["pruner"], options, pattern_of(pattern), groups)
     except UserError as error:

@@ -175,7 +175,7 @@ def sharing(plans: Mapping[str, Entry]) -> list[list[str]]:
     for name, entry in plans.items():
         plan = entry.plan
         request = entry.request([], 0)
-        anew = plan.whole or plan.by_blocks(request) or plan.joint(request) or plan.learned
+        anew = plan.whole or plan.by_blocks(request) or plan.joint(request) or plan.learned or plan.probes
         same = (tuple(plan.statistics), type(plan.score).prepare, plan.offload) if not anew else name
         together.setdefault(same, []).append(name)
     return list(together.values())
@@ -260,7 +260,8 @@ def _masks(
 ) -> Iterator[tuple[Run, Masks, Cost]]:
     """(run, its masks, what they cost), all from one statistic."""
     first, peak, begin = todo[0][0], PeakMemory(view.device), time.perf_counter()
-    request = plans[first].request([], seed)
+    targets = {label: sparsity for _, _, missing in todo for label, sparsity in missing.items()}
+    request = plans[first].request(list(targets.values()), seed)
     measured = plans[first].engine.measure(view, calibrations(first, seed)(0), request)
     calibration, of_statistic = time.perf_counter() - begin, peak.read()
     for name, own, missing in todo:

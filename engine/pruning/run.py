@@ -5,16 +5,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs.allocation import save_allocation
 from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
@@ -22,17 +24,22 @@ from engine.export import save_model
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
+from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from engine.reports.sensitivity import error_rows
+from sparsity.allocation.given import to_rules
 from sparsity.errors import UserError
+from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
+from sparsity.run.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
-from sparsity.view import PrunableView
+from sparsity.view import PrunableView, canonical
 
 _NOT_PLAIN = r"[^\w.-]+"  # in names of files
 RECORDED = ("num_batches", "epochs", "schedule", "lambda_", "row_dtype", "precision")  # options on which masks depend
@@ -109,6 +116,7 @@ def calibrations(
             scratch=scratch,
             arithmetic=partial(_arithmetic, fabric),
             capture_budget=capture_budget or free_on_host() // (2 * fabric.world_size),
+            place=(fabric.global_rank, fabric.world_size),
         )
 
     return epochs
@@ -148,13 +156,29 @@ def percent(sparsity: Any) -> str:
     return f"{float(100 * sparsity):.12g}"
 
 
+class Recovering(Protocol):
+    """What trains what is kept; see engine.recovery.recovery. told: how, for the report."""
+
+    @property
+    def told(self) -> str: ...
+
+    def recovered(self, masks: Masks, folder: Path) -> AbstractContextManager[Any]:
+        """The model inside the block is the recovered one; gives `trained`, `before`, `after`, `step` and `seconds`."""
+
+    def forget(self) -> None:
+        """Remove what only a killed run needs."""
+
+
 class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
     folder: of the results. options: the command line, name -> value; `model`, `pruner`, `seed` and `pattern` name
-    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. writes: whether
-    this rank writes files.
+    the files. config: a dataclass, written beside the results. columns: column of the table -> metric. fabric: of the
+    ranks, the first of which writes files; all check that their masks are the same. recovery: where it is set, each set
+    of masks is recovered, too.
     """
+
+    recovery: Recovering | None = None
 
     def __init__(
         self,
@@ -163,27 +187,32 @@ class Results:
         options: Mapping[str, Any],
         config: Any,
         columns: Mapping[str, str],
-        writes: bool = True,
+        fabric: Any,
     ):
-        self.folder, self.view, self.options, self.config, self.writes = folder, view, options, config, writes
+        self.folder, self.view, self.options, self.config = folder, view, options, config
+        self.fabric, self.writes = fabric, fabric.is_global_zero
         self.columns = columns
         model = file_name(options["model"])
         block = f"_{options['pattern']}" if isinstance(options["pattern"], Block) else ""
         self.stem = f"{model}_{options['pruner']}{block}"
-        self.calibration_seconds = 0.0
+        self.calibration_seconds, self.read = 0.0, ""
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
         self.pictures = Pictures(folder, view, model, self.stem)
+        self.facts: dict[str, str] = {}  # of recovery
         self.warnings: list[str] = []
         self.written: list[Path] = []
+        self.errors: dict[str, dict[str, list[float]]] = {}  # of the layers, for each set of masks
+        self.uploaded: list[str] = []
         self.preset: dict[str, str] = {}  # what it stood for, where one was given
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
     @contextmanager
-    def calibration(self) -> Iterator[None]:
-        """Takes the time of what is done inside."""
+    def calibration(self, data: Any = None) -> Iterator[None]:
+        """Take the time of what is done inside. data: what is read there, with `told`; None: nothing."""
+        self.read = data.told if data is not None else ""
         begin = time.perf_counter()
         yield
         self.calibration_seconds = time.perf_counter() - begin
@@ -200,20 +229,28 @@ class Results:
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
         check_finite(masks)
+        if self.fabric.world_size > 1:
+            reduce = partial(summed, self.fabric)
+            check_same("masks", masks.digest(), reduce, self.fabric.world_size, self.view.device)
         if self.writes:
             masks.save(path)
         self.written.append(path)
+        if self.options["save_allocation"]:
+            self._save_allocation(masks, self.options["save_allocation"], label)
         if masks.weights:
             self._save_weights(masks, path.with_name(path.name.replace("_pruning_masks", "_weights")))
+        if masks.errors:
+            self.errors[label] = {name: values.tolist() for name, values in masks.errors.items()}
         report = masks.report(self.view)
         self.warnings += [f"{label}: {line}" for line in report.warnings]
         self.pictures.add(label, masks, report, path)
         metrics: Metrics = {}
         if evaluate or self.options["save_model"]:
             with masks.applied(self.view):
-                if self.options["save_model"]:
-                    self._save_model(path.with_name(path.name.replace("_pruning_masks.safetensors", "_model")))
                 metrics = evaluate() if evaluate else {}
+                if self.options["save_model"]:
+                    name = path.name.replace("_pruning_masks.safetensors", "_model")
+                    self._save_model(path.with_name(name), label, masks, metrics)
         groups = {name: 100 * count.sparsity for name, count in report.groups.items()}
         self.rows.append(self._row(label, groups, 100 * report.overall.sparsity, metrics, seconds=f"{seconds:.1f}"))
         self.times.append(
@@ -228,19 +265,57 @@ class Results:
                 "prunable": masks.total,
             }
         )
+        if self.recovery:
+            self._recover(label, masks, path, evaluate)
+
+    def _recover(self, label: str, masks: Masks, path: Path, evaluate: Callable[[], Metrics] | None) -> None:
+        """Recover one set of masks, whose file is `path`: save what was trained, and measure it."""
+        beside = partial(str.replace, path.name, "_pruning_masks.safetensors")
+        with self.recovery.recovered(masks, path.with_name(beside("_recovery"))) as found:
+            tensors = {canonical(key): tensor for key, tensor in self.view.model.state_dict().items()}
+            file = path.with_name(beside("_recovered.safetensors"))
+            self._save_tensors([(key, tensors[key]) for key in found.trained], file)
+            if self.options["save_model"]:
+                self._save_model(path.with_name(beside("_recovered_model")))
+            metrics = evaluate() if evaluate else {}
+        row = self.rows[-1] | {"sparsity": f"{label} recovered", "seconds": f"{found.seconds:.1f}"}
+        self.rows.append(row | {name: metrics[key] for name, key in self.columns.items() if key in metrics})
+        loss = f"held-out loss {found.before:.4g} -> {found.after:.4g}, after step {found.step}"
+        self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
+
+    def _save_allocation(self, masks: Masks, path: Path, label: str) -> None:
+        """What the masks take from each layer, as --allocation reads it."""
+        if self.writes:
+            save_allocation(path, to_rules(self.view, masks), f"{self.stem} at {label}")
+        self.written.append(path)
 
     def _save_weights(self, masks: Masks, path: Path) -> None:
-        """The updated weights alone, under every name that they have in the model, in the dtypes of its source."""
+        """The updated weights and biases alone, under every name that they have in the model, in the dtypes of its
+        source.
+        """
         named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
+        named += masks.biases.items()
+        self._save_tensors(named, path)
+
+    def _save_tensors(self, named: Sequence[tuple[str, Tensor]], path: Path) -> None:
         shapes = {key: tuple(weight.shape) for key, weight in named}
         if self.writes:
             stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
         self.written.append(path)
 
-    def _save_model(self, path: Path) -> None:
-        """The model as it is, as its own library loads it."""
-        if self.writes:
-            self.written.append(save_model(self.view.model, path, self.view.halves))
+    def _save_model(self, path: Path, label: str, masks: Masks, metrics: Metrics) -> None:
+        """The model as it is, as its own library loads it, and on the hub where that is asked for."""
+        if not self.writes:
+            return
+        written = save_model(self.view.model, path, self.view.halves)
+        self.written.append(written)
+        facts = {"pruner": self.options["pruner"], "sparsity": label, "seed": self.options["seed"]}
+        text = card(self.options["model"], masks, self.view, metrics, facts)
+        if written.is_dir():
+            write_atomic(written / CARD, text.encode())
+        if self.options["push_to_hub"]:
+            repository = f"{self.options['push_to_hub']}-{self.options['pruner']}-{label.replace(':', 'of')}"
+            self.uploaded.append(upload(written, repository, text))
 
     def save_scores(self, scores: Iterable[tuple[str, Tensor]]) -> None:
         """The pruner's scores, (out, in) for each weight, streamed layer by layer."""
@@ -258,11 +333,17 @@ class Results:
             "seed": self.options["seed"],
             "calibration": f"{self.calibration_seconds:.1f} s, once for all sparsities",
         }
+        facts |= {"calibration data": self.read} if self.read else {}
+        if self.recovery:
+            facts |= {"recovery": self.recovery.told, **self.facts}
         if self.writes:
             self._write(facts)
+            if self.recovery:
+                self.recovery.forget()
         lines = ["", markdown_table(self.rows), "", *(f"warning: {line}" for line in self.warnings)]
-        lines += [f"calibration: {facts['calibration']}", "results:"]
-        lines += [f"  {path}" for path in (*self.written, self.path("report.md"))]
+        told = ("calibration", *(("recovery", *self.facts) if self.recovery else ()))
+        lines += [*(f"{name}: {facts[name]}" for name in told), "results:"]
+        lines += [f"  {path}" for path in (*self.written, self.path("report.md"), *self.uploaded)]
         return "\n".join(lines)
 
     def _row(
@@ -282,12 +363,14 @@ class Results:
             for n, g in groups.items()
         ]
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
+        parts["errors"] = error_rows(self.errors)
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
 
 
 def check_finite(masks: Masks) -> None:
-    """UserError, naming the first, where weights that a method has updated are NaN or infinite."""
-    bad = [name for name, weight in masks.weights.items() if not bool(weight.isfinite().all())]
+    """UserError, naming the first, where weights or biases that a method has updated are NaN or infinite."""
+    updated = chain(masks.weights.items(), masks.biases.items())
+    bad = [name for name, tensor in updated if not bool(tensor.isfinite().all())]
     if bad:
         told = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else bad[0]
         raise UserError(f"NaN or infinite after the update: {told}; nothing of it is saved: try --precision 32-true")

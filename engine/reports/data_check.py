@@ -13,6 +13,7 @@ from configs.shard_names import is_pattern, shard_names
 from configs.sources import Files, LabelledImages
 from datasets.annotations import HOW_TO_GET, ImageRoot, read_by_folder
 from datasets.bundled.glyphs import load_glyphs
+from datasets.calibration.texts import read_texts
 from datasets.collate import Skipped
 from datasets.labelled.image_folder import ImageFolder
 from datasets.labelled.public import labelled
@@ -82,6 +83,9 @@ def _external(config: ExternalPruneConfig) -> list[Finding]:
     weights = [_weights(config)] if config.file else []
     try:
         config.check_calibration("")
+        if Path(config.calibration).is_file():
+            told = f"{len(read_texts(config.calibration)):,} texts"
+            return [*weights, Finding("calibration", config.calibration, True, told)]
         if not Path(config.calibration).is_dir():
             return [*weights, Finding("calibration", config.calibration, True, "a function, which was not called")]
         data = ImageFolder(config.calibration, seed=0, decoding=config.decoding)

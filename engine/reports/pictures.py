@@ -8,8 +8,10 @@ from torch import Tensor
 from engine.reports.mask_overlap import description, overlap
 from engine.reports.plots import plot_heat, plot_magnitudes, plot_overlap, plot_sparsity
 from engine.reports.report import Picture
+from engine.reports.sensitivity import report_sensitivity
 from engine.reports.weight_places import magnitudes
 from sparsity.masks import Masks, Report
+from sparsity.sensitivity.measured import Sensitivity
 from sparsity.view import PrunableView
 
 
@@ -26,6 +28,7 @@ class Pictures:
         self.groups: dict[str, dict[str, float]] = {}
         self.magnitudes: dict[str, dict[str, Tensor]] = {"dense": magnitudes(view)}
         self.masks: dict[str, tuple[Path, float]] = {}  # file and share of weights kept
+        self.sensitivity = Sensitivity()  # of each layer, where the allocation has measured it
 
     def add(self, label: str, masks: Masks, report: Report, path: Path) -> None:
         """Masks under their label ("63", "2:4"), what they leave, and the file in which they are."""
@@ -46,7 +49,8 @@ class Pictures:
         plot_sparsity(files[0], self.layers, self.groups, group_of, title)
         plot_heat(files[1], self.layers, group_of, title)
         plot_magnitudes(files[2], self.magnitudes, title)
-        return pictures + self._draw_overlap(title)
+        measured = report_sensitivity(self.folder, self.view, self.sensitivity, title)
+        return pictures + measured + self._draw_overlap(title)
 
     def _draw_overlap(self, title: str) -> list[Picture]:
         """Nothing where there are no masks to compare with."""

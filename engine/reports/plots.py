@@ -141,6 +141,41 @@ def plot_overlap(
     _save(figure, path, title)
 
 
+def plot_sensitivity(
+    path: Path,
+    groups: Mapping[str, Mapping[str, Mapping[float, float]]],
+    means: Mapping[str, Mapping[float, float]],
+    outputs: Mapping[str, Sequence[float]],
+    title: str,
+) -> None:
+    """The error of every layer over its sparsity, a panel for each modality, and what an error does to the output.
+
+    groups: group -> layer -> sparsity -> relative error, both in per cent. means: group -> the same, over its weights.
+    outputs: layer -> how far the model's output moves for each unit of error, at each target; may be empty.
+    """
+    rows = 2 if outputs else 1
+    figure = _figure(1 + 4.2 * len(groups), 3.8 * rows)
+    axes = figure.subplots(rows, len(groups), sharey="row", squeeze=False)
+    for column, (group, curves) in enumerate(groups.items()):
+        axis = axes[0, column]
+        for number, curve in enumerate(curves.values()):
+            shade = 0.85 * number / max(1, len(curves) - 1)  # of grey
+            axis.plot(list(curve), list(curve.values()), color=(shade, shade, 1.0), linewidth=0.8)
+        axis.plot(list(means[group]), list(means[group].values()), "k--", linewidth=1.8, label="mean over weights")
+        axis.set(xlabel="sparsity of the layer (%)", yscale="log", title=group)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize=8)
+        if outputs:
+            places = [i for i, name in enumerate(curves) for _ in outputs[name]]
+            axes[1, column].plot(places, [value for name in curves for value in outputs[name]], ".", markersize=5)
+            axes[1, column].set(xlabel="prunable layer, in the model's order", yscale="log")
+            axes[1, column].grid(alpha=0.3)
+    axes[0, 0].set_ylabel("relative error of its output (%)\ndark: first layers, light: last")
+    if outputs:
+        axes[1, 0].set_ylabel("change of the model's output\nfor each unit of error")
+    _save(figure, path, title)
+
+
 Curve = Sequence[tuple[float, float | None] | None]  # mean and standard error at each level, None where there is none
 
 

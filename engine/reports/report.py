@@ -12,6 +12,10 @@ from typing import Any
 from sparsity.files import append, write_atomic
 
 Metrics = Mapping[str, float]
+ERRORS = (
+    "Squared error of a layer's output over the size of that output, on the inputs that it had in calibration: with the"
+    " mask alone, and with the updated weights. Held out: on a tenth of the samples, by least squares on the others."
+)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -79,12 +83,16 @@ def write_report(
     warnings: Sequence[str],
     pictures: Sequence[Picture],
     layers: Sequence[Mapping[str, Any]],
+    errors: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """`report.md`: how the run was made, the table of results, warnings, the pictures and the layers."""
+    """`report.md`: how the run was made, the table of results, warnings, the pictures, the layers, and where their
+    weights were updated their errors.
+    """
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", markdown_table(rows), ""]
     lines += ["## Warnings", "", *(f"- {line}" for line in warnings), ""] if warnings else []
     for picture in pictures:
         parts = (*picture.notes, *([f"![{picture.heading}]({picture.file})"] if picture.file else []))
         lines += [f"## {picture.heading}", "", *(line for part in parts for line in (part, ""))]
     lines += ["## Layers", "", markdown_table(layers), ""]
+    lines += ["## Errors of layers", "", ERRORS, "", markdown_table(errors), ""] if errors else []
     write_atomic(path, "\n".join(lines).encode())

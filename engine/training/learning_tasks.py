@@ -120,8 +120,8 @@ class SubjectTask:
         self.subject, self.view, self.seed, self.fabric = subject, view, args.seed, fabric
         self.data = subject.calibration(args.folder, num_batches, args.seed)
         self.epoch_steps = len(self.data.numbers) if fabric.world_size == 1 else self.data.batches // fabric.world_size
-        self.metric = next(iter(subject.metrics.values()), None) if args.evaluate else None
         self.evaluation = subject.evaluation(args.folder) if args.evaluate else None
+        self.metric = next(iter(subject.metrics.values()), None) if args.evaluate else None
         self.select = self.metric
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:

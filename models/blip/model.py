@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from models.blip.outputs import outputs
 from models.blip.vision import VisionConfig, vision_transformer
 from models.checkpoint import load_weights
 from models.parts.bert import Bert, BertForMaskedLM, Image, Projected, TextConfig
@@ -360,6 +361,12 @@ def calibrate(model: BLIP, batch: dict) -> None:
     model.text_decoder.bert(started(ids, model.decoder_start), atts, image)
 
 
+def calibrate_in_full(model: BLIP, batch: dict) -> None:
+    """The same, and the text encoder without an image, whose features retrieval compares."""
+    model.text_encoder(batch["text_ids"], batch["text_atts"], None)
+    calibrate(model, batch)
+
+
 def group_of(name: str) -> str:
     return "vision" if name.startswith("visual_encoder.") else "text"
 
@@ -387,7 +394,9 @@ def prunable_view(model: BLIP) -> PrunableView:
         group_of=group_of,
         keep_dense=KEPT_DENSE,
         forward=lambda batch: calibrate(model, batch),
+        in_full=lambda batch: calibrate_in_full(model, batch),
         loss=loss,
         valid_tokens=valid_tokens,
         blocks=[*model.visual_encoder.blocks, *both],
+        outputs=outputs,
     )

@@ -16,7 +16,7 @@ from models.checkpoint import find_weights, load_weights
 from models.parts.similarity import head
 from models.parts.sizes import check_sizes
 from sparsity.errors import UserError
-from sparsity.view import PrunableView
+from sparsity.view import Output, Outputs, PrunableView
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +183,15 @@ def build(config: Config, weights: str | Path | None = None) -> ViTForImageClass
     return model
 
 
+def outputs(model: ViTForImageClassification, batch: dict[str, Tensor]) -> Outputs:
+    """Return the logits (B, classes), and what the classifier reads (B, V)."""
+    features = model.features(batch["image"])
+    return {
+        "logits": Output("logits", head(model.classifier, features)),
+        "features": Output("states", features),
+    }
+
+
 def prunable_view(model: ViTForImageClassification) -> PrunableView:
     """The prunable weights of the encoder in one group, "vision"; the classifier is kept dense."""
     return PrunableView(
@@ -192,4 +201,5 @@ def prunable_view(model: ViTForImageClassification) -> PrunableView:
         forward=lambda batch: model.classify(batch["image"]),
         loss=lambda batch, generator=None: model(batch)["loss"],
         blocks=list(model.vit.encoder.layer),
+        outputs=outputs,
     )

@@ -18,7 +18,7 @@ from models.dino import model as dino
 from models.dit.diffusion import Diffusion, Noise, sample
 from models.dit.sizes import Config as Config
 from sparsity.errors import UserError
-from sparsity.view import PrunableView
+from sparsity.view import Output, Outputs, PrunableView
 
 KEPT_DENSE = ("final_layer.linear",)  # the output head
 REBUILT = ("pos_embed",)  # state that a checkpoint need not have, since it is made anew
@@ -246,6 +246,12 @@ def build(config: Config, weights: str | Path | None = None, *, ema: bool = True
     return model
 
 
+def outputs(model: DiT, batch: dict[str, Tensor]) -> Outputs:
+    """Return the prediction for noised samples, (B, C or 2 C, H * W)."""
+    x = model.diffusion().noised(batch["image"], batch["noise"], batch["time"])
+    return {"prediction": Output("states", model(x, batch["time"], batch["label"]).flatten(2))}
+
+
 def prunable_view(model: DiT) -> PrunableView:
     """The linear layers in one group, "transformer"; the output head is kept dense.
 
@@ -263,4 +269,5 @@ def prunable_view(model: DiT) -> PrunableView:
         forward=forward,
         loss=lambda batch, generator=None: model.losses(batch)["loss"],
         blocks=list(model.blocks),
+        outputs=outputs,
     )

@@ -12,37 +12,24 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 # Group -> parts of a name that put a layer into it; the first group with one of its parts in the name takes it. CLIP
-# and SigLIP (text_model, vision_model), BLIP-2 (vision_model, qformer, language_projection, language_model), LLaVA
-# (vision_tower, multi_modal_projector, language_model), Qwen-VL (visual, visual.merger, language_model) and their like.
+# and SigLIP (text_model, vision_model), BLIP-2 (vision_model, qformer, language_projection, language_model), LLaVA and
+# PaliGemma (vision_tower, multi_modal_projector, language_model), Qwen-VL (visual, visual.merger, language_model),
+# Idefics3 and SmolVLM (vision_model, connector, text_model), models that hear (audio_tower) and their like.
 TOWERS: Mapping[str, frozenset[str]] = {
-    "fusion": frozenset(
+    "fusion": frozenset({"qformer", "cross_modal_text_layers", "cross_modal_image_layers"}),
+    "projector": frozenset(
         {
-            "qformer",
-            "language_projection",
-            "multi_modal_projector",
-            "mm_projector",
-            "merger",
-            "merger_list",
-            "deepstack_merger_list",
-            "connector",
-            "cross_modal_text_layers",
-            "cross_modal_image_layers",
+            *("language_projection", "multi_modal_projector", "mm_projector", "merger", "merger_list"),
+            *("deepstack_merger_list", "connector"),
         }
     ),
     "vision": frozenset(
         {
-            "vision_model",
-            "vision_tower",
-            "vision_encoder",
-            "visual",
-            "visual_encoder",
-            "visual_model",
-            "image_encoder",
-            "image_tower",
-            "visual_projection",
-            "vision_projection",
+            *("vision_model", "vision_tower", "vision_encoder", "visual", "visual_encoder", "visual_model"),
+            *("image_encoder", "image_tower", "visual_projection", "vision_projection"),
         }
     ),
+    "audio": frozenset({"audio_model", "audio_tower", "audio_encoder", "speech_encoder", "audio_projection"}),
     "text": frozenset(
         {"text_model", "text_encoder", "text_decoder", "text_tower", "text_projection", "language_model"}
     ),

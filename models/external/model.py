@@ -15,15 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from models.checkpoint import HALF, TIMM, WRAPPERS, half_dtypes, load_weights, read_weights
-from models.external.dtypes import published_dtypes, widened
+from models.checkpoint import HALF, TIMM, WRAPPERS, load_weights, read_weights
+from models.external.dtypes import compute_in, dtypes_of, file_dtypes, published_dtypes, wanted
 from models.external.layer_names import TEXT, blocks_of, match_group
 from models.external.libraries import library_of, seeded
+from models.external.outputs import outputs_of
 from models.external.preprocessing import preprocessing as preprocessing
+from models.external.probes import probes as probes
+from models.external.texts import packing as packing
 from models.hub import first_line, hub_answers, local_only
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.view import PrunableView, bare, module_name
+from sparsity.files import weights_files
+from sparsity.view import Outputs, PrunableView, bare, module_name
 
 log = logging.getLogger(__name__)
 
@@ -32,47 +37,75 @@ OTHER_WEIGHTS = "give --weights FILE or --weights random"
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def build(name: str, weights: str | Path = PUBLISHED, weights_key: str = "") -> nn.Module:
-    """The model of a name, in evaluation mode and float32 (float64 where it is that). See `load`."""
-    return load(name, weights, weights_key)[0]
+def build(name: str, weights: str | Path = PUBLISHED, weights_key: str = "", **how: Any) -> nn.Module:
+    """The model of a name, in evaluation mode. how: `dtype`, `image_size` and `options` of `load`."""
+    return load(name, weights, weights_key, **how)[0]
 
 
-def load(name: str, weights: str | Path = PUBLISHED, weights_key: str = "") -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """`build`, and the dtypes of those tensors that its source has in half precision: what is written goes back to
-    them.
+def load(
+    name: str,
+    weights: str | Path = PUBLISHED,
+    weights_key: str = "",
+    *,
+    dtype: str = "float32",
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """`build`, and the dtypes of its source where the model has others or they are half precision: what is written goes
+    back to them.
 
     weights: "published" (those that the library downloads, or that lie in the folder; a function gives its own),
-    "random", or a file with a state dict. weights_key: where that stands in the file; by default as the model's library
-    reads it, which is averaged weights before raw ones for timm. Raises UserError, one line, for a name that is none
-    and weights that are not to be had.
+    "random", or a file with a state dict, a folder or an index of shards. weights_key: where that stands in the file;
+    by default as the model's library reads it, which is averaged weights before raw ones for timm. dtype: what the
+    model computes in: "auto", that of its source (the widest where it has several); "float32", or float64 where the
+    source has that; "bfloat16"; "float16". image_size: side of the images in pixels. options: of timm.create_model,
+    both for timm alone. Raises UserError, one line, for a name that is none and weights that are not to be had.
     """
-    file = None if str(weights) in (PUBLISHED, RANDOM) else Path(weights)
-    if file and not file.is_file():
-        raise MissingFileError(f"--weights {file}: there is no such file")
+    published = str(weights) == PUBLISHED
+    file = None if published or str(weights) == RANDOM else Path(weights)
+    if file and not weights_files(file):
+        raise MissingFileError(f"--weights {file}: there is no such file, nor a folder with weights")
     source, _, rest = name.partition(":")
     if weights_key and not file:
         raise UserError(f"--weights_key {weights_key}: is a key of a file: give --weights FILE with it")
-    make = {"timm": timm_model, "hf": _transformers}.get(source)
-    model = make(rest, published=str(weights) == PUBLISHED) if make else _made_by(name)
-    halves = widened(model)
-    if source == "hf" and str(weights) == PUBLISHED:
-        halves = {key: kind for key, kind in published_dtypes(rest, model).items() if kind in HALF}
-    if file:
-        content = read_weights(file, TIMM if source == "timm" else WRAPPERS, weights_key)
-        if any(tensor.dtype == torch.float64 for tensor in content.values()):
-            model.double()
+    if source != "timm" and (image_size or options):
+        raise UserError(f"--img_size and --model_kwargs are for models of timm: leave them out with {name}")
+    if source == "timm":
+        model = timm_model(rest, published, image_size=image_size, **(options or {}))
+        came = dtypes_of(model.state_dict())
+    elif source == "hf":
+        folder = str(file) if file and file.is_dir() and not weights_key else None
+        model, came = _transformers(rest, published, dtype, folder)
+        published, file = published or folder is not None, None if folder else file
+    else:
+        model = _made_by(name)
+        came = dtypes_of(model.state_dict())
+    content = read_weights(file, TIMM if source == "timm" else WRAPPERS, weights_key) if file else None
+    came = dtypes_of(content) if content is not None else came
+    loaded = source == "hf" and published  # as it is asked for
+    made = source not in ("timm", "hf") and not file and dtype == "auto"  # as the user's function has it
+    if not loaded and not made:
+        compute_in(model, wanted(dtype, came))
+    if content is not None:
         load_weights(model, file, weights=content)
-        halves = half_dtypes(content)
-    return model.eval(), halves
+    own = dtypes_of(model.state_dict())
+    return model.eval(), {key: kind for key, kind in came.items() if kind in HALF or kind != own.get(key, kind)}
 
 
 def timm_model(
-    name: str, published: bool, *, option: str = "-m timm:", way_out: str = OTHER_WEIGHTS, **options: Any
+    name: str,
+    published: bool,
+    *,
+    image_size: int | None = None,
+    option: str = "-m timm:",
+    way_out: str = OTHER_WEIGHTS,
+    **options: Any,
 ) -> nn.Module:
     """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
 
-    UserError, which begins with `option` and the name, where there is no such model, or, with a way out, where its
-    weights are not to be had.
+    image_size: side of the images in pixels, given to the model where it is made for one size, and in any case to its
+    data configuration, which otherwise says what the model was built for. UserError, which begins with `option` and
+    the name, where there is no such model, or, with a way out, where its weights are not to be had.
     """
     import timm
 
@@ -85,9 +118,34 @@ def timm_model(
     try:
         if published and not hub_answers():
             options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
-        return timm.create_model(name, **options)
+        return as_built(_sized(timm.create_model, name, image_size, options), image_size)
     except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind
         raise UserError(f"{option}{name}: {first_line(error)}; {way_out}") from error
+
+
+def _sized(
+    create: Callable[..., nn.Module], name: str, image_size: int | None, options: Mapping[str, Any]
+) -> nn.Module:
+    """A model for images of this size; models that take any size have no argument for it."""
+    if image_size is None:
+        return create(name, **options)
+    try:
+        return create(name, img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create(name, **options)
+
+
+def as_built(model: nn.Module, image_size: int | None = None) -> nn.Module:
+    """A model of timm whose data configuration says the size of images that it was built for, or the given one."""
+    patches = model._modules.get("patch_embed")
+    built = vars(patches).get("img_size") if patches is not None and image_size is None else image_size
+    if built is not None:
+        height, width = built if isinstance(built, tuple | list) else (built, built)
+        channels = model.pretrained_cfg.get("input_size", (3, 0, 0))[0]
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}
+    return model
 
 
 def _cached(timm: Any, name: str) -> str:
@@ -105,7 +163,12 @@ def _cached(timm: Any, name: str) -> str:
     raise UserError("the hub cannot be reached, and these weights have not been downloaded before")
 
 
-def _transformers(name: str, published: bool) -> nn.Module:
+def _transformers(
+    name: str, published: bool, dtype: str, folder: str | None
+) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """The model and the dtypes of its files, in the type that is asked for. folder: has the weights in place of the
+    published ones.
+    """
     import transformers
 
     local = {"local_files_only": local_only(name)}
@@ -116,17 +179,24 @@ def _transformers(name: str, published: bool) -> nn.Module:
         way_out = "give a folder that save_pretrained wrote, or the name of a model on the hub"
         raise UserError(f"-m hf:{name}: {where}: {first_line(error)}; {way_out}") from error
     kind = _class_of(transformers, config, name)
-    if not published:
-        return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+    if not published and folder is None:
+        model = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+        return model, dtypes_of(model.state_dict())
+    where = folder or name
+    how = {"config": config, **local}
     try:
-        model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **local)
+        first = wanted(dtype, file_dtypes(where)) or "auto"  # not known before the files are there
+        model, found = kind.from_pretrained(where, dtype=first, output_loading_info=True, **how)
+        came = published_dtypes(where, model)
+        own = wanted(dtype, came) or model.dtype
+        if own != model.dtype:
+            model = kind.from_pretrained(where, dtype=own, **how)
     except Exception as error:
         raise UserError(f"-m hf:{name}: no weights: {first_line(error)}; {OTHER_WEIGHTS}") from error
-    if torch.float64 in published_dtypes(name, model).values():
-        model = kind.from_pretrained(name, dtype=torch.float64, **local)
+    model.name_or_path = name  # where its processor is
     if found["missing_keys"]:
         log.warning("hf:%s has no weights for %s: they are random", name, listed(sorted(found["missing_keys"])))
-    return model
+    return model, came
 
 
 def _class_of(transformers: Any, config: Any, name: str) -> Any:
@@ -179,6 +249,7 @@ def prunable_view(
     groups: Mapping[str, Sequence[str]] | None = None,
     loss: Loss | None = None,
     halves: Mapping[str, torch.dtype] | None = None,
+    tokens: str = "all",
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
@@ -191,10 +262,14 @@ def prunable_view(
     Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
+    tokens: of a language model, those that are counted: "all", "text", or "vision", in whose place it reads images.
+
     Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
     model = bare(model)
     library = library_of(model)
+    if tokens != "all" and not library.image_ids:
+        raise UserError(f"--calibrate_on {tokens}: {type(model).__name__} has no language model that reads images")
     names = [module_name(name) for name, _ in model.named_modules()]
     grouped = [glob for globs in (groups or {}).values() for glob in globs]
     for option, globs in {"--include": include, "--exclude": exclude, "--groups": grouped}.items():
@@ -209,21 +284,35 @@ def prunable_view(
     def valid_tokens(key: str, batch: Any) -> Tensor | None:
         field = library.text_field(key) if group_of(key) == TEXT and isinstance(batch, Mapping) else None
         mask = batch.get(field) if field else None
-        return None if mask is None else mask != 0
+        real = None if mask is None else mask != 0
+        if tokens == "all" or field != "attention_mask" or "input_ids" not in batch:
+            return real
+        ids = batch["input_ids"]
+        images = torch.isin(ids, torch.tensor(library.image_ids, device=ids.device))  # (B, T)
+        counted = images if tokens == "vision" else ~images
+        return counted if real is None else counted & real
 
     def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
         with seeded(generator.initial_seed() if generator else 0, next(model.parameters())):
-            return loss(model, batch) if loss else library.loss(batch)
+            return loss(model, library.fitted(batch)) if loss else library.loss(library.fitted(batch))
 
     def reproducible_forward(batch: Any) -> Any:
         with seeded(0, next(model.parameters())):
-            return library.forward(batch)
+            return library.forward(library.fitted(batch))
 
-    run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens}
+    def outputs(own: nn.Module, batch: Any) -> Outputs:
+        with seeded(0, next(own.parameters())):
+            run = library_of(own)
+            return outputs_of(run.forward(batch), batch, classifies=run.classifies)
+
+    run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens, "outputs": outputs}
     view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)
     if not heads & set(names):
         log.warning("no layer is known as the model's output head: none is kept dense (--exclude keeps layers dense)")
     log.info("kept dense: %s", listed(view.dense) or "none")
+    convolutions = [module_name(name) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    if convolutions:
+        log.info("kept dense, since they are convolutions (patch embeddings): %s", listed(convolutions))
     return view
 
 

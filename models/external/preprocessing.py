@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from models.external.labels import Classes, classes_of_timm, classes_of_transformers, read_map
 from models.external.libraries import Timm, Transformers, library_of, takes
+from models.external.texts import IGNORED, OWN_LOADER
 from models.hub import first_line, local_only
 from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
 
 PROMPT = "Describe the image."  # what a generative model is asked
-IGNORED = -100  # label of tokens that are not predicted
-OWN_LOADER = "give --calibration package.module:loader, a function of yours that returns the batches"
 CAPTIONS = "put captions.json in it, {image: caption}, or 1.txt beside 1.jpg"  # how to give captions
 
 
@@ -102,18 +101,17 @@ class Generative:
     """
 
     def __init__(self, model: nn.Module, processor: Any):
-        self.processor, tokenizer = processor, processor.tokenizer
+        self.processor, tokenizer, self.kind = processor, processor.tokenizer, type(model).__name__
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         decoder = model.config.get_text_config(decoder=True)
         self.encoder_decoder = bool(decoder.is_encoder_decoder)
-        self.start = decoder.decoder_start_token_id if self.encoder_decoder else None
         self.image = "" if processor.chat_template else self._image_token(getattr(model.config, "image_token_id", None))
 
     def check(self, captioned: bool) -> None:
-        """A warning without captions: the images are described by no text then, and there is no loss."""
+        """UserError without captions: one text for all images would say nothing of what the text layers read."""
         if not captioned:
-            log.warning("--calibration: the folder has no captions: every image has the text %r; %s", PROMPT, CAPTIONS)
+            raise UserError(f"--calibration: {self.kind} reads texts, and the folder has no captions: {CAPTIONS}")
 
     def labels(self, names: Sequence[str]) -> None:
         return None
@@ -129,7 +127,7 @@ class Generative:
         return "" if (ids == token).any() else self.processor.tokenizer.convert_ids_to_tokens(token)
 
     def text(self, caption: str | None) -> str:
-        """The prompt, with the caption as the answer where there is one."""
+        """The prompt, with the caption as the answer where it is not to be left out."""
         if not self.processor.chat_template:
             return f"{self.image}{PROMPT}" + ("" if caption is None else f" {caption}")
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
@@ -138,13 +136,12 @@ class Generative:
         return self.processor.apply_chat_template(chat, add_generation_prompt=caption is None, tokenize=False)
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
-        answers = [None] * len(images) if captions is None or self.encoder_decoder else captions
+        self.check(captions is not None)
+        answers = [None] * len(images) if self.encoder_decoder else captions
         texts = [self.text(answer) for answer in answers]
         batch = dict(self.processor(images=list(images), text=texts, padding=True, return_tensors="pt"))
         if self.encoder_decoder:
-            return batch | self._decoded(captions, len(images))
-        if captions is None:
-            return batch
+            return batch | self._decoded(captions)
         prompt = self._tokens(self.text(None))
         length = torch.tensor([max(1, self._tokens(text) - prompt) for text in texts])  # of each answer
         real = batch["attention_mask"]
@@ -155,10 +152,8 @@ class Generative:
     def _tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text)["input_ids"])
 
-    def _decoded(self, captions: Sequence[str] | None, count: int) -> dict[str, Tensor]:
-        """What a decoder beside an encoder reads: the captions, or the first token alone."""
-        if captions is None:
-            return {"decoder_input_ids": torch.full((count, 1), self.start)}
+    def _decoded(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What a decoder beside an encoder reads: the captions."""
         texts = self.processor.tokenizer(list(captions), padding=True, return_tensors="pt")
         real = texts["attention_mask"]
         shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
@@ -177,7 +172,8 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
         raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
     processor = load_processor(model.name_or_path)
     if not takes(model, "pixel_values"):
-        raise UserError(f"--calibration: {type(model).__name__} takes no images; {OWN_LOADER}")
+        texts = "give a file of texts, .txt or .jsonl" if model.main_input_name == "input_ids" else OWN_LOADER
+        raise UserError(f"--calibration: {type(model).__name__} takes no images; {texts}")
     if getattr(processor, "tokenizer", None) is None:
         return Images(model, processor, class_map)
     if class_map:

@@ -19,7 +19,7 @@ from models.parts.similarity import head, normalised
 from models.parts.sizes import check_sizes
 from models.parts.tokenizer import WordPiece
 from sparsity.errors import UserError
-from sparsity.view import PrunableView
+from sparsity.view import Output, Outputs, PrunableView
 
 TEMPERATURES = (0.001, 0.5)
 OBJECTIVES = ("itc", "itm", "mlm", "bbox")
@@ -249,6 +249,24 @@ def calibrate(model: XVLM, batch: dict) -> None:
     model.fuse(states, batch["text_atts"], image, image_atts)
 
 
+def outputs(model: XVLM, batch: dict) -> Outputs:
+    """Return the features of both towers, the fusion states of the pairs, and whether text i matches its own image and
+    the image of text i + 1.
+    """
+    image, image_atts, _ = model.encode_batch_image(batch)
+    atts = batch["text_atts"]
+    states, text_feature = model.encode_text(batch["text_ids"], atts)
+    fused = model.fuse(states, atts, image, image_atts)
+    other_atts = None if image_atts is None else image_atts.roll(-1, 0)
+    return {
+        "image": Output("embedding", model.image_feature(image)),
+        "text": Output("embedding", text_feature),
+        "fusion": Output("states", fused, real=atts.bool()),
+        "match": Output("logits", head(model.itm_head, fused[:, 0])),
+        "mismatch": Output("logits", model.match(states, atts, image.roll(-1, 0), other_atts)),
+    }
+
+
 def modality(config: Config, layers: str) -> Callable[[str], str]:
     """State-dict key -> group of the weight; `layers` is where the layers of BERT lie."""
     text_only = tuple(f"{layers}.{i}." for i in range(config.text.fusion_layer))
@@ -279,4 +297,5 @@ def prunable_view(model: XVLM) -> PrunableView:
         loss=loss,
         valid_tokens=valid_tokens,
         blocks=[*model.vision_encoder.encoder.layers, *model.bert.encoder.layer],
+        outputs=outputs,
     )

@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation, Contest, Part
+from sparsity.allocation.base import ZEROTH_ORDER, Allocation, Contest, Part
 from sparsity.allocation.budget import Sparsity
 from sparsity.allocation.ratios import Limits, each_alone, exact, limits, total_of
 from sparsity.errors import UserError
@@ -30,13 +30,13 @@ class Ecoflap(Allocation):
     their fifth in proportion to importance. A layer that must lose more (pruned already, --max_keep) keeps what it may.
     """
 
-    statistics = ("zeroth_order",)
+    statistics = (ZEROTH_ORDER,)
     local = True
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
         """Return a contest for each layer. UserError for an importance that is not finite, naming the layer."""
         bounds = limits(part)
-        importances = exact(part, {name: float(part.statistics[self.statistics[0]][name]) for name in part.names})
+        importances = exact(part, {name: float(part.statistics[ZEROTH_ORDER][name]) for name in part.names})
         totals = [total_of(part, sparsity, bounds) for sparsity in sparsities]
         return each_alone(part, [counts_of(importances, total, bounds) for total in totals])
 
@@ -116,7 +116,9 @@ def _perturbed(weight: PrunableWeight, step: float, seed: int) -> Iterator[None]
     original = parameter.data
     z = torch.randn(original.shape, generator=torch.Generator().manual_seed(seed), dtype=wide(original.dtype))
     parameter.data = z.to(original.device).mul_(step).add_(original).to(original.dtype)
+    torch.clear_autocast_cache()  # it holds what the weight was, also under an autocast of the caller's
     try:
         yield
     finally:
         parameter.data = original
+        torch.clear_autocast_cache()

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, pairwise
+from typing import Any
 
-from sparsity.allocation.base import Allocation, Contest, Part
+from sparsity.allocation.base import LAYER_ERRORS, OUTPUT_SENSITIVITY, Allocation, Contest, Part
 from sparsity.allocation.budget import Sparsity, fraction
 from sparsity.allocation.ratios import Limits, each_alone, limits, rounded, total_of
 from sparsity.errors import UserError
 
 _REACH, _STEP, _END = Fraction(3, 10), Fraction(5, 100), Fraction(98, 100)
-_SENSITIVITY = "output_sensitivity"
 
 Point = tuple[Fraction, Fraction]  # sparsity of a layer, error
 
@@ -28,15 +28,21 @@ class Error(Allocation):
     that equal layers lose the same.
 
     Args:
-        of: "layer", or "output": each curve is multiplied by the layer's sensitivity, the statistic
-            "output_sensitivity": the squared change of the model's output for each unit of relative error.
+        of: "layer", or "output": each curve is multiplied by the layer's sensitivity, the squared change of the model's
+            output for each unit of relative error.
     """
+
+    local = True
 
     def __init__(self, of: str = "layer"):
         if of not in ("layer", "output"):
-            raise UserError(f"the error allocation is of the layer or of the output, got {of!r:.60}")
+            raise UserError(f"the allocation error is of the layer or of the output (error:output), got {of!r:.60}")
         self.of = of
-        self.statistics = (_SENSITIVITY,) if of == "output" else ()
+        self.statistics = (LAYER_ERRORS, OUTPUT_SENSITIVITY) if of == "output" else (LAYER_ERRORS,)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the provenance of masks says of it."""
+        return {"allocation": self.name if self.of == "layer" else f"{self.name}:{self.of}"}
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
         """Return a contest for each layer. UserError for an error that is not finite, naming the layer, and where the
@@ -46,14 +52,15 @@ class Error(Allocation):
         counts = []
         for sparsity in sparsities:
             total = total_of(part, sparsity, bounds)
-            curves = [self._curve(part, name, ladder(sparsity)) for name in part.names]
+            curves = [self._curve(part, name, sparsity) for name in part.names]
             counts.append(rounded(fill(curves, total, bounds), total))
         return each_alone(part, counts)
 
-    def _curve(self, part: Part, name: str, steps: Sequence[Fraction]) -> list[Point]:
-        if part.errors is None:
+    def _curve(self, part: Part, name: str, sparsity: Sparsity) -> list[Point]:
+        if part.errors is None or (self.of == "output" and part.sensitivity is None):
             raise UserError("--allocation error needs a method whose error at a layer can be measured; choose another")
-        scale = float(part.statistics[_SENSITIVITY][name]) if self.of == "output" else 1.0
+        scale = part.sensitivity(name, sparsity) if self.of == "output" and part.sensitivity else 1.0
+        steps = ladder(sparsity)
         asked = [step for step in steps if step > 0]
         known = [0.0] * (len(steps) - len(asked))
         errors = [scale * error for error in (*known, *part.errors(name, asked))]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from glob import escape
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Given(Allocation):
 
     def __init__(self, rules: Mapping[str, Sparsity]):
         self.rules = {rule: _parse(rule, value) for rule, value in rules.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the provenance of masks says of it."""
+        return {"allocation": self.name, "allocation_rules": {rule: str(ratio) for rule, ratio in self.rules.items()}}
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
         """Return a contest for each layer.

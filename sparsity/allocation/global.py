@@ -1,11 +1,15 @@
 from collections.abc import Sequence
 
 from sparsity.allocation.base import Allocation, Contest, Part
-from sparsity.allocation.budget import Sparsity, budget
+from sparsity.allocation.budget import Sparsity
+from sparsity.allocation.ratios import competing
 
 
 class Global(Allocation):
-    """All weights compete with each other: a layer loses as many as its scores say."""
+    """All weights compete; where layers have bounds, what the scores take from each is clipped to these."""
+
+    by_scores = True
 
     def contests(self, part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
-        return [Contest(part.names, [budget(sparsity, part.numel) for sparsity in sparsities])]
+        """Return one contest, or one for each layer. UserError for bounds that the budget cannot meet."""
+        return competing(part, sparsities)

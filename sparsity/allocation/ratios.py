@@ -9,10 +9,12 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from sparsity.allocation.base import Contest, Part
 from sparsity.allocation.budget import Sparsity, as_written, budget
 from sparsity.errors import UserError
+from sparsity.selection import counts_by_name
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Limits:
         kept = spread(sum(self.sizes) - total, self._or_even(wanted), least, most)
         return rounded([size - share for size, share in zip(self.sizes, kept, strict=True)], total)
 
+    def allow(self, counts: Sequence[int]) -> bool:
+        """Return whether each layer may lose so many weights."""
+        return all(a <= count <= b for a, count, b in zip(self.least, counts, self.most, strict=True))
+
     def _or_even(self, wanted: Sequence[Fraction]) -> list[Fraction]:
         return list(wanted) if any(wanted) else [Fraction(size) for size in self.sizes]
 
@@ -50,9 +56,7 @@ def limits(part: Part) -> Limits:
     Raises:
         UserError: bounds that no number of weights of a layer meets, naming it.
     """
-    low, high = _kept("min_keep", part.min_keep), _kept("max_keep", part.max_keep)
-    if low > high:
-        raise UserError(f"--min_keep {part.min_keep} is above --max_keep {part.max_keep}: lower it, or raise the other")
+    low, high = check_bounds(part.min_keep, part.max_keep)
     least, most = [], []
     for name, size in zip(part.names, part.sizes, strict=True):
         most.append(math.floor(size * (1 - low)))
@@ -63,6 +67,14 @@ def limits(part: Part) -> Limits:
                 f" {part.max_keep}) and at most {most[-1]} (--min_keep {part.min_keep}): lower --min_keep"
             )
     return Limits(part.sizes, least, most)
+
+
+def check_bounds(min_keep: Sparsity, max_keep: Sparsity) -> tuple[Fraction, Fraction]:
+    """Return both as numbers. UserError unless they are fractions, the first not above the second."""
+    low, high = _kept("min_keep", min_keep), _kept("max_keep", max_keep)
+    if low > high:
+        raise UserError(f"--min_keep {min_keep} is above --max_keep {max_keep}: lower it, or raise the other")
+    return low, high
 
 
 def _kept(option: str, value: Sparsity) -> Fraction:
@@ -91,6 +103,27 @@ def total_of(part: Part, sparsity: Sparsity, bounds: Limits) -> int:
 def each_alone(part: Part, counts: Sequence[Sequence[int]]) -> list[Contest]:
     """Return a contest for each layer. counts: for each sparsity, how many weights each layer loses."""
     return [Contest([name], [each[i] for each in counts]) for i, name in enumerate(part.names)]
+
+
+def competing(part: Part, sparsities: Sequence[Sparsity]) -> list[Contest]:
+    """Return the contest of all weights of a part; or one for each layer, clipped, where layers have bounds."""
+    bounds = limits(part)
+    totals = [total_of(part, sparsity, bounds) for sparsity in sparsities]
+    if not part.bounded:
+        return [Contest(part.names, totals)]
+    return clipped(part, totals, counts_by_name(partial(part.scores, part.names), totals))
+
+
+def clipped(part: Part, totals: Sequence[int], wanted: Sequence[Mapping[str, int]]) -> list[Contest]:
+    """Return a contest for each layer, which loses what is wanted of it as far as its bounds allow: what they free or
+    cost is spread over the others in proportion. totals: for each sparsity, how many weights are pruned together.
+    """
+    bounds, counts = limits(part), []
+    for total, each in zip(totals, wanted, strict=True):
+        own = [each[name] for name in part.names]
+        fine = sum(own) == total and bounds.allow(own)
+        counts.append(own if fine else bounds.prune(total, [Fraction(count) for count in own]))
+    return each_alone(part, counts)
 
 
 def exact(part: Part, values: Mapping[str, float]) -> list[Fraction]:

@@ -45,6 +45,8 @@ class LearnableMasks:
                 self._attach(name, weight, module, hard)
 
     def _attach(self, name: str, weight: PrunableWeight, module: nn.Module, hard: bool) -> None:
+        if weight.attribute != "weight":
+            raise UserError(f"layer {name!r} of an nn.MultiheadAttention cannot learn its mask: --exclude it")
         if isinstance(module, MaskedLayer):
             raise UserError(f"layer {name!r} has a learnable mask already")
         calls = weight.transposed or type(module).forward is nn.Linear.forward

@@ -18,18 +18,25 @@ _CONSTANT = 1e-6  # of an input's mean square: variance below that is rounding
 def centred(statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the statistics of a layer's centred inputs.
 
-    Of "mean", (in,), the mean row of the inputs that the layer gets, "hessian", and where they are there "dense_mean",
-    "cross" and "dense_hessian" of the dense target. All others are returned as they are.
+    Of "input_means", (in,), the mean row of the inputs that the layer gets, "hessian", and where they are there
+    "dense_means", "cross" and "dense_hessian" of the dense target. "training" and "held_out", with "training_means" and
+    "held_out_means", lose the mean of the training samples: the bias is known from these alone. All others are returned
+    as they are.
     """
     found = dict(statistics)
-    mean = statistics["mean"]
-    dense_mean = statistics.get("dense_mean", mean)
+    mean = statistics["input_means"]
+    dense_mean = statistics.get("dense_means", mean)
     found["hessian"] = centred_strips(statistics["hessian"], mean)
     if "dense_hessian" in statistics:
         found["dense_hessian"] = centred_strips(statistics["dense_hessian"], dense_mean)
     if "cross" in statistics:
         cross = statistics["cross"]
         found["cross"] = cross - torch.outer(dense_mean.to(cross), mean.to(cross))
+    if "training" in statistics:
+        known, held_out = statistics["training_means"], statistics["held_out_means"]
+        found["training"] = centred_strips(statistics["training"], known)
+        found["held_out"] = centred_strips(statistics["held_out"], held_out)
+        add_square(found["held_out"], held_out - known)
     return found
 
 
@@ -47,6 +54,13 @@ def centred_strips(packed: Tensor, mean: Tensor) -> Tensor:
         piece.sub_(torch.outer(mean[strip], mean[strip.start :]), alpha=2)
         piece.mul_(varies[strip, None]).mul_(varies[strip.start :])
     return result
+
+
+def add_square(packed: Tensor, row: Tensor) -> None:
+    """Add 2 d d' to strips of 2 G, in place. row: d, (in,)."""
+    row = row.to(packed)
+    for strip, where in strips(len(row)):
+        packed[where].view(-1, len(row) - strip.start).add_(torch.outer(row[strip], row[strip.start :]), alpha=2)
 
 
 def bias_change(weight: Tensor, updated: Tensor, mean: Tensor, dense_mean: Tensor | None = None) -> Tensor:

@@ -98,25 +98,29 @@ def _cross(problem: Problem) -> Tensor:
 
 
 def relative_error(problem: Problem, updated: Tensor, damp: float) -> float:
-    """Return E(B) / E(0) of a layer's updated weights, (out, in), with H damped: the error of the output that is wanted
-    over its size. With the dense target the statistic "dense_hessian" is needed too. 0 where nothing is wanted.
+    """Return E(B) / E(0), of `squared_error`; 0 where nothing is wanted."""
+    error, size = squared_error(problem, updated, damp)
+    return error / size if size > 0 else 0.0
+
+
+def squared_error(problem: Problem, updated: Tensor, damp: float) -> tuple[float, float]:
+    """Return E(B) and E(0) of a layer's updated weights, (out, in), with H damped: the error of the output that is
+    wanted, and its size. With the dense target the statistic "dense_hessian" is needed too.
     """
     layer = equations(problem)
     lam, W, B = layer.ridge(damp), layer.weight, updated.to(layer.weight.dtype)
     if layer.same:
         H = layer.matrix(lam)
         lost = W - B
-        error, size = _form(lost, H, lost), _form(W, H, W)
-    else:
-        # The wanted output is W (a X + (1 - a) Xh)', and its own Gram matrix K has both inputs and their products.
-        a, cross = problem.dense_share, problem.statistics["cross"].to(W)
-        K = a * a * gram(problem, "dense_hessian") + (1 - a) ** 2 * layer.gram
-        K += a * (1 - a) * (cross + cross.t())
-        K.diagonal().add_(lam)
-        C, H = layer.right(lam), layer.matrix(lam)
-        size = _form(W, K, W)
-        error = size - 2 * float((C.double() * B.double()).sum()) + _form(B, H, B)
-    return max(error, 0.0) / size if size > 0 else 0.0
+        return max(_form(lost, H, lost), 0.0), _form(W, H, W)
+    # The wanted output is W (a X + (1 - a) Xh)', and its own Gram matrix K has both inputs and their products.
+    a, cross = problem.dense_share, problem.statistics["cross"].to(W)
+    K = a * a * gram(problem, "dense_hessian") + (1 - a) ** 2 * layer.gram
+    K += a * (1 - a) * (cross + cross.t())
+    K.diagonal().add_(lam)
+    C, H = layer.right(lam), layer.matrix(lam)
+    size = _form(W, K, W)
+    return max(size - 2 * float((C.double() * B.double()).sum()) + _form(B, H, B), 0.0), size
 
 
 def _form(left: Tensor, H: Tensor, right: Tensor) -> float:

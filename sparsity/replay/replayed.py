@@ -10,7 +10,9 @@ as stubs where the trace can be trusted; the log says which stages, and why.
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from sparsity.view import PrunableView, eager
 
 logger = logging.getLogger(__name__)
 
+Run = Callable[[], Any]
 Sums = dict[str, dict[str, Tensor]]  # statistic -> name of a weight -> tensor
 
 
@@ -37,7 +40,8 @@ class Replayed:
     those before it have become what they will be. progress: wraps the batches of a pass. reduce: sums a tensor over
     ranks, each of which has its own batches. dense: the weights stay as they are, so that one call of each block does.
     budget: bytes of captured tensors that are held in memory; beyond it they lie in a file in the folder `spill`, which
-    vanishes with the process. offload: sums are kept in the processor's memory. Autocast is the caller's.
+    vanishes with the process. offload: sums are kept in the processor's memory. both: the dense model runs beside the
+    pruned one, for statistics of both. Autocast is the caller's.
 
     put: set it where weights change between stages: called with the numbers of the stages whose pruned weights a
     measurement needs, it puts these into the model, and all others back to what they were.
@@ -59,6 +63,7 @@ class Replayed:
         budget: int | None = None,
         spill: Path | None = None,
         offload: bool = False,
+        both: bool = False,
     ):
         self._view, self._batches, self._reduce, self._dense = view, batches, reduce, dense
         self._progress, self._offload = progress or (lambda batches: batches), offload
@@ -71,6 +76,8 @@ class Replayed:
         self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
         stages = {name: number for number, names in enumerate(self.order) for name in names}
         self._calls = Calls(view, self._trace, stages, self._store)
+        self._beside = _Beside(Calls(view, self._trace, stages, self._store)) if both else None
+        self._pruned: list[int] = []  # stages whose pruned weights are in the model
 
     def __enter__(self) -> "Replayed":
         return self
@@ -102,7 +109,8 @@ class Replayed:
             found = None
         if found is None:
             self._put_all(number)
-            found = self._gathered(wanted, statistics, ((batch, None) for batch in self._over()))
+            runs = ((batch, None, partial(self._view.forward, batch)) for batch in self._over())
+            found = self._gathered(wanted, statistics, runs)
         torch.clear_autocast_cache()
         self._position = number
         return self._reduced(found, statistics)
@@ -113,18 +121,32 @@ class Replayed:
         """Return the sums over this rank's batches. Raises `UnfitError` where these are not as the trace has it."""
         self._go_on(number)
         self._put_unsettled(number)
+        beside = self._beside or _Beside(self._calls)
         with self._quiet():
             for state in self._states:
                 self._calls.settle(state, number)
+            with self._unpruned():
+                for state in beside.states:
+                    beside.calls.settle(state, number)
         if not self._ready(names):
             self._capture(number)
+        states = zip_longest(self._states, beside.states)
         if self._ready(names):
             settled_before = number + 1 if self._dense else 0
-            runs = ((s, partial(self._calls.evaluate, s, names, settled_before)) for s in self._states)
+            runs = (
+                (
+                    state,
+                    partial(self._calls.evaluate, state, names, settled_before),
+                    partial(beside.calls.evaluate, other, names, number + 1),
+                )
+                for state, other in states
+            )
             return self._gathered(wanted, statistics, runs)
         logger.info("%s: measured in a pass through the model: what feeds it is not there before", names[0])
-        pairs = zip(self._states, self._over(), strict=True)
-        runs = ((batch, partial(self._calls.live, state, batch, names)) for state, batch in pairs)
+        runs = (
+            (batch, partial(self._calls.live, state, batch, names), partial(beside.calls.live, other, batch, names))
+            for (state, other), batch in zip(states, self._over(), strict=True)
+        )
         return self._gathered(wanted, statistics, runs)
 
     def _put_unsettled(self, number: int) -> None:
@@ -136,18 +158,37 @@ class Replayed:
         running = [call.weights for call, done in zip(self._trace.calls, settled, strict=True) if not done]
         needed = set().union(*running) if self._states else used
         before = enumerate(self.order[:number])
-        self.put([stage for stage, names in before if not used.issuperset(names) or needed.intersection(names)])
+        self._put([stage for stage, names in before if not used.issuperset(names) or needed.intersection(names)])
 
     def _put_all(self, number: int) -> None:
         """Put in the pruned weights of all stages before this one."""
+        self._put(range(number))
+
+    def _put(self, stages: Collection[int]) -> None:
+        """Put in the pruned weights of these stages."""
         if self.put is not None:
-            self.put(range(number))
+            self.put(stages)
+            self._pruned = list(stages)
+
+    @contextmanager
+    def _unpruned(self) -> Iterator[None]:
+        """The dense model inside the block."""
+        pruned = self._pruned
+        if not pruned:
+            yield
+            return
+        self._put(())
+        try:
+            yield
+        finally:
+            self._put(pruned)
 
     def _ready(self, names: Sequence[str]) -> bool:
         """Return whether replayed calls are all that uses these weights."""
         if not self._states or not self._calls.numbers(names) or self._trace.between.intersection(names):
             return False
-        return all(self._calls.ready(state, names) for state in self._states)
+        beside = all(self._beside.calls.ready(state, names) for state in self._beside.states) if self._beside else True
+        return beside and all(self._calls.ready(state, names) for state in self._states)
 
     def _go_on(self, number: int) -> None:
         """Begin anew for an earlier stage, and after weights that code between blocks reads."""
@@ -176,20 +217,32 @@ class Replayed:
             for place, batch in enumerate(self._over()):
                 if fresh:
                     self._states.append(self._calls.state(batch))
+                if self._beside:
+                    self._capture_beside(self._beside, place, batch, number)
                 self._calls.capture(self._states[place], batch, number)
 
+    def _capture_beside(self, beside: "_Beside", place: int, batch: Any, number: int) -> None:
+        """Capture the calls of the dense model, which draws the random numbers that the pruned one will draw."""
+        if place == len(beside.states):
+            beside.states.append(beside.calls.state(batch))
+        with self._unpruned(), torch.random.fork_rng(self._view.accelerators):
+            beside.calls.capture(beside.states[place], batch, number)
+
     def _gathered(
-        self,
-        names: Collection[str],
-        statistics: Sequence[str],
-        runs: Iterable[tuple[Any, Callable[[], Any] | None]],
+        self, names: Collection[str], statistics: Sequence[str], runs: Iterable[tuple[Any, Run | None, Run]]
     ) -> Statistics:
-        """Return the sums over this rank's batches. runs: (batch or its state, what is run in place of the model)."""
+        """Return the sums over this rank's batches. runs: (batch or its state, what is run in place of the model, and
+        what in place of the dense one).
+        """
         kinds = measures_of(statistics)
         with self._quiet(), Statistics(_Recalled(self._view), kinds, names, offload=self._offload) as sums:
-            for batch, run in runs:
-                sums.add(batch, run)
+            for batch, run, dense in runs:
+                sums.add(batch, run, partial(self._as_dense, dense) if self._beside else None)
         return sums
+
+    def _as_dense(self, run: Run) -> None:
+        with self._unpruned():
+            run()
 
     def _reduced(self, found: Statistics, statistics: Sequence[str]) -> Sums:
         if self._reduce is not None:
@@ -233,6 +286,8 @@ class Replayed:
         for state in self._states:
             self._calls.forget(state)
         self._states = []
+        if self._beside:
+            self._beside.forget()
 
     def _over(self) -> Iterable[Any]:
         return self._progress(self._batches())
@@ -243,6 +298,20 @@ class Replayed:
         model = self._view.model
         with untouched(model), eager(model), _uncached(self._view), torch.inference_mode(False), torch.no_grad():
             yield
+
+
+@dataclass
+class _Beside:
+    """The calls of the dense model, which run beside the pruned one's. states: as many as batches."""
+
+    calls: Calls
+    states: list[State] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Let go of everything that is captured."""
+        for state in self.states:
+            self.calls.forget(state)
+        self.states = []
 
 
 class _Recalled(PrunableView):

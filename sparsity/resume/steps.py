@@ -12,6 +12,8 @@ from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
 
+_SMALL = ("bias ", "errors ")  # what keys of other tensors begin with
+
 
 class Trail:
     """Masks and updated weights after the last step, in a file.
@@ -35,14 +37,17 @@ class Trail:
         logger.info("%s: going on after step %s", self._path, facts["step"])
         masks = {name: tensors[f"mask {name}"] for name in names}
         weights = {name: tensors[f"weight {name}"] for name in names if f"weight {name}" in tensors}
+        biases, errors = ({k.removeprefix(p): t for k, t in tensors.items() if k.startswith(p)} for p in _SMALL)
         aliases = {name: weight.aliases for name, weight in view.weights.items()}
-        return int(facts["step"]), Masks(masks, self._provenance, aliases, weights)
+        return int(facts["step"]), Masks(masks, self._provenance, aliases, weights, biases, errors)
 
     def save(self, step: int, masks: Masks) -> None:
         """Takes the place of the step before."""
         if self._path:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
             tensors |= {f"weight {name}": weight for name, weight in masks.weights.items()}
+            for prefix, small in zip(_SMALL, (masks.biases, masks.errors), strict=True):
+                tensors |= {f"{prefix}{key}": value for key, value in small.items()}
             save_kept(self._path, tensors, {"identity": self._identity, "step": str(step)})
 
     def forget(self) -> None:

@@ -9,50 +9,39 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Part
+from sparsity.allocation.base import PROBES, Part
 from sparsity.allocation.budget import Sparsity, budget, step_sparsity
 from sparsity.bits import Bits
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
 from sparsity.pattern import NM, Block
 from sparsity.reconstruction.base import WholeModel
+from sparsity.resume.start import begun, check_pattern, check_start, lost, nested
 from sparsity.resume.steps import Trail
-from sparsity.run.blocks import in_blocks, of_weights
 from sparsity.run.layers import Layers
-from sparsity.run.memory import Memory, check_memory, preflight_bytes
+from sparsity.run.memory import Memory, check_memory, demand_of, preflight_bytes
 from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, fits, packed, versions
 from sparsity.run.plan import Plan
+from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
-from sparsity.run.select import Kept, Quota, budgets, chosen, follow, quotas, select, shared, warn_of_sum
-from sparsity.run.sequential import Blocks, origin_of
+from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen_of, follow, parts_of, quotas, shared
+from sparsity.run.sequential import Blocks, Solved, origin_of
 from sparsity.selection import Named, lowered
+from sparsity.sensitivity.measured import Measured as Measured
 from sparsity.statistics.checks import check_weights
-from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass, Calibrations, Statistic, Target
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Measured:
-    """Result of the first pass over the data.
-
-    statistics: name of a statistic -> name of a weight -> tensor. whole: what a reconstruction of the whole model reads
-    instead. origin: identity of data, model and arithmetic, and a path beside which what is done is kept.
-    """
-
-    statistics: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    whole: Any = None
-    origin: Scratch | None = None
 
 
 ANY = Request()  # of which only is known that it has no pattern
@@ -73,6 +62,7 @@ class Engine:
         pattern: NM | Block | None = None,
         seed: int = 42,
         groups: Mapping[str, Sparsity] | None = None,
+        start: Masks | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         generators: Callable[[int], torch.Generator] | None = None,
@@ -80,9 +70,9 @@ class Engine:
         """Return (sparsity, masks) for each sparsity (fractions), or once for a pattern.
 
         batches: a list, or a loader with a length, where they are read more than once; each step of a plan with several
-        reads the same. UserError, before any data is read, for what cannot be.
+        reads the same. start: masks that are there already. UserError, before any data is read, for what cannot be.
         """
-        request = Request.of(sparsities or (), pattern, seed, groups)
+        request = Request.of(sparsities or (), pattern, seed, groups, start and begun(view, start))
         reading = CalibrationPass(batches, progress, reduce, generators)
         self.preflight(view, request)
         if not (reading.rereadable or self.plan.one_pass):
@@ -108,15 +98,18 @@ class Engine:
         check_weights(view)
         if found := request.pattern or request.block:
             check_fits(view, found)
-        if not request.pattern:
-            whole = self._whole(view, self._no_scores, request)
-            parts = budgets(whole, request.sparsities, request.groups)
-            warn_of_sum(parts, request.sparsities, whole.numel)
+        if request.pattern:
+            if request.start:
+                check_pattern(view, request.start, request.pattern)
+        else:
+            if request.start:
+                check_start(request.start, self._parts(view, request))
+            check_budgets(self._parts(view, request, before=request.start), request.sparsities, request.groups)
         if isinstance(plan.reconstruction, WholeModel) and rounds is not None:
             held = plan.reconstruction.preflight(view, rounds, folder, plan.steps)
         if free is None:
             return
-        demand = plan.demand(request, rows=held)
+        demand = demand_of(plan, request, held)
         needed = preflight_bytes(demand, view)
         logger.info("%s needs at most %s, besides the model and its activations", self.name, needed)
         check_memory(needed, free, demand)
@@ -124,8 +117,26 @@ class Engine:
     def measure(self, view: PrunableView, reading: CalibrationPass, request: Request = ANY) -> Measured:
         """Return what one pass over the data gives for all sparsities; nothing is read where none serves them all.
 
-        request: with or without a pattern, as the masks are wanted.
+        request: with or without a pattern, as the masks are wanted; an allocation may measure layers at its sparsities.
         """
+        first = self._at_step(request, 1)
+        with request.start.applied(view) if request.start else nullcontext():
+            return self._measure(view, reading, first, request.start)
+
+    def _at_step(self, request: Request, step: int) -> Request:
+        """Return what is asked of a step, which begins with the masks of the one before."""
+        plan = self.plan
+
+        def reached(sparsity: Sparsity) -> Sparsity:
+            return step_sparsity(sparsity, step, plan.steps, plan.schedule)
+
+        groups = {group: reached(sparsity) for group, sparsity in request.groups.items()}
+        return replace(request, sparsities=tuple(map(reached, request.sparsities)), groups=groups)
+
+    def _measure(
+        self, view: PrunableView, reading: CalibrationPass, request: Request, before: Masks | None
+    ) -> Measured:
+        """Return what is measured for one step. before: the masks of the step before, which the model has."""
         plan, solver = self.plan, self.plan.reconstruction
         if plan.statistics and reading.batches is None:
             raise UserError(f"pruner {self.name!r} needs calibration data")
@@ -133,11 +144,17 @@ class Engine:
         if isinstance(solver, WholeModel):
             with reading.arithmetic():
                 return Measured(whole=solver.measure(view, reading, plan.steps), origin=origin)
-        wanted = [] if request.pattern else [*plan.allocation.statistics]
+        wanted = [] if request.pattern else [name for name in plan.allocation.statistics if name not in PROBES]
         alone = plan.by_blocks(request) or (plan.joint(request) and plan.local(request))
         if isinstance(plan.score.statistic, str) and not alone:
             wanted.insert(0, plan.score.statistic)
-        return Measured(self._collect(view, wanted, reading), origin=origin)
+        found = Measured(self._collect(view, wanted, reading), origin=origin)
+        if plan.probes and not request.pattern:
+            parts, score = self._parts(view, request, before=before), partial(self._score, view, seed=request.seed)
+            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before)
+            found.sensitivity = probing.run(origin)
+            found.statistics |= found.sensitivity.statistics
+        return found
 
     def _collect(
         self, view: PrunableView, wanted: Sequence[str], reading: CalibrationPass
@@ -189,7 +206,7 @@ class Engine:
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
         if found := request.pattern or request.block:
             record["dense_layers"] = dense_layers(view, found)
-        if plan.scored and plan.reconstruction is None:
+        if plan.scored and not plan.refines and request.start is None:
             yield from self._at_once(view, measured, request, record)
             return
         trails = []
@@ -201,6 +218,7 @@ class Engine:
             yield one.target, self._in_steps(view, measured, one, calibrations, facts, trails[-1])
         for trail in trails:
             trail.forget()
+        forget(measured.origin)
         if isinstance(plan.reconstruction, WholeModel):
             plan.reconstruction.forget(measured.whole)
 
@@ -215,6 +233,7 @@ class Engine:
                 bits[name] = packed(view, name, kept)
         for one, bits in zip(requests, found, strict=True):
             yield one.target, as_masks(view, bits, {**record, "sparsity": str(one.target)})
+        forget(measured.origin)
 
     def _scores_of(
         self, view: PrunableView, measured: Measured, seed: int, before: Masks | None = None
@@ -238,25 +257,29 @@ class Engine:
         """Return (name, what is kept for each sparsity, or the one pattern), by scores of the whole model."""
         if request.pattern:
             return ((name, [kept]) for name, kept in follow(request.pattern, scores(list(view.weights))))
-        whole = self._whole(view, scores, request, measured.statistics, before)
-        parts = budgets(whole, request.sparsities, request.groups)
-        if block := request.block:
-            contests = in_blocks(shared(parts, self.plan.allocation), block)
-            return of_weights(view, chosen(contests, self.plan.scope), block, len(request.sparsities))
-        return select(parts, self.plan.allocation, self.plan.scope)
+        parts = self._parts(view, request, scores, measured, before)
+        contests = shared(parts, self.plan.allocation)
+        return chosen_of(view, contests, self.plan.scope, request.block, len(request.sparsities))
 
-    @staticmethod
-    def _whole(
+    def _parts(
+        self,
         view: PrunableView,
-        scores: Callable[[Sequence[str]], Named],
         request: Request,
-        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        scores: Callable[[Sequence[str]], Named] | None = None,
+        measured: Measured | None = None,
         before: Masks | None = None,
-    ) -> Part:
-        """Return all weights that compete: those of layers that divide into blocks, where blocks are pruned."""
-        pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in (before or {}).items()}
+    ) -> list[Budget]:
+        """Return the parts that have budgets, with the sparsities of each, at least what is pruned before. Layers that
+        do not divide into the blocks that are pruned are in none.
+        """
+        plan, found = self.plan, measured or Measured()
+        pruned = {name: lost(mask) for name, mask in (before or {}).items()}
+        error = found.sensitivity.error if found.sensitivity.errors else None
+        moved = found.sensitivity.output if found.sensitivity.outputs else None
+        facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
         names = [name for name, weight in view.weights.items() if fits(request.block, weight.shape)]
-        return Part(view, names, scores, statistics or {}, pruned=pruned)
+        whole = Part(view, names, scores or self._no_scores, *facts)
+        return parts_of(whole, request.sparsities, request.groups, within_groups=plan.within == "group")
 
     @staticmethod
     def _no_scores(names: Sequence[str]) -> Named:
@@ -276,24 +299,20 @@ class Engine:
         if calibrations is None and plan.statistics and (plan.steps > 1 or not plan.whole):
             raise UserError(f"{self.name} reads the batches again: give what they are read from")
         done, masks = trail.load(view)
+        masks = masks or one.start
         for step in range(done + 1, plan.steps + 1):
-            target = one
-            if not one.pattern:
-                target = replace(
-                    one,
-                    sparsities=(step_sparsity(one.target, step, plan.steps, plan.schedule),),
-                    groups={g: step_sparsity(s, step, plan.steps, plan.schedule) for g, s in one.groups.items()},
-                )
+            target = self._at_step(one, step)
             with masks.applied(view) if masks else nullcontext():
                 reading = calibrations(step - 1) if calibrations else CalibrationPass()
-                fresh = measured if step == 1 else self.measure(view, reading, target)
+                fresh = measured if step == 1 else self._measure(view, reading, target, masks)
                 masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
             masks.provenance.pop("step")
             trail.save(step, masks)
+            forget(fresh.origin if step > 1 else None)
             if step > 1 and isinstance(plan.reconstruction, WholeModel):
                 plan.reconstruction.forget(fresh.whole)
         assert masks is not None, "there is at least one step"
-        return masks
+        return nested(masks, one.start, view) if one.start else masks
 
     def _step(
         self,
@@ -313,20 +332,19 @@ class Engine:
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
-            whole = self._whole(view, self._no_scores, target, measured.statistics, before)
-            contests = shared(budgets(whole, target.sparsities, target.groups), plan.allocation)
-            layers.quotas = quotas(in_blocks(contests, target.block) if target.block else contests, plan.scope)
+            contests = shared(self._parts(view, target, None, measured, before), plan.allocation)
+            layers.quotas = quotas(contests, plan.scope, target.block)
         if plan.by_blocks(target) or (plan.joint(target) and plan.local(target)):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
         selected = self._select(view, scores, target, measured, before)
         if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
             unit = target.block.numel if target.block else 1
-            counts = ((name, (kept.numel() - int(kept.count_nonzero())) // unit) for name, (kept,) in selected)
+            counts = ((name, lost(kept) // unit) for name, (kept,) in selected)
             layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
             return layers.run(None)
         masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
-        return layers.run(None, masks) if plan.reconstruction else masks
+        return layers.run(None, masks) if plan.refines else masks
 
     def _learned(
         self,
@@ -340,19 +358,14 @@ class Engine:
         """Return what is measured, with the statistic that is learned for one target."""
 
         # While scores are learned the model's weights are masked ones: what each layer loses is decided before.
-        whole = self._whole(view, self._no_scores, target, measured.statistics, before)
-        parts = [] if target.pattern else budgets(whole, target.sparsities, target.groups)
+        parts = [] if target.pattern else self._parts(view, target, None, measured, before)
         contests = shared(parts, self.plan.allocation)
 
         def choose(scores: Callable[[Sequence[str]], Named]) -> Named:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
-            found = [(replace(part, scores=scores), contest, shares) for part, contest, shares in contests]
-            if target.block:
-                selected = of_weights(view, chosen(in_blocks(found, target.block), self.plan.scope), target.block)
-            else:
-                selected = chosen(found, self.plan.scope)
-            return ((name, kept) for name, (kept,) in selected)
+            contested = [(replace(part, scores=scores), contest, shares) for part, contest, shares in contests]
+            return ((name, kept) for name, (kept,) in chosen_of(view, contested, self.plan.scope, target.block))
 
         with reading.arithmetic():
             learned = statistic.collect(view, reading, Target(target.target, target.pattern, choose))
@@ -370,10 +383,11 @@ class Engine:
     ) -> Masks:
         """The masks of a reconstruction that solves all layers together."""
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
-        pruned = 0 if target.pattern else budget(target.target, view.numel)
+        before_it = sum(map(lost, (alive or {}).values()))
+        pruned = 0 if target.pattern else max(budget(target.target, view.numel), before_it)
         done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
         for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
-            done.save(number, {name: (solved[0], solved[1])})
+            done.save(number, {name: Solved(solved[0], solved[1])})
         masks = as_masks(view, done.kept, facts, done.updates)
         done.forget()
         return masks

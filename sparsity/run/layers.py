@@ -1,5 +1,6 @@
 """Plans that prune layer by layer, each from statistics of its own inputs, in the order of the blocks."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,20 @@ from torch import Tensor
 
 from sparsity.masks import Masks
 from sparsity.reconstruction.base import Problem
+from sparsity.reconstruction.bias import bias_change, centred
+from sparsity.reconstruction.equations import equations
+from sparsity.reconstruction.errors import layer_errors
 from sparsity.replay.replayed import Replayed
 from sparsity.run.outcome import alive_of, as_masks, fits
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
-from sparsity.run.sequential import Blocks, PrunedStages, by_blocks, stages
+from sparsity.run.sequential import Blocks, PrunedStages, Solved, by_blocks, stages
+from sparsity.run.share import Share
 from sparsity.selection import check_finite, keep_pattern, lowered
+from sparsity.solvers.swaps import swap
 from sparsity.statistics.gradient_rows import Scratch
+from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -46,6 +53,14 @@ class Layers:
         self.plan, self.view, self.target, self.reading = plan, view, target, reading
         self.facts, self.before, self.origin = facts, before, origin
         self.quotas: Mapping[str, Quota] = {}
+        biases = Counter(
+            id(bias) for w in view.weights.values() for bias in {id(b): b for b in w.biases.values()}.values()
+        )
+        self._corrected = {
+            name
+            for name, weight in view.weights.items()
+            if weight.biases and all(biases[id(bias)] == 1 for bias in weight.biases.values())
+        }
 
     def run(self, score: Scorer | None, chosen: Masks | None = None) -> Masks:
         """Return the masks, with updated weights where the plan reconstructs.
@@ -54,30 +69,34 @@ class Layers:
         """
         label = str(self.target.pattern or self.target.target).replace(":", "of").replace("/", "over")
         label += f"_step{self.facts['step']}" if self.plan.steps > 1 else ""
-        method = [self.facts, chosen and chosen.digest()]
+        method = [self.facts, chosen and chosen.digest(), {name: str(quota) for name, quota in self.quotas.items()}]
         folder, reduce = self.reading.scratch and self.reading.scratch.path.parent, self.reading.reduce
         done = Blocks(self.view, self.origin, folder=folder, label=label, method=method, reduce=reduce)
         with self._replayed(folder) as replayed, PrunedStages(self.view, replayed.order, done) as put:
             replayed.put = put if self.plan.sequential else None
-            by_blocks(replayed.order, partial(self._measure, replayed), partial(self._prune_layer, score, chosen), done)
-        masks = as_masks(self.view, done.kept, self.facts, done.updates)
+            share = Share(*self.reading.place, reduce, self.view.device)
+            prune = partial(self._prune_layer, score, chosen)
+            by_blocks(replayed.order, partial(self._measure, replayed), prune, done, share)
+        masks = as_masks(self.view, done.kept, self.facts, done.updates, biases=done.biases, errors=done.errors)
         done.forget()
         return masks
 
     def _replayed(self, folder: Path | None) -> Replayed:
         """Return what measures one block after another. folder: of captured calls that are too large for memory."""
         reading, plan = self.reading, self.plan
+        view = self.view.in_full() if plan.reconstruction else self.view
         with reading.arithmetic():  # of the traced pass
             return Replayed(
-                self.view,
+                view,
                 lambda: reading.batches or (),
-                stages(self.view),
+                stages(view),
                 progress=reading.progress,
                 reduce=reading.reduce,
                 dense=not plan.sequential,
                 budget=reading.capture_budget,
                 spill=folder,
                 offload=plan.offload,
+                both=plan.dense_share > 0,
             )
 
     def _measure(self, replayed: Replayed, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -92,24 +111,45 @@ class Layers:
 
     def _prune_layer(
         self, score: Scorer | None, chosen: Masks | None, name: str, statistics: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what is kept of a layer, (out, in) bool, and what it becomes."""
+    ) -> Solved:
+        """Return what a layer becomes: its mask, refined by exchanges, and its updated weights and biases."""
         solver, pattern, weight = self.plan.reconstruction, self.target.pattern, self.view.weights[name].matrix()
         if not fits(pattern or self.target.block, weight.shape):
-            return torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None
+            return Solved(torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None)
         kept = alive_of(self.view, chosen, name) if chosen else None
         if kept is None and not self.plan.joint(self.target):
             kept = self._choose(score, name, statistics)
+        plain = self._problem(name, weight, dict(statistics), kept)
+        centring = self.plan.correct_bias and name in self._corrected
+        problem = replace(plain, statistics=centred(statistics)) if centring else plain
+        if self.plan.swaps:
+            problem = replace(problem, kept=self._swapped(problem))
         if solver is None:
-            assert kept is not None, "without a reconstruction a mask is chosen by scores"
-            return kept, None
-        return solver.solve(self._problem(name, weight, dict(statistics), kept))
+            assert problem.kept is not None, "without a reconstruction a mask is chosen by scores"
+            return Solved(problem.kept)
+        kept, updated = solver.solve(problem)
+        errors = layer_errors(plain, problem, kept, updated, self.plan.damp).tensor()
+        if not centring:
+            return Solved(kept, updated, errors=errors)
+        means = [statistics[each].to(weight.device) for each in ("input_means", "dense_means") if each in statistics]
+        return Solved(kept, updated, bias_change(weight, updated, *means), errors)
+
+    def _swapped(self, problem: Problem) -> Tensor:
+        """Return the mask of a problem after exchanges; where it has none, of the one that the reconstruction finds."""
+        kept, solver = problem.kept, self.plan.reconstruction
+        if kept is None:
+            assert solver is not None, "masks are chosen by scores, or by the reconstruction"
+            kept, _ = solver.solve(problem)
+        layer = equations(replace(problem, dense_share=0.0))
+        damp = DAMPING if isinstance(self.plan.damp, str) else self.plan.damp
+        alive = None if self.before is None else alive_of(self.view, self.before, problem.name)
+        return swap(layer.weight, layer.matrix(layer.ridge(damp)), kept, self.plan.swaps, problem.pattern, alive)
 
     def _problem(self, name: str, weight: Tensor, statistics: dict[str, Tensor], kept: Tensor | None) -> Problem:
         """Return what the reconstruction solves. kept: (out, in), bool; None where it finds the mask."""
-        target = self.target
-        how = {"scope": self.plan.scope, "pattern": target.pattern, "block": target.block}
-        problem = Problem(name, weight, statistics, kept, **how)
+        known = {"scope": self.plan.scope, "dense_share": self.plan.dense_share}
+        known |= {"pattern": self.target.pattern, "block": self.target.block}
+        problem = Problem(name, weight, statistics, kept, **known)
         if kept is not None:
             return problem
         quota = self.quotas.get(name)

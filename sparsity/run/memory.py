@@ -11,6 +11,7 @@ read the same inputs share one is not counted on), all in bytes:
 | scores, comparison with the threshold, keys near it | device | | 32 t + 2^26 a sparsity |
 | input_norms, input_means: float64 | device, or host with offload | 8 i over all layers | |
 | hessian: of all layers, or sequential of the largest block | device, or host with offload | g | |
+| cross; dense_hessian; training and held_out: likewise | device, or host with offload | 2 g; g; 3 g | |
 | mean_gradient: in float32 or better | device | max(w, 4) n | max(w, 4) t |
 | squared_gradient: the same, beside the gradient of a batch | device | 2 max(w, 4) n | max(w, 4) t |
 | learned_scores: score, gradient, moments, masked weight | device | 18 n | 8 t |
@@ -27,7 +28,10 @@ budget of their own, beyond which they lie in a file.
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from sparsity.allocation.base import LAYER_ERRORS
 from sparsity.errors import UserError
+from sparsity.run.plan import Plan
+from sparsity.run.request import Request
 from sparsity.run.sequential import stages
 from sparsity.statistics.gradient_rows import human
 from sparsity.statistics.hessian import strips
@@ -38,6 +42,7 @@ _MASKS = 1 / 8  # bytes a weight
 _SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
 _KEYS = 1 << 26  # of scores near one threshold
 _LEARNED, _ROW_SUM, _UPDATES = 18, 8, 3
+_GRAMS = {"hessian": 1, "cross": 2, "dense_hessian": 1, "training": 1, "held_out": 2}  # of g; a square has 16 / 9
 _TRANSIENT = {"mean_gradient": 4, "squared_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
 
@@ -66,6 +71,21 @@ class Memory:
 
     def __str__(self) -> str:
         return (f"{human(self.device)} on the device and " if self.device else "") + f"{human(self.host)} on the host"
+
+
+def demand_of(plan: Plan, request: Request, rows: int = 0) -> Demand:
+    """Return what decides the memory of a plan. rows: bytes of gradient rows that are held in memory."""
+    # Gram matrices of all layers are there together only where scores made of them are compared between layers.
+    alone = plan.by_blocks(request) or (plan.joint(request) and plan.local(request))
+    together = plan.statistic == "hessian" and not alone
+    return Demand(
+        [*plan.statistics, *(["hessian"] if LAYER_ERRORS in plan.allocation.statistics else [])],
+        sparsities=max(1, len(request.sparsities)),
+        solver=plan.reconstruction is not None,
+        sequential=not together and (plan.sequential or plan.refines or plan.probes),
+        offload=plan.offload,
+        rows=rows,
+    )
 
 
 def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
@@ -109,10 +129,11 @@ def _sums(demand: Demand, view: PrunableView) -> int:
     together = stages(view) if demand.sequential else [list(view.weights)]
     total = 0
     for statistic in demand.statistics:
-        if statistic in ("input_norms", "input_means"):
+        if statistic in ("input_norms", "input_means", "dense_means"):
             total += max(sum(_DOUBLE * view.weights[name].shape[1] for name in names) for names in together)
-        elif statistic == "hessian":
-            total += max(sum(_gram(view.weights[name].shape[1]) for name in names) for names in together)
+        elif statistic in _GRAMS:
+            size = max(sum(_gram(view.weights[name].shape[1]) for name in names) for names in together)
+            total += _GRAMS[statistic] * size
     return total
 
 

@@ -27,11 +27,12 @@ def as_masks(
     kept: Mapping[str, Bits],
     provenance: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
+    **more: Mapping[str, Tensor],
 ) -> Masks:
     """Return the masks of all layers, of `packed`, in prunable order. weights: in the parameters' own layout, what the
-    kept ones become where they were updated.
+    kept ones become where they were updated. more: biases and errors of `Masks`.
     """
-    return Masks({name: kept[name] for name in view.weights}, provenance, view.aliases, weights)
+    return Masks({name: kept[name] for name in view.weights}, provenance, view.aliases, weights, **more)
 
 
 def versions() -> dict[str, str]:

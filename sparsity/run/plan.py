@@ -12,15 +12,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation
-from sparsity.allocation.budget import check_schedule, fraction
+from sparsity.allocation.base import LAYER_ERRORS, PROBES, Allocation
+from sparsity.allocation.budget import Sparsity, check_schedule, fraction
+from sparsity.allocation.given import Given
+from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
-from sparsity.pattern import Block
 from sparsity.reconstruction.base import Reconstruction
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES
-from sparsity.run.memory import Demand
+from sparsity.reconstruction.damping import AUTO, Damp
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN, dense_share
 from sparsity.run.request import Request
-from sparsity.selection import SELECTION
+from sparsity.run.select import check_blocks
+from sparsity.solvers.swaps import check_swaps
+from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import Statistic
 from sparsity.view import PrunableView
@@ -52,8 +55,14 @@ class Plan:
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
     that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. preset:
-    what the provenance of masks says of the preset that stood for this plan.
+    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. within:
+    "model", or "group": each modality loses the same share, which the allocation spreads inside it. min_keep, max_keep:
+    fractions of each layer that must, and that may, be kept. preset: what the provenance of masks says of the preset
+    that stood for this plan.
+
+    dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
+    model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
+    layer_errors: also those errors of layers are measured that cost sums of their own.
     """
 
     score: Score
@@ -64,6 +73,13 @@ class Plan:
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
+    within: str = "model"
+    min_keep: Sparsity = 0
+    max_keep: Sparsity = 1
+    dense_share: float = 0.0
+    correct_bias: bool = False
+    swaps: int = 0
+    layer_errors: bool = False
     preset: str | None = None
 
     @property
@@ -87,8 +103,30 @@ class Plan:
         """Return the names of all statistics that are read from calibration data."""
         solver = self.reconstruction
         of_score = [] if self.statistic is None or self.whole else [self.statistic]
-        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ())]
+        both = [*of_score, *self.allocation.statistics, *(solver.statistics if solver else ()), *self._of_refinement]
         return list(dict.fromkeys(both))
+
+    @property
+    def _of_refinement(self) -> list[str]:
+        """The statistics that options of the reconstruction, and exchanges, need beside its own."""
+        found = ["hessian"] if self.swaps else []
+        if self.dense_share:
+            found += ["cross"] + (["dense_hessian"] if self.layer_errors else [])
+        if self.correct_bias:
+            found += ["input_means"] + (["dense_means"] if self.dense_share else [])
+        if self.damp == AUTO or self.layer_errors:
+            found += ["training", "held_out"] + (["training_means", "held_out_means"] if self.correct_bias else [])
+        return found
+
+    @property
+    def damp(self) -> Damp:
+        """Return the damping of the Gram matrices of layers."""
+        return self.reconstruction.options().get("damp", DAMPING) if self.reconstruction else DAMPING
+
+    @property
+    def refines(self) -> bool:
+        """Whether layers are worked on one by one once there are scores: their weights, or their masks."""
+        return self.reconstruction is not None or self.swaps > 0
 
     @property
     def of_inputs(self) -> bool:
@@ -113,12 +151,24 @@ class Plan:
     @property
     def one_pass(self) -> bool:
         """Whether one pass over the data, or none, serves all sparsities."""
-        return self.scored and self.reconstruction is None
+        return self.scored and not self.refines and not self.probes
+
+    @property
+    def probes(self) -> bool:
+        """Whether the allocation measures layers by forward passes of their own."""
+        return any(name in PROBES for name in self.allocation.statistics)
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """Return the options that bound what layers and modalities lose, those that are given."""
+        usual = {"allocation_within": "model", "min_keep": 0, "max_keep": 1}
+        given = zip(usual.items(), (self.within, self.min_keep, self.max_keep), strict=True)
+        return {option: value for (option, default), value in given if value != default}
 
     @property
     def resumes(self) -> bool:
         """Whether steps or blocks that are done are kept for a run that is killed."""
-        return self.steps > 1 or (not self.whole and (self.sequential or self.reconstruction is not None))
+        return self.steps > 1 or self.probes or (not self.whole and (self.sequential or self.refines))
 
     @property
     def _scores_inputs(self) -> bool:
@@ -140,58 +190,35 @@ class Plan:
         solver = self.reconstruction
         if solver is None or solver.whole or self.score.solver != solver.name:
             return False
+        if request.start and not (solver.projects and (request.pattern or self.scope == "layer")):
+            return False  # rows and blocks may have lost more than their share
         even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
         return solver.projects or (even and self.steps == 1)
-
-    def demand(self, request: Request, rows: int = 0) -> Demand:
-        """Return what decides the memory of a request. rows: bytes of gradient rows that are held in memory."""
-        # Gram matrices of all layers are there together only where scores made of them are compared between layers.
-        together = self.statistic == "hessian" and not (self.by_blocks(request) or self.joint(request))
-        return Demand(
-            self.statistics,
-            sparsities=max(1, len(request.sparsities)),
-            solver=self.reconstruction is not None,
-            sequential=not together and (self.sequential or self.reconstruction is not None),
-            offload=self.offload,
-            rows=rows,
-        )
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be, before anything is loaded."""
         if request.pattern and request.sparsities:
-            raise UserError(
-                f"the pattern {request.pattern} decides how many weights are pruned and where: give no sparsity"
-            )
+            raise UserError(f"pattern {request.pattern} says how many weights are pruned and where: give no sparsity")
         if request.pattern and request.groups:
-            raise UserError(
-                f"--group_sparsity: the pattern {request.pattern} decides what each group loses: leave it out"
-            )
+            raise UserError(f"--group_sparsity: pattern {request.pattern} decides what each group loses: leave it out")
+        for option in self.bounds if request.pattern else ():
+            raise UserError(f"--{option}: the pattern {request.pattern} decides what each layer loses: leave it out")
         if not request.pattern and not request.sparsities:
             raise UserError("give at least one sparsity, or a pattern")
         if request.pattern and self.steps > 1:
-            raise UserError(
-                f"{self.name} prunes step by step to a sparsity: a pattern needs epochs = 1, got {self.steps}"
-            )
+            raise UserError(f"{self.name} prunes in steps to a sparsity: a pattern needs epochs = 1, not {self.steps}")
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
-        if request.block:
-            self._check_blocks(request.block, request)
+        check_blocks(self, request)
+        if self.whole and request.start and request.pattern:
+            raise UserError(f"--from_mask: {self.name} makes {request.pattern} of a dense model: leave it out")
         if self.whole and request.groups:
             raise UserError(f"--group_sparsity: {self.name} decides by itself what each block keeps: leave it out")
-        if self.sequential and self.reconstruction is None and not self.by_blocks(request):
+        if self.sequential and not self.refines and not self.by_blocks(request):
             raise UserError(
                 f"allocation {self.allocation.name!r} compares layers with each other, which sequential calibration"
                 " prunes one after the other: take allocation layer, or calibration_mode dense"
             )
-
-    def _check_blocks(self, block: Block, request: Request) -> None:
-        """Raise UserError where this plan cannot prune blocks of weights."""
-        if self.whole:
-            raise UserError(f"--pattern {block}: {self.name} chooses single weights of the whole model: leave it out")
-        if self.scope == "block" and not self.joint(request):
-            raise UserError(f"--scope block compares single weights: with --pattern {block} take --scope layer or row")
-        if self.scope == "block" and SELECTION % block.columns:
-            raise UserError(f"--pattern {block}: its columns must divide the {SELECTION} of --scope block")
 
     def facts(self, request: Request) -> dict[str, Any]:
         """Return all that decides the masks but for model, data and sparsity, for their provenance."""
@@ -202,15 +229,20 @@ class Plan:
             found["pattern"] = str(request.pattern)
         else:
             pool = next((pool for pool, both in POOLS.items() if both == (self.allocation.name, self.scope)), None)
-            found |= {"allocation": self.allocation.name, "scope": self.scope} | ({"pool": pool} if pool else {})
-        if request.block:
-            found["pattern"] = str(request.block)
+            found |= {**self.allocation.facts(), "scope": self.scope} | ({"pool": pool} if pool else {})
+            found |= {option: str(value) for option, value in self.bounds.items()}
+        found |= {"pattern": str(request.block)} if request.block else {}
         if request.groups:
             found["group_sparsity"] = {group: str(sparsity) for group, sparsity in request.groups.items()}
+        if request.start:
+            found["from_mask"] = request.start.digest()
         if self.of_inputs:
             found["calibration_mode"] = self.calibration
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
         found |= options_of(self.score) | (self.reconstruction.options() if self.reconstruction else {})
+        if self.dense_share:
+            found["target"] = f"dense:{self.dense_share:g}"
+        found |= {name: getattr(self, name) for name in ("correct_bias", "swaps") if getattr(self, name)}
         return found | {"epochs": self.steps, "schedule": self.schedule}
 
 
@@ -223,19 +255,28 @@ def make_plan(
     score: Score,
     *,
     pool: str | None = None,
-    allocation: str | Allocation | None = None,
+    allocation: str | Mapping[str, Sparsity] | Allocation | None = None,
     scope: str | None = None,
     reconstruct: str | Reconstruction | None = None,
     calibration_mode: str | None = None,
     offload: bool = False,
     epochs: int = 1,
     schedule: str | None = None,
+    allocation_within: str = "model",
+    min_keep: Sparsity = 0,
+    max_keep: Sparsity = 1,
+    target: str | None = None,
+    correct_bias: bool = False,
+    swaps: int = 0,
+    layer_errors: bool = False,
     **own: Any,
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
-    pool: one word for allocation and scope, see `POOLS`. own: options of the reconstruction. UserError, in one line,
-    for a value that does not exist, an option that the plan does not read, and what cannot be combined.
+    pool: one word for allocation and scope, see `POOLS`. allocation: a name, "error:output", or rules, glob or group ->
+    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. correct_bias, swaps, layer_errors: of
+    `Plan`. own: options of the reconstruction. UserError, in one line, for a value that does not exist, an option that
+    the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -248,21 +289,78 @@ def make_plan(
     if solver and solver.whole and (allocation, scope) not in ((None, None), POOLS["global"]):
         what = f"pool {pool!r}" if pool else "--allocation and --scope"
         raise UserError(f"{name} decides by itself how many weights each block keeps: leave {what} out")
-    chosen = score.allocation if allocation is None else allocation
-    shared = ALLOCATIONS.find(chosen)() if isinstance(chosen, str) else chosen
+    shared = _allocation(score.allocation if allocation is None else allocation)
     scope = score.scope if scope is None else scope
     _among("scope", scope, SCOPES)
     check_schedule(epochs, schedule or "exp")
     if schedule is not None and epochs == 1:
         raise UserError("--schedule is how --epochs above 1 reach the sparsity: leave it out, or give --epochs")
-    plan = Plan(score, shared, scope, solver, "dense", epochs, schedule or "exp", offload)
+    plan = Plan(score, shared, scope, solver, steps=epochs, schedule=schedule or "exp", offload=offload)
+    plan = replace(plan, within=allocation_within, min_keep=min_keep, max_keep=max_keep)
+    plan = replace(plan, dense_share=0.0 if target is None else dense_share(target), correct_bias=correct_bias)
+    plan = replace(plan, swaps=check_swaps(swaps), layer_errors=layer_errors)
+    _check_bounds(plan)
+    for option, given in (("target", target), ("correct_bias", correct_bias), ("layer_errors", layer_errors)):
+        if given and (solver is None or solver.whole):
+            raise UserError(f"--{option} is for what updates each layer's weights: leave it out, or give --reconstruct")
+    if swaps and plan.whole:
+        raise UserError(f"--swaps: {name} decides by itself which weights are pruned: leave it out")
     for option, given in (("calibration_mode", calibration_mode is not None), ("offload", offload)):
         if given and not plan.of_inputs:
             raise UserError(f"--{option}: {name} reads no inputs of layers: leave it out")
     if calibration_mode is None:
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
-    return replace(plan, calibration=calibration_mode)
+    plan = replace(plan, calibration=calibration_mode)
+    _check_target(plan)
+    return plan
+
+
+def _check_target(plan: Plan) -> None:
+    """Raise UserError for a dense target that the plan cannot have."""
+    solver = plan.reconstruction
+    if not plan.dense_share or solver is None:
+        return
+    if "dense" not in solver.targets:
+        raise UserError(f"--target dense: {solver.name} knows no target but the layer's own output: leave it out")
+    if not plan.sequential:
+        raise UserError("--target dense is for sequential calibration: in dense calibration it is the same as none")
+    if plan.steps > 1:
+        raise UserError("--target dense needs --epochs 1: after the first step the model is not dense any more")
+
+
+def _allocation(given: str | Mapping[str, Sparsity] | Allocation) -> Allocation:
+    """Return what decides how much each layer loses. UserError for a name that does not exist."""
+    if isinstance(given, Allocation):
+        return given
+    if isinstance(given, Mapping):
+        return Given(given)
+    name, colon, of = given.partition(":")
+    kind = ALLOCATIONS.find(name)
+    if colon and not inspect.signature(kind).parameters:
+        raise UserError(f"--allocation {given}: {name} takes nothing after it")
+    return kind(of) if colon else kind()
+
+
+def _check_bounds(plan: Plan) -> None:
+    """Raise UserError for bounds, and for what an allocation measures, that the plan cannot have."""
+    _among("allocation_within", plan.within, WITHIN)
+    check_bounds(plan.min_keep, plan.max_keep)
+    if plan.whole:
+        for option in plan.bounds:
+            raise UserError(f"{plan.name} decides by itself how many weights each block keeps: leave --{option} out")
+    if plan.learned and LAYER_ERRORS in plan.allocation.statistics:
+        raise UserError(
+            f"--allocation error measures what the masks of a layer cost, and {plan.name} learns its scores for the"
+            " layers' shares: take another allocation"
+        )
+    if plan.learned and plan.allocation.by_scores and {"min_keep", "max_keep"} & set(plan.bounds):
+        raise UserError(
+            f"--allocation {plan.allocation.name}: {plan.name} learns its scores for what each layer loses, and they"
+            " would decide that: leave --min_keep and --max_keep out, or take another allocation"
+        )
+    if plan.steps > 1 and "max_keep" in plan.bounds:
+        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave it out")
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:

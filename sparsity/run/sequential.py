@@ -9,7 +9,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.masks import state_digest
 from sparsity.resume.kept import StoredTensors, load_kept, save_kept
+from sparsity.run.share import ALONE, Share
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -54,16 +55,30 @@ def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
     return Scratch(reading.scratch.path, facts)
 
 
+class Solved(NamedTuple):
+    """What a weight becomes.
+
+    kept: bool (out, in). updated: (out, in), or None where the kept weights stay. change: what is added to the biases
+    of its layers, (out,), or None. errors: of `sparsity.reconstruction.errors`, as a tensor, or None.
+    """
+
+    kept: Tensor
+    updated: Tensor | None = None
+    change: Tensor | None = None
+    errors: Tensor | None = None
+
+
 def by_blocks(
     order: Sequence[Sequence[str]],
     measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
-    prune: Callable[[str, Mapping[str, Tensor]], tuple[Tensor, Tensor | None]],
+    prune: Callable[[str, Mapping[str, Tensor]], Solved],
     done: "Blocks",
+    share: Share = ALONE,
 ) -> None:
     """Prune one stage after the other, but for those that are done.
 
     measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, its statistics by
-    name) -> kept, bool (out, in), and the updated weight (out, in) or None.
+    name) -> what it becomes. share: of the layers of a stage.
     """
     done.load(order)
     for number, names in enumerate(order):
@@ -71,11 +86,13 @@ def by_blocks(
             continue
         logger.info("block %d of %d: %d layers, from %s", number + 1, len(order), len(names), names[0])
         statistics = measure(names)
-        block = {}
-        for name in names:
-            own = {statistic: found.pop(name) for statistic, found in statistics.items() if name in found}
-            block[name] = prune(name, own)
-        done.save(number, block)
+
+        def solve(name: str, statistics: dict[str, dict[str, Tensor]] = statistics) -> Solved:
+            take = dict.pop if share.ranks == 1 else dict.__getitem__  # each is freed when its layer is done
+            return prune(name, {key: take(found, name) for key, found in statistics.items() if name in found})
+
+        solved = share.solve(names, solve, len(Solved._fields))
+        done.save(number, {name: Solved(*fields) for name, fields in solved.items()})
 
 
 class Blocks:
@@ -102,10 +119,12 @@ class Blocks:
         self._temporary: tempfile.TemporaryDirectory | None = None
         self.kept: dict[str, Bits] = {}  # in the parameter's own layout
         self.updates = StoredTensors()  # likewise
+        self.biases: dict[str, Tensor] = {}  # key of a bias -> what it becomes
+        self.errors: dict[str, Tensor] = {}
 
     def load(self, order: Sequence[Sequence[str]]) -> None:
         """Find the stages that are there, from the first on."""
-        found: list[tuple[dict[str, Bits], list[str]]] = []
+        found: list[tuple[dict[str, Bits], list[str], dict[str, Tensor]]] = []
         for number, names in enumerate(order if self._origin else ()):
             block = self._read(number, names)
             if block is None:
@@ -118,30 +137,47 @@ class Blocks:
             count = int(self._reduce(reached).nonzero()[0])
         if count:
             logger.info("going on after block %d of %d", count, len(order))
-        for number, (kept, updated) in enumerate(found[:count]):
+        for number, (kept, updated, small) in enumerate(found[:count]):
             self.kept |= kept
+            self.biases |= _named(small, "bias ")
+            self.errors |= _named(small, "errors ")
             self.updates.add(self._path(number), {name: f"weight {name}" for name in updated})
 
-    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, Bits], list[str]] | None:
-        """Return the masks of a stage and the names of its updated weights; None where they are not there."""
+    def _read(self, number: int, names: Sequence[str]) -> tuple[dict[str, Bits], list[str], dict[str, Tensor]] | None:
+        """Return the masks of a stage, the names of its updated weights, and what else is stored; None where they are
+        not there.
+        """
         stored = load_kept(self._path(number), self._identity)
         if stored is None or not {f"mask {name}" for name in names} <= stored[0].keys():
             return None
-        return {n: Bits.of(stored[0][f"mask {n}"]) for n in names}, [n for n in names if f"weight {n}" in stored[0]]
+        small = {key: value for key, value in stored[0].items() if not key.startswith(("mask ", "weight "))}
+        masks = {name: Bits.of(stored[0][f"mask {name}"]) for name in names}
+        return masks, [name for name in names if f"weight {name}" in stored[0]], small
 
-    def save(self, number: int, block: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """Add a stage: name -> what is kept, bool (out, in), and the updated weight (out, in) or None. Its file is
-        written whole or not at all.
+    def save(self, number: int, block: Mapping[str, Solved]) -> None:
+        """Add a stage: name -> what it becomes. Its file is written whole or not at all.
+
+        The parameters must hold the dense weights and biases.
         """
         weights = self._view.weights
-        masks = {name: weights[name].as_stored(kept) for name, (kept, _) in block.items()}
-        updates = {name: weights[name].as_stored(new) for name, (_, new) in block.items() if new is not None}
+        masks = {name: weights[name].as_stored(each.kept) for name, each in block.items()}
+        updates = {n: weights[n].as_stored(each.updated) for n, each in block.items() if each.updated is not None}
+        biases: dict[str, Tensor] = {}
+        for name, each in block.items():
+            if each.change is not None:
+                for key, bias in weights[name].biases.items():
+                    biases[key] = (bias.detach().to(each.change) + each.change).to(bias.dtype).cpu()
+        errors = {name: each.errors.cpu() for name, each in block.items() if each.errors is not None}
         if updates or self._origin:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
             tensors |= {f"weight {name}": new for name, new in updates.items()}
+            tensors |= {f"bias {key}": new for key, new in biases.items()}
+            tensors |= {f"errors {name}": values for name, values in errors.items()}
             save_kept(self._path(number), tensors, {"identity": self._identity})
             self.updates.add(self._path(number), {name: f"weight {name}" for name in updates})
         self.kept |= {name: Bits.of(mask) for name, mask in masks.items()}
+        self.biases |= biases
+        self.errors |= errors
 
     def pruned(self, name: str) -> Tensor:
         """Return what a weight becomes, in the parameter's own layout and on its device.
@@ -172,6 +208,11 @@ class Blocks:
         return Path(self._temporary.name) / f"block{number}"
 
 
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose keys begin so, by what follows."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 class PrunedStages:
     """Puts pruned weights into the model, and gives every parameter its own storage back, which is never written to.
 
@@ -190,10 +231,14 @@ class PrunedStages:
         for number in [number for number in stages if number not in self._dense]:
             own = self._dense[number] = []
             for name in self._order[number]:
-                parameter = self._view.weights[name].parameter
+                weight = self._view.weights[name]
                 pruned = self._done.pruned(name)
-                own.append((parameter, parameter.data))
-                parameter.data = pruned.contiguous()
+                own.append((weight.parameter, weight.parameter.data))
+                weight.parameter.data = pruned.contiguous()
+                for key, bias in weight.biases.items():
+                    if key in self._done.biases and not any(bias is changed for changed, _ in own):
+                        own.append((bias, bias.data))
+                        bias.data = self._done.biases[key].to(bias)
         torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
 
     def __enter__(self) -> "PrunedStages":

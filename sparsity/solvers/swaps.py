@@ -14,17 +14,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsity.errors import UserError
 from sparsity.pattern import NM
 
 _GAIN = 1e-6  # of a row's error: what an exchange gains at least
 _PAIRS = 1 << 22  # looked at together
 
 
-def swap(weight: Tensor, H: Tensor, kept: Tensor, rounds: int, pattern: NM | None = None) -> Tensor:
+def swap(
+    weight: Tensor,
+    H: Tensor,
+    kept: Tensor,
+    rounds: int,
+    pattern: NM | None = None,
+    alive: Tensor | None = None,
+) -> Tensor:
     """Return the mask, (out, in) bool, after at most so many exchanges in each row.
 
     weight: (out, in). H: (in, in), symmetric, positive semidefinite. pattern: exchanges stay within its groups, of
-    which the columns must be a multiple.
+    which the columns must be a multiple. alive: (out, in) bool, False where a weight was pruned before, and stays so
+    (default: none was).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     W, H, kept = weight.to(dtype), H.to(dtype), kept.clone()
@@ -33,8 +42,8 @@ def swap(weight: Tensor, H: Tensor, kept: Tensor, rounds: int, pattern: NM | Non
     errors = (lost * r).sum(dim=1)
     rows = torch.arange(len(W), device=W.device)
     for _ in range(rounds):
-        w, here = W[rows], kept[rows]
-        gains, pruned, restored = _best(w, H, here, r[rows], pattern)
+        gone = None if alive is None else ~alive[rows]
+        gains, pruned, restored = _best(W[rows], H, kept[rows], r[rows], pattern, gone)
         better = gains < -_GAIN * errors[rows]
         rows, gains, pruned, restored = (each[better] for each in (rows, gains, pruned, restored))
         if len(rows) == 0:
@@ -45,13 +54,16 @@ def swap(weight: Tensor, H: Tensor, kept: Tensor, rounds: int, pattern: NM | Non
     return kept
 
 
-def _best(w: Tensor, H: Tensor, kept: Tensor, r: Tensor, pattern: NM | None) -> tuple[Tensor, Tensor, Tensor]:
+def _best(
+    w: Tensor, H: Tensor, kept: Tensor, r: Tensor, pattern: NM | None, gone: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each row the change of its error by the best exchange (inf: there is none), the weight that is pruned
-    and the one that comes back, (rows,) each.
+    and the one that comes back, (rows,) each. gone: (rows, in) bool, those that cannot come back.
     """
     alone = w.square() * H.diagonal()
     out = (alone + 2 * w * r).masked_fill_(~kept, torch.inf)  # pruned, alone
     back = (alone - 2 * w * r).masked_fill_(kept, torch.inf)  # restored, alone
+    back = back if gone is None else back.masked_fill_(gone, torch.inf)
     parts = _within_groups(w, H, out, back, pattern) if pattern else _within_rows(w, H, out, back)
     gains, pruned, restored = out.new_empty(len(w)), kept.new_empty(len(w)).long(), kept.new_empty(len(w)).long()
     for rows, *found in parts:
@@ -113,3 +125,10 @@ def _candidates(w: Tensor, H: Tensor, out: Tensor, back: Tensor) -> tuple[tuple[
 def _leading(bounds: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     counts = (bounds <= limit).sum(dim=1).clamp(min=1)
     return bounds.topk(int(counts.amax()), dim=1, largest=False).indices, counts
+
+
+def check_swaps(rounds: int) -> int:
+    """Return the rounds of exchanges. UserError unless it is a whole number from 0."""
+    if not isinstance(rounds, int) or rounds < 0:
+        raise UserError(f"swaps must be a whole number from 0, got {rounds!r:.60}")
+    return rounds

@@ -24,7 +24,15 @@ _NAMED = 10  # layers, before a message says how many more there are
 
 
 def check_weights(view: PrunableView) -> None:
-    """Raise UserError, naming all layers concerned, where prunable weights hold NaN or Inf."""
+    """Raise UserError, naming all layers concerned, where prunable weights hold NaN or Inf, or nothing at all (on the
+    meta device).
+    """
+    empty = [name for name, weight in view.weights.items() if weight.parameter.is_meta]
+    if empty:
+        raise UserError(
+            f"the weights of {_layers(empty)} are on the meta device, where there are no numbers: load the model with"
+            " its weights in memory (no device_map that offloads, no init_empty_weights)"
+        )
     bad = [name for name, weight in view.weights.items() if not finite(weight.parameter.detach())]
     if bad:
         raise not_finite("weights", bad)

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sparsity.errors import UserError
+from sparsity.statistics.attention import projected
 from sparsity.statistics.checks import UNSEEN, finite, look, not_finite, not_reached
 from sparsity.statistics.hessian import gram
+from sparsity.statistics.streams import DenseInputs, Tokens, held_out, of_streams, other_tokens
 from sparsity.statistics.sums import Measured, SharedSums
 from sparsity.view import PrunableView
 
@@ -53,16 +55,23 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"input_norms": input_norms, "input_sums": input_sums, "gram": gram}
+STREAMS = of_streams(input_sums)  # measures of more than the rows
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A measured input: layers that read the very same tensor (query, key, value) need not measure it again."""
+    """An input that was seen: layers that read the very same tensor (query, key, value) need not measure it again.
+
+    rows: its real tokens (tokens, in), where it is of the dense model. dense: of the dense model, those that it was
+    measured with.
+    """
 
     source: ReferenceType
     version: int
     valid: Tensor | None
-    measured: Measured
+    measured: Measured | None = None
+    rows: Tensor | None = None
+    dense: Tensor | None = None
 
     def matches(self, source: Tensor, valid: Tensor | None) -> bool:
         if self.source() is not source or self.version != source._version:
@@ -101,9 +110,9 @@ class Statistics:
     does not: never. Sums are float64 (float32 on a device without it), and layers that have read the very same tensors
     share them.
 
-    measures: of MEASURES, one or several, from one forward. names: of the weights whose inputs are measured (default:
-    all); a layer that stays dense is left out. offload: the sums are kept in the memory of the processor, and the
-    accelerator holds what a layer adds to them alone.
+    measures: of MEASURES and STREAMS, one or several, from one forward. names: of the weights whose inputs are measured
+    (default: all); a layer that stays dense is left out. offload: the sums are kept in the memory of the processor, and
+    the accelerator holds what a layer adds to them alone.
     """
 
     def __init__(
@@ -116,8 +125,8 @@ class Statistics:
     ):
         self._measures = (measures,) if isinstance(measures, str) else tuple(measures)
         for measure in self._measures:
-            if measure not in MEASURES:
-                raise UserError(f"there is no statistic {measure!r}; there are: {', '.join(MEASURES)}")
+            if measure not in MEASURES and measure not in STREAMS:
+                raise UserError(f"there is no statistic {measure!r}; there are: {', '.join((*MEASURES, *STREAMS))}")
         self._view, self._offload = view, offload
         self._weights = {name: view.weights[name] for name in (view.weights if names is None else names)}
         self._sums = SharedSums(self._roots())
@@ -127,6 +136,10 @@ class Statistics:
         self._passed_over: set[str] = set()  # weights that were used otherwise
         self._batch: Any = None
         self._seen: list[_Seen] = []
+        self._number = -1  # of the batch
+        self._splits = any(measure.startswith("held_out") for measure in self._measures)
+        self._dense: DenseInputs | None = None  # of the batch, where the dense model runs, too
+        self._is_dense = False  # whether it is what runs
         self._stack = ExitStack()
 
     def _roots(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
@@ -135,7 +148,8 @@ class Statistics:
         for name, weight in self._weights.items():
             alike.setdefault((weight.shape[1], weight.parameter.device), []).append(name)
         for names in alike.values():
-            nothing = self._measured(self._weights[names[0]].matrix()[:0])  # (0, in)
+            rows = self._weights[names[0]].matrix()[:0]  # (0, in)
+            nothing = self._measured(Tokens(rows, torch.zeros(0, dtype=torch.bool, device=rows.device), rows))
             yield names, {measure: value.to(widest(value.device)) for measure, value in nothing.items()}
 
     def __enter__(self) -> "Statistics":
@@ -150,27 +164,45 @@ class Statistics:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._batch, self._seen = None, []
+        self._batch, self._dense, self._seen = None, None, []
         self._inside.clear()
         self._stack.close()
 
-    def add(self, batch: Any, run: Callable[[], Any] | None = None) -> None:
+    def add(self, batch: Any, run: Callable[[], Any] | None = None, dense: Callable[[], Any] | None = None) -> None:
         """Run one batch through the view's forward, or through `run` in its place: a part of the model, on what it got
-        for this batch.
+        for this batch. dense: runs the same in the dense model before that, for measures of both.
         """
-        self._batch = batch
+        self._batch, self._number, self._dense = batch, self._number + 1, None
         # Watching every call of a function costs time: not once all layers are known to be called themselves.
         watched = self._passed_over or len(self._called) < len(self._names)
         calls = _LinearCalls(self._linear) if watched else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), calls:
+            if dense:
+                self._run_dense(dense)
             _ = run() if run else self._view.forward(batch)
         self._seen.clear()
         self._sums.settle()
+        if self._dense is not None:
+            self._dense.finish()
 
-    def _before(self, name: str, key: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _run_dense(self, run: Callable[[], Any]) -> None:
+        """Keep what layers get in a run of the dense model; random numbers are the same in the next run."""
+        self._dense, self._is_dense = DenseInputs(), True
+        try:
+            with torch.random.fork_rng(self._view.accelerators):
+                run()
+        finally:
+            self._is_dense = False
+            self._seen.clear()
+
+    def _before(self, name: str, key: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._inside.add(name)
         self._called.add(name)
-        self._observe(name, key, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        if isinstance(module, nn.MultiheadAttention):
+            source = projected(self._weights[name].attribute, module, args, kwargs)
+        else:
+            source = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self._observe(name, key, source)
 
     def _after(self, name: str, *_: Any) -> None:
         self._inside.discard(name)
@@ -183,15 +215,41 @@ class Statistics:
 
     def _observe(self, name: str, key: str, source: Tensor) -> None:
         valid = self._view.valid_tokens(key, self._batch)
-        seen = next((s for s in self._seen if s.matches(source, valid)), None)
+        alike = [seen for seen in self._seen if seen.matches(source, valid)]
+        if self._is_dense:
+            self._keep(key, source, valid, alike)
+            return
+        dense = None if self._dense is None else self._dense.take(key)
+        seen = next((seen for seen in alike if seen.dense is dense), None)
         if seen is None:
             rows, samples = _real_rows(key, source, valid), source.shape[0] if source.ndim > 1 else 1
-            seen = _Seen(ref(source), source._version, valid, Measured(self._measured(rows), samples, len(rows)))
-            self._seen = [s for s in self._seen if s.source() is not None] + [seen]
+            if dense is not None and dense.shape != rows.shape:
+                raise other_tokens(key)
+            split = held_out(source.shape, self._number, source.device).reshape(-1) if self._splits else None
+            tokens = Tokens(rows, None if split is None else _real(split, valid), dense)
+            measured = Measured(self._measured(tokens), samples, len(rows))
+            seen = self._remember(_Seen(ref(source), source._version, valid, measured, dense=dense))
+        assert seen.measured is not None, "what is remembered was measured, but for the dense model's"
         self._sums.add(name, seen.measured)
 
-    def _measured(self, rows: Tensor) -> dict[str, Tensor]:
-        found = {measure: MEASURES[measure](rows) for measure in self._measures}
+    def _keep(self, key: str, source: Tensor, valid: Tensor | None, alike: Sequence[_Seen]) -> None:
+        """Keep the input of a layer of the dense model, once for all layers that read it."""
+        assert self._dense is not None, "it is there while the dense model runs"
+        if alike:
+            (seen,) = alike
+        else:
+            rows = _real_rows(key, source, valid)
+            rows = rows.clone() if valid is None else rows  # what is computed in place later must not reach it
+            seen = self._remember(_Seen(ref(source), source._version, valid, rows=rows))
+        assert seen.rows is not None, "the rows of the dense model are remembered"
+        self._dense.add(key, seen.rows)
+
+    def _remember(self, seen: _Seen) -> _Seen:
+        self._seen = [s for s in self._seen if s.source() is not None] + [seen]
+        return seen
+
+    def _measured(self, tokens: Tokens) -> dict[str, Tensor]:
+        found = {m: MEASURES[m](tokens.rows) if m in MEASURES else STREAMS[m](tokens) for m in self._measures}
         return {measure: value.cpu() for measure, value in found.items()} if self._offload else found
 
     def look(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -252,7 +310,12 @@ def _real_rows(key: str, source: Tensor, valid: Tensor | None) -> Tensor:
             f"layer {key!r} has inputs {tuple(source.shape)}, and valid_tokens of shape {tuple(valid.shape)}; where it"
             " reads more than the text, --groups must put it into another group than 'text'"
         )
-    return rows[valid.reshape(-1).bool()]
+    return _real(rows, valid)
+
+
+def _real(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """(all tokens, ...) -> (real tokens, ...)."""
+    return tokens if valid is None else tokens[valid.reshape(-1).bool()]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The statistics that a pruner can ask for, by name: one pass over the calibration batches gathers any of them."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -16,9 +17,19 @@ from sparsity.view import PrunableView
 GRADIENT, SQUARED = "mean_gradient", "squared_gradient"
 OF_GRADIENTS = (GRADIENT, SQUARED)
 # Statistic -> the measure that adds up, and its factor over the n real tokens.
-_SCALED = {"hessian": ("gram", 2.0), "input_means": ("input_sums", 1.0)}
-OF_INPUTS = (*MEASURES, *_SCALED)
-PASSES = (*OF_INPUTS, *OF_GRADIENTS)
+_OWN = {"hessian": ("gram", 2.0), "input_means": ("input_sums", 1.0)}
+_OF_DENSE = {"cross": ("products", 1.0), "dense_hessian": ("dense_gram", 2.0), "dense_means": ("dense_sums", 1.0)}
+_SCALED = _OWN | _OF_DENSE
+# Statistic -> the same over the tokens that are held out alone, and from which it is subtracted for all others.
+_SPLIT: dict[str, tuple[str, str | None, float]] = {
+    "held_out": ("held_out_gram", None, 2.0),
+    "training": ("held_out_gram", "gram", 2.0),
+    "held_out_means": ("held_out_sums", None, 1.0),
+    "training_means": ("held_out_sums", "input_sums", 1.0),
+}
+_HELD_OUT = "held_out_tokens"
+OF_INPUTS = (*MEASURES, *_SCALED, *_SPLIT)
+PASSES = (*(name for name in OF_INPUTS if name not in _OF_DENSE), *OF_GRADIENTS)  # the others take two models
 
 
 def collect(
@@ -37,8 +48,9 @@ def collect(
 
     "input_norms" (in,): sums of squares over the n real tokens, "input_means" (in,), "hessian": (2/n) X X^T as strips
     (`sparsity.statistics.hessian`), "mean_gradient" (out, in), "squared_gradient" (out, in): mean over the batches of
-    the square of each one's gradient. "input_sums" and "gram" are the bare sums. Layers that have read the very same
-    tensors get the very same statistic: nobody may write to it.
+    the square of each one's gradient. "input_sums" and "gram" are the bare sums. "held_out" and "training" are the
+    hessian over a tenth of the samples and over the others, "held_out_means" and "training_means" their means. Layers
+    that have read the very same tensors get the very same statistic: nobody may write to it.
 
     reduce: sums a tensor over ranks, each of which reads its own batches. generators: number of a batch -> the
     generator of what the loss draws there. names: of the weights that are asked about (default: all), without those
@@ -71,8 +83,14 @@ def collect(
 
 def measures_of(statistics: Sequence[str]) -> list[str]:
     """Return the measures of inputs that add up to these statistics."""
-    of_inputs = (statistic for statistic in statistics if statistic not in OF_GRADIENTS)
-    return list(dict.fromkeys(_SCALED[name][0] if name in _SCALED else name for name in of_inputs))
+    found: list[str] = []
+    for statistic in statistics:
+        if statistic in _SPLIT:
+            part, whole, _ = _SPLIT[statistic]
+            found += [part, _HELD_OUT, *([whole] if whole else [])]
+        elif statistic not in OF_GRADIENTS:
+            found.append(_SCALED[statistic][0] if statistic in _SCALED else statistic)
+    return list(dict.fromkeys(found))
 
 
 def _read(
@@ -107,19 +125,41 @@ def _read(
 def scaled(
     sums: dict[str, dict[str, Tensor]], tokens: dict[str, int], wanted: Sequence[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the statistics that are made of sums: in place where no one asks for the sums, once for all layers that
-    share one.
+    """Return the statistics that are made of sums: in place where nothing else is made of the same sum, once for all
+    layers that share one. Those of a split are missing where all tokens of a layer are on one side of it.
     """
     found = {}
+    uses = Counter(measure for statistic in wanted for measure in measures_of([statistic]))
     for statistic in wanted:
-        if statistic not in _SCALED:
+        if statistic in _SPLIT:
+            found[statistic] = _split(sums, tokens, *_SPLIT[statistic])
+        elif statistic in _SCALED:
+            measure, factor = _SCALED[statistic]
+            made: dict[int, Tensor] = {}
+            for name, total in sums[measure].items():
+                if id(total) not in made:
+                    scale = factor / tokens[name]
+                    made[id(total)] = total * scale if uses[measure] > 1 else total.mul_(scale)
+            found[statistic] = {name: made[id(total)] for name, total in sums[measure].items()}
+        else:
             found[statistic] = sums.get(statistic, {})
+    return found
+
+
+def _split(
+    sums: dict[str, dict[str, Tensor]], tokens: dict[str, int], part: str, whole: str | None, factor: float
+) -> dict[str, Tensor]:
+    """Return a mean over the tokens that are held out, or over all others, where `whole` is the sum over all."""
+    found: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    for name, total in sums[part].items():
+        apart = round(float(sums[_HELD_OUT][name]))
+        if not 0 < apart < tokens[name]:
             continue
-        measure, factor = _SCALED[statistic]
-        made: dict[int, Tensor] = {}
-        for name, total in sums[measure].items():
-            if id(total) not in made:
-                scale = factor / tokens[name]
-                made[id(total)] = total * scale if measure in wanted else total.mul_(scale)
-        found[statistic] = {name: made[id(total)] for name, total in sums[measure].items()}
+        if id(total) not in made:
+            if whole is None:
+                made[id(total)] = total * (factor / apart)
+            else:
+                made[id(total)] = (sums[whole][name] - total).mul_(factor / (tokens[name] - apart))
+        found[name] = made[id(total)]
     return found

@@ -24,7 +24,8 @@ class CalibrationPass:
     batches. generators: number of a batch -> the generator of what the loss draws there. rounds: for each round of
     batches that belong together, how many of them come here. scratch: where what is computed is kept for a run that is
     killed, and what is too large for memory. arithmetic: a context in which the model runs, such as autocast.
-    capture_budget: bytes of captured calls that are held in memory; more go to a file (None: all are held).
+    capture_budget: bytes of captured calls that are held in memory; more go to a file (None: all are held). place: rank
+    of this process, and how many there are, between which the layers of a block are shared out.
     """
 
     batches: Iterable[Any] | None = None
@@ -35,6 +36,7 @@ class CalibrationPass:
     scratch: Scratch | None = None
     arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
     capture_budget: int | None = None
+    place: tuple[int, int] = (0, 1)
 
     def over(self) -> Iterable[Any]:
         """Return the batches, with their progress shown. UserError where there are none."""

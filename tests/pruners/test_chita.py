@@ -140,7 +140,9 @@ def test_two_steps_are_one_after_the_other(view, epochs):
     with first.applied(view):
         measured = pruner.measure(view, CalibrationPass(epochs[1], rounds=[2, 2]))
         assert isinstance(measured, Measured) and measured.whole.n == 2
-        second = pruner._solve_all(pruner.plan.reconstruction, view, measured, Request(["0.6"]), first, {})
+        second = pruner._solve_all(
+            pruner.plan.reconstruction, view, measured, Request(["0.6"]), CalibrationPass(), first, {}
+        )
     assert same(second, both)
     assert all(torch.equal(weight, before[name]) for name, weight in parameters(view).items())
 
@@ -249,7 +251,7 @@ def test_what_is_needed_is_said_and_too_much_is_refused_before_any_forward(tmp_p
     caplog.set_level("INFO", "sparsity")
     pruned(tmp_path / "said", "chita", "-s", "50", "--memory_budget", "0")
     (line,) = (record.getMessage() for record in caplog.records if record.name.endswith(".chita"))
-    assert line.startswith("chita: 3 gradient rows of ") and " in memory" in line and " on disk" in line
+    assert line.startswith("chita: 3 gradient rows of ") and line.endswith(" in a file")
     usage = namedtuple("usage", "total used free")(0, 0, 3 * 10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(xvlm.XVLM, "forward", lambda *given: pytest.fail("a forward pass"))

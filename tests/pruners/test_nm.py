@@ -16,7 +16,7 @@ from sparsity.allocation.budget import budget
 from sparsity.masks import Masks
 from sparsity.pattern import NM
 from sparsity.run.request import Request
-from sparsity.run.sequential import Progress, stages
+from sparsity.run.sequential import Blocks, stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import triangle
 from sparsity.statistics.inputs import Statistics
@@ -346,7 +346,7 @@ def test_ranks_add_up(view, batches):
 
 @pytest.mark.parametrize("options", [{}, {"enable_update": True}], ids=str)
 def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_path, options, monkeypatch):
-    passes, saved, save = watch(monkeypatch), [], Progress.save
+    passes, saved, save = watch(monkeypatch), [], Blocks.save
 
     def run(limit=99):
         passes.clear()
@@ -358,7 +358,7 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
             saved.append(number)
             save(progress, number, block)
 
-        monkeypatch.setattr(Progress, "save", saving)
+        monkeypatch.setattr(Blocks, "save", saving)
         pruner = pruners.build("sparsegpt", **options)
         reading = CalibrationPass(batches, scratch=Scratch(tmp_path / "run", "data"))
         measured = pruner.measure(view, reading)

@@ -380,7 +380,7 @@ def test_progress_wraps_the_batches(view, batches):
     ("options", "message"),
     [
         ({"sparsities": None}, "at least one sparsity"),
-        ({"sparsities": ["0.5"], "pattern": NM(2, 4)}, "pattern 2:4 decides"),
+        ({"sparsities": ["0.5"], "pattern": NM(2, 4)}, "pattern 2:4 says how many"),
         ({"sparsities": None, "pattern": NM(2, 4), "groups": {"text": 0.5}}, "pattern 2:4 decides what each group"),
         ({"sparsities": None, "pattern": NM(1, 5)}, "5 divides the inputs of no layer, which are 4, 6, 8, 12: choose"),
         ({"sparsities": ["63"]}, "fraction between 0 and 1"),

@@ -131,7 +131,7 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.zeros(4, 8, 8))
 
 
-@pytest.mark.parametrize("bad", [nn.MultiheadAttention(4, 2), Experts(), nn.LazyLinear(4)])
+@pytest.mark.parametrize("bad", [nn.MultiheadAttention(4, 2, kdim=8), Experts(), nn.LazyLinear(4)])
 def test_layers_that_no_hook_can_observe_are_refused_by_name(bad):
     model = nn.ModuleDict({"good": nn.Linear(4, 4), "bad": bad})
     with pytest.raises(ValueError, match="'bad' cannot be pruned"):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import FolderBatches, LoaderBatches
+from datasets.calibration.own_data import split
 from datasets.labelled.image_folder import ImageFolder
 from datasets.place import ALONE, Place
 
@@ -50,10 +51,14 @@ def shades(read):
 
 def test_a_folder_without_captions_and_classes(photos, tmp_path):
     read = batches(photos, tmp_path)
-    assert len(read) == 3 and read.rounds == [1, 1, 1] and read.numbers == [0, 1, 2]
+    assert len(read) == 4 and read.rounds == [1] * 4 and read.numbers == [0, 1, 2, 3]
     found = list(read)
-    assert all(len(batch) == 3 and captions is None and labels is None for batch, captions, labels in found)
-    assert len(set(sum(shades(found), []))) == 9 and not (tmp_path / "out").exists()
+    assert all(captions is None and labels is None for _, captions, labels in found)
+    assert [len(batch) for batch in shades(found)] == [3, 3, 3, 1], "the last partial batch counts"
+    assert sorted(sum(shades(found), [])) == list(range(10)) and not (tmp_path / "out").exists()
+    assert read.told.endswith(
+        "photos: 10 images (0.png, 1.png, 2.png and 7 more), without captions; 4 batches of at most 3 an epoch"
+    )
     assert shades(batches(photos, tmp_path)) == shades(found) != shades(batches(photos, tmp_path, seed=1))
 
 
@@ -61,8 +66,24 @@ def test_epochs_go_on_where_the_last_one_ended(photos, tmp_path):
     read = batches(photos, tmp_path, num_batches=2)
     assert [read.at(epoch).numbers for epoch in (0, 1, 2)] == [[0, 1], [2, 3], [4, 5]]
     stream = sum((shades(read.at(epoch)) for epoch in range(5)), [])
-    assert sorted(sum(stream, [])[:10]) == list(range(10)), "each image once before any is seen again"
+    for turn in (stream[:4], stream[4:8]):
+        assert sorted(sum(turn, [])) == list(range(10)), "each image once before any is seen again"
+    assert stream[:4] != stream[4:8]
     assert shades(read.at(3)) == stream[6:8], "whatever was read before"
+
+
+def test_items_that_are_held_out_are_not_calibrated_on(photos, tmp_path):
+    calibration, held = split(10)
+    assert len(held) == 1 and sorted(calibration + held) == list(range(10))
+    config = ExternalPruneConfig(calibration=str(photos), batch_size=4)
+    for seed in (0, 1):
+        read = FolderBatches(config, Shades(), tmp_path, 99, seed, choose=lambda count: split(count).calibration)
+        assert sorted(sum(shades(read), [])) == calibration, "whatever the seed of the run"
+        assert "from 9 of the 10" in read.told
+    assert split(1) == ([0], [0]) and len(split(100_000).held) == 256
+    one = made(lambda: list(range(10)), choose=lambda count: split(count).held)
+    others = made(lambda: list(range(10)), choose=lambda count: split(count).calibration)
+    assert list(one) == held and list(others) == calibration
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -76,7 +97,7 @@ def test_ranks_share_the_batches_of_one(photos, tmp_path, epoch, workers):
         assert len(rank) == len(rank.numbers) == sum(rank.rounds)
         shared |= dict(zip(rank.numbers, shades(rank), strict=True))
     assert shared == found
-    assert [sum(counts) for counts in zip(*(rank.rounds for rank in ranks), strict=True)] == [1, 1, 1]
+    assert [sum(counts) for counts in zip(*(rank.rounds for rank in ranks), strict=True)] == [1] * 4
 
 
 def test_more_ranks_than_batches(photos, tmp_path):
@@ -153,8 +174,8 @@ def numbers(seed, epoch):
     return [torch.tensor([seed, epoch, i]) for i in range(5)]
 
 
-def made(make, num_batches=99, place=ALONE):
-    return LoaderBatches(make, "my:loader", num_batches, 7, place)
+def made(make, num_batches=99, place=ALONE, choose=None):
+    return LoaderBatches(make, "my:loader", num_batches, 7, place, choose)
 
 
 def test_a_function_is_called_for_each_epoch():

@@ -75,20 +75,26 @@ def test_vision_language_models_of_transformers(tmp_path, kind):
     folder = tiny_models.save(TRANSFORMERS[kind](), tmp_path / kind)
     model = external.build(f"hf:{folder}")
     view = external.prunable_view(model)
-    assert {weight.group for weight in view.weights.values()} == (
-        {"vision", "text"} if kind in ("clip", "siglip") else {"vision", "fusion", "text"}
-    )
+    assert set(view.groups) == {
+        "clip": {"vision", "text"},
+        "siglip": {"vision", "text"},
+        "blip2": {"vision", "fusion", "projector", "text"},
+        "whisper": {"audio", "text"},
+    }.get(kind, {"vision", "projector", "text"})
     dense = {name for name in linear_names(model) if f"{name}.weight" not in view.weights}
-    assert (
-        dense
-        == {
-            "clip": {"visual_projection", "text_projection"},
-            "siglip": {"text_model.head", "vision_model.head.attention.out_proj"},
-            "blip2": {"language_model.lm_head"},
-            "llava": {"lm_head"},
-            "qwen": {"lm_head"},
-        }[kind]
-    )
+    assert dense == {
+        "clip": {"visual_projection", "text_projection"},
+        "siglip": {"text_model.head", "vision_model.head.attention.out_proj"},
+        "blip2": {"language_model.lm_head"},
+        "llava": {"lm_head"},
+        "paligemma": {
+            "lm_head",
+            "model.vision_tower.head.attention.out_proj",
+            "model.vision_tower.head.mlp.fc1",
+            "model.vision_tower.head.mlp.fc2",
+        },
+        "whisper": {"proj_out"},
+    }.get(kind, {"lm_head"})
 
     def reload():
         model.save_pretrained(tmp_path / "pruned")
@@ -174,12 +180,10 @@ def test_groups_of_ones_own():
 )
 def test_towers_by_name(kind):
     view = external.prunable_view(tiny_models.llava() if "Llava" in kind.__name__ else tiny_models.blip2())
-    fusion = ("multi_modal_projector", "qformer", "language_projection")
+    known = {"qformer": "fusion", "multi_modal_projector": "projector", "language_projection": "projector"}
+    known |= {"language_model": "text", "vision": "vision"}
     for name, weight in view.weights.items():
-        expected = (
-            "fusion" if any(part in name for part in fusion) else "text" if "language_model" in name else "vision"
-        )
-        assert weight.group == expected, name
+        assert weight.group == next(group for part, group in known.items() if part in name), name
 
 
 class Experts(nn.Module):
@@ -189,7 +193,9 @@ class Experts(nn.Module):
 
 
 def test_what_cannot_be_pruned_is_refused_by_name_with_a_way_out():
-    model = nn.ModuleDict({"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2), "experts": Experts()})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, kdim=4), "experts": Experts()}
+    )
     with pytest.raises(
         ValueError, match="'attention' cannot be pruned: .*nn.MultiheadAttention.* --exclude 'attention'"
     ):

@@ -97,15 +97,13 @@ def test_texts_longer_than_the_positions_are_cut(tmp_path, images):
 
 
 @pytest.mark.parametrize(("kind", "chat"), [("blip2", False), ("llava", False), ("llava", True), ("qwen", True)])
-def test_generative_models_are_asked_and_answer_the_caption(tmp_path, images, caplog, kind, chat):
+def test_generative_models_are_asked_and_answer_the_caption(tmp_path, images, kind, chat):
     model, preprocess = published(kind, tmp_path, chat=chat)
-    caplog.clear()
     view = external.prunable_view(model)
-    asked = preprocess(images, None, None)
+    asked = preprocess(images, CAPTIONS, None)
     preprocess.check(True)
-    assert "labels" not in asked and not caplog.records
-    preprocess.check(False)
-    assert "the folder has no captions: every image has the text 'Describe the image.'" in caplog.text
+    with pytest.raises(ValueError, match="reads texts, and the folder has no captions: put captions.json in it"):
+        preprocess.check(False)
     places = 6 if kind == "qwen" else 4  # of 56 x 84 pixels
     assert (asked["input_ids"] == IMAGE_TOKEN).sum(1).tolist() == [places] * 2
     words = tokenizer()(PROMPT)["input_ids"]
@@ -146,7 +144,9 @@ def test_a_text_decoder_beside_an_encoder_reads_the_captions(tmp_path, images):
     assert view.loss(batch).isfinite()
     name = next(name for name in view.weights if ".decoder." in name)
     assert torch.equal(view.valid_tokens(name, batch), batch["decoder_attention_mask"].bool())
-    view.forward(preprocess(images, None, None))
+    view.forward(batch)
+    with pytest.raises(ValueError, match="reads texts, and the folder has no captions"):
+        preprocess(images, None, None)
 
 
 def test_what_has_no_preprocessing_is_refused(tmp_path):
@@ -159,5 +159,5 @@ def test_what_has_no_preprocessing_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
     text = transformers.BertModel(transformers.BertConfig(**tiny_models.TEXT))
     model = external.build(f"hf:{tiny_models.save(text, tmp_path / 'text', tokenizer())}")
-    with pytest.raises(ValueError, match="BertModel takes no images"):
+    with pytest.raises(ValueError, match="BertModel takes no images; give a file of texts"):
         preprocessing(model)

@@ -4,7 +4,6 @@ from fractions import Fraction
 from itertools import product
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,13 +109,15 @@ def test_what_bounds_force_out_of_the_ladder_is_met():
 
 def test_of_the_output_curves_are_multiplied_by_the_sensitivity():
     view = view_of(layers((20, 20), (20, 20)))
-    sensitivity = {"a.weight": torch.tensor(0.1), "b.weight": torch.tensor(2.0)}
-    scaled = power({"a.weight": (float(sensitivity["a.weight"]), 2), "b.weight": (2.0, 2)})
+    sensitivity = {"a.weight": 0.1, "b.weight": 2.0}
+    scaled = power({"a.weight": (0.1, 2), "b.weight": (2.0, 2)})
     plain = power(dict.fromkeys(view.weights, (1.0, 2)))
     output = Error("output")
-    assert output.statistics == ("output_sensitivity",) and Error().statistics == ()
-    found = counts(output, part_of(view, errors=plain, statistics={"output_sensitivity": sensitivity}), 0.5)
+    part = part_of(view, errors=plain, sensitivity=lambda name, sparsity: sensitivity[name])
+    found = counts(output, part, 0.5)
     assert found == counts(Error(), part_of(view, errors=scaled), 0.5) != [dict.fromkeys(view.weights, 200)]
+    with pytest.raises(UserError, match="choose another"):
+        output.contests(part_of(view, errors=plain), [0.5])
 
 
 def test_mistakes_are_one_clear_line():

@@ -1,15 +1,12 @@
 """The rule that allocations share: exact sums, bounds, proportion."""
 
 from fractions import Fraction
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.allocation.base import Allocation, Contest, within_groups
-from sparsity.allocation.budget import budget
-from sparsity.allocation.ratios import Limits, each_alone, exact, limits, rounded, spread, total_of
+from sparsity.allocation.ratios import Limits, exact, limits, rounded, spread, total_of
 from sparsity.errors import UserError
 from tests.sparsity.allocation.parts import part_of
 from tests.toys import layers, view_of
@@ -155,28 +152,3 @@ def test_a_criterion_that_is_no_number_names_the_layer(bad):
     part = part_of(view_of(layers((3, 5), (2, 5))))
     with pytest.raises(UserError, match="'b.weight'"):
         exact(part, {"a.weight": 1.0, "b.weight": bad})
-
-
-class First(Allocation):
-    """All that it can from the first layers."""
-
-    def contests(self, part, sparsities):
-        counts = []
-        for sparsity in sparsities:
-            left, each = budget(sparsity, part.numel), []
-            for size in part.sizes:
-                each.append(min(size, left))
-                left -= each[-1]
-            counts.append(each)
-        return each_alone(part, counts)
-
-
-def test_within_groups_each_keeps_its_share():
-    model = layers((4, 5), (2, 5), (3, 5), (1, 7))
-    view = view_of(model, group_of=lambda name: "x" if name[0] in "ac" else "y")
-    found = within_groups(First(), part_of(view), [0.5, 0.7])
-    a, b, c, d = (f"{letter}.weight" for letter in "abcd")
-    assert found == [Contest([a], [17, 20]), Contest([c], [0, 4]), Contest([b], [8, 10]), Contest([d], [0, 1])]
-    own = within_groups(First(), part_of(view), [0.5, 0.7], {"y": ["0.1", "1/17"]})
-    assert own == [Contest([a], [17, 20]), Contest([c], [0, 4]), Contest([b], [1, 1]), Contest([d], [0, 0])]
-    assert all(x <= y for contest in found for x, y in pairwise(contest.counts))

@@ -43,8 +43,8 @@ def both(weight, dense, pruned, a, **options):
         "hessian": hessian_of(pruned),
         "dense_hessian": hessian_of(dense),
         "cross": dense.t() @ pruned / len(dense),
-        "mean": pruned.mean(0),
-        "dense_mean": dense.mean(0),
+        "input_means": pruned.mean(0),
+        "dense_means": dense.mean(0),
     }
     return Problem("layer", weight, statistics, dense_share=a, **options)
 

@@ -18,7 +18,7 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM
 from sparsity.reconstruction.sparsegpt import reconstruct
 from sparsity.replay.replayed import Replayed
-from sparsity.run.sequential import Blocks, PrunedStages, by_blocks, stages
+from sparsity.run.sequential import Blocks, PrunedStages, Solved, by_blocks, stages
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import factor
 from sparsity.statistics.passes import collect
@@ -57,7 +57,7 @@ def slowly(view: PrunableView, batches: Sequence, order: Sequence[Sequence[str]]
 
 
 def pruning(view: PrunableView, statistic: str) -> Callable:
-    return lambda name, statistics: METHODS[statistic](name, view.weights[name].matrix(), statistics)
+    return lambda name, statistics: Solved(*METHODS[statistic](name, view.weights[name].matrix(), statistics))
 
 
 def replayed(view: PrunableView, calls: Replayed, statistic: str, done: Blocks | None = None) -> Blocks:
@@ -109,7 +109,9 @@ def check(view: PrunableView, batches: Sequence, statistics: Sequence[str] = tup
                 assert all(torch.equal(values[name], expected[name]) for name in names), (statistic, names)
             put(())
             norms = both["input_norms"]
-            done.save(number, {n: wanda(n, view.weights[n].matrix(), {"input_norms": norms[n]}) for n in names})
+            done.save(
+                number, {n: Solved(*wanda(n, view.weights[n].matrix(), {"input_norms": norms[n]})) for n in names}
+            )
     return calls
 
 
@@ -258,7 +260,7 @@ def test_towers_are_pruned_in_the_order_in_which_they_run(batches, caplog):
     torch.manual_seed(0)
     model = Pair()
     view = view_of(model, blocks=[*model.decoder, *model.encoder])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         calls = check(view, batches)
     tops = [sorted({name.rpartition(".")[0].rpartition(".")[0] or name for name in names}) for names in calls.order]
     assert tops == [

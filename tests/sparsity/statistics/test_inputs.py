@@ -292,9 +292,10 @@ def test_several_statistics_come_from_one_pass_and_are_those_of_one_each():
 
     read, model = [], Attention()
     view = view_of(model, loss=lambda batch, _: model(batch).square().mean())
-    found = collect(view, PASSES, batches())
-    assert list(found) == list(PASSES) and len(read) == 3
-    for statistic in PASSES:
+    wanted = [statistic for statistic in PASSES if statistic != "squared_gradient"]  # a pass of its own
+    found = collect(view, wanted, batches())
+    assert list(found) == wanted and len(read) == 3
+    for statistic in wanted:
         expected = collect(view, statistic, batches())
         assert list(expected) == list(view.weights)
         for name in expected:

@@ -1,17 +1,14 @@
-"""The files that other programs read beside the weights of this project's models."""
+"""The files that transformers reads beside the weights of this model, as of any ViTForImageClassification."""
 
-import dataclasses
 from typing import Any
 
-from models.dino.model import Config as ViT
+from models.dino.model import Config
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
 
 
-def files_of(sizes: Any) -> dict[str, dict[str, Any]]:
-    """Return file name -> content: for `dino` what transformers' ViTForImageClassification reads, for others sizes."""
-    if not isinstance(sizes, ViT):
-        return {"config.json": dataclasses.asdict(sizes)} if dataclasses.is_dataclass(sizes) else {}
+def files(sizes: Config) -> dict[str, dict[str, Any]]:
+    """Return file name -> content."""
     side = {"height": sizes.image_size, "width": sizes.image_size}
     config = {
         "architectures": ["ViTForImageClassification"],
