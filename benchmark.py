@@ -18,6 +18,7 @@ from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.external import add_external_options, check_external
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
@@ -41,25 +42,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=options.count, default=0, help="of the CPU (default: as torch chooses)")
     add(
         "--variants",
-        type=options.among(*KINDS),
+        type=options.among(KINDS, "variant"),
         default=list(KINDS),
         help=f"comma separated (default: {','.join(KINDS)})",
     )
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
     add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY)
     options.add_one_device(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    config.check(args.model, args.evaluate)
+    config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
+    if args.evaluate:
+        config.check_evaluation(args.model)
     if {"onnx", "int8"} & set(args.variants):
         from engine.deployment.onnx_files import check_packages
 
@@ -77,11 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.measure import CLOCKS, measure
-    from engine.deployment.speed_report import write_speed
+    from engine.deployment.report import write_speed
     from engine.deployment.variants import Model, Variants
     from engine.pruning.data_kinds import SUBJECTS
     from models.checkpoint import read_weights
-    from models.exported.graphs import graphs_of
+    from models.parts.graphs import graphs_of
 
     fabric = launch(args, args.output_dir)
     if args.threads:

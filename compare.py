@@ -29,6 +29,7 @@ from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.external import add_external_options, check_external
 from engine.options.plans import plans_of
 from sparsity.allocation.budget import parse_sparsities
 from sparsity.files import check_writable
@@ -51,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--int8", action="store_true", help="the dense model with weights rounded to 8 bits, too (default: no)")
     options.add_finished_options(add)
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY, evaluates=True)
+    add_external_options(parser, models.ANY, evaluates=True)
     options.add_one_device(parser)
     args = parser.parse_args(arguments)
     args.plan = options.plan_options(parser, arguments)
@@ -65,7 +66,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
         args.pruners = list(dict.fromkeys(name.strip() for name in args.pruners.split(",")))
         for name in [] if args.plans else args.pruners:
             pruners.check(name)
-    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     args.sparsities = list(dict.fromkeys(parse_sparsities(args.sparsities)))
     args.config, config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])
     config.check(str(args.config), evaluate=True)
@@ -77,7 +78,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.model is None:
-        from engine.reports.finished import finished_table
+        from engine.reports.quality_table import finished_table
 
         print(finished_table(args))
         return

@@ -23,6 +23,7 @@ from configs.loading import configure, load_config
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.external import add_external_options, check_external
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable, write_atomic
 
@@ -36,27 +37,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("--task", choices=("captioning",), help="what the weights were fine-tuned for (default: none, or other tasks)")
     add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
-    add(
-        "--formats",
-        type=options.among(*FORMATS),
-        default=list(FORMATS),
-        help=f"comma separated (default: {','.join(FORMATS)})",
-    )
+    some = f"comma separated (default: {','.join(FORMATS)})"
+    add("--formats", type=options.among(FORMATS, "format"), default=list(FORMATS), help=some)
     add("--packed_dtype", choices=DTYPES, help="of the weights of the packed file (default: as they are)")
     add("-o", "--output_dir", type=Path, default=Path("output/export"), help="default: %(default)s")
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY)
     options.add_one_device(parser)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     if args.task:
         models.check_task(args.model, args.task)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    config.check(args.model, False)
+    config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
     if args.packed_dtype and "packed" not in args.formats:
@@ -93,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.pruning.data_kinds import SUBJECTS
     from engine.reports.model_card import model_card
     from models.checkpoint import read_weights
-    from models.exported.graphs import graphs_of
+    from models.parts.graphs import graphs_of
 
     fabric, folder = launch(args, args.output_dir), args.output_dir
     module = models.find(args.model)

@@ -25,9 +25,8 @@ from engine.options.command_line import (
     Parser,
     add_config_options,
     add_device_options,
-    add_external_options,
-    check_external,
 )
+from engine.options.external import add_external_options, check_external
 from engine.options.mask_learning import (
     add_learning_options,
     add_training_options,

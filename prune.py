@@ -22,6 +22,7 @@ from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
+from engine.options.external import add_external_options, check_external
 from engine.options.recovery import add_recovery_options, recovery_options
 from sparsity.errors import UserError
 from sparsity.files import check_writable
@@ -45,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--check_data", action="store_true", help="only list what would be read, and what is missing (default: no)")
     options.add_pruner_options(parser)
     options.add_config_options(parser, "prune")
-    options.add_external_options(parser, models.ANY)
+    add_external_options(parser, models.ANY)
     add_recovery_options(parser)
     options.add_device_options(parser)
     args = parser.parse_args(arguments)
@@ -80,7 +81,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
 @script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    options.check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
+    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     if args.check_data:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pruners
+from datasets.images import FORMATS
 from datasets.transforms import IMAGENET, EvalTransform, RandAugment, TrainTransform
 from engine.options.plans import PlanFile, read_plans
 from engine.reports.report import markdown_table
@@ -155,7 +156,7 @@ def photographs(paths: list[Path]) -> dict[str, Image.Image]:
     found: dict[str, Image.Image] = {}
     for path in paths:
         for name, content in _image_files(path):
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 found[Path(name).stem] = image.convert("RGB")
     if len(found) < 4:
         raise UserError(f"--photographs: {len(found)} images found, at least 4 are needed")

@@ -42,7 +42,7 @@ import pruners
 from engine.reports.pictures import Pictures
 from models.external.model import prunable_view
 from sparsity.pattern import parse_pattern
-from sparsity.run.memory import preflight_bytes
+from sparsity.run.memory import demand_of, preflight_bytes
 from sparsity.run.request import Request
 
 PLANS = {
@@ -58,7 +58,7 @@ INTERVAL = 0.01  # seconds between two readings
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model: of its language model width, inner width, layers, heads and words; the same of its vision tower."""
+    """Hold sizes: width, inner width, layers, heads and words of the language model; the same of the vision tower."""
 
     text: tuple[int, int, int, int]
     vision: tuple[int, int, int, int]
@@ -115,7 +115,7 @@ def make(size: Size, folder: Path, accelerator: str) -> None:
 
 @dataclass
 class Run:
-    """What was seen of a process. blocks: seconds of each. peak: bytes that no file backs. device: accelerator's."""
+    """Keep what is seen of a process. blocks: seconds of each. peak: bytes that no file backs; device: of it."""
 
     seconds: float = 0.0
     blocks: list[float] = field(default_factory=list)
@@ -178,7 +178,7 @@ def flatness(blocks: list[float], layers: int) -> float:
 
 
 def preflight(size: Size) -> Iterator[str]:
-    """What the plans need beside the weights, from shapes alone."""
+    """Return what the plans need beside the weights, from shapes alone."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config(size))
@@ -193,7 +193,7 @@ def preflight(size: Size) -> Iterator[str]:
         ("sparsegpt", Request(pattern=parse_pattern("2:4")), {}),
         ("magnitude", Request([0.5]), {"reconstruct": "lsq"}),
     ):
-        needed = preflight_bytes(pruners.build(name, **options).plan.demand(request), view)
+        needed = preflight_bytes(demand_of(pruners.build(name, **options).plan, request), view)
         yield f"| {name} | {needed.device / 1e9:.1f} | {needed.host / 1e9:.1f} |"
 
 

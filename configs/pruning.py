@@ -77,7 +77,7 @@ class PrunedModel:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {}
 
     def learning(self) -> PrunedModel:
@@ -85,10 +85,7 @@ class PrunedModel:
         return self
 
     def check(self, where: str, evaluate: bool) -> None:
-        """Raise UserError or FileNotFoundError for a model's configuration or weights that cannot be read.
-
-        where: the file of this configuration. evaluate: whether evaluation data must be there, too.
-        """
+        """Raise UserError or FileNotFoundError for what is not there. where: the file of this configuration."""
         if self.model_config:
             read_yaml(self.model_config)
         self.check_weights()
@@ -102,9 +99,8 @@ class PrunedModel:
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file, or the folder with it, is not there."""
         if self.checkpoint is not None and not weights_files(self.checkpoint):
-            raise MissingFileError(
-                f"{self.checkpoint}: weights file not found; give --weights PATH, or --weights random"
-            )
+            way_out = "give --weights PATH, or --weights random"
+            raise MissingFileError(f"{self.checkpoint}: weights file not found; {way_out}")
 
 
 @dataclass(frozen=True)
@@ -130,11 +126,8 @@ class PruneConfig(PrunedModel):
         at_least(self, 1, "streams")
         if self.general_loader:
             loader = load_config(self.general_loader, GeneralLoader)
-            general, region = (
-                [Files(annotations, images, loader.roots) for annotations, images in source]
-                for source in (loader.general, loader.region)
-            )
-            _take(self, loader, general=general, region=region)
+            sources = {"general": loader.general, "region": loader.region}
+            _take(self, loader, **{kind: [Files(*each, loader.roots) for each in own] for kind, own in sources.items()})
         if self.bundled and (self.general or self.region):
             raise UserError("set bundled: true, or give general and region files, not both")
         if not all(files.annotations for files in self.region):
@@ -159,7 +152,7 @@ class PruneConfig(PrunedModel):
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {"k_test": self.evaluation.k_test}
 
     def reranking(self, k_test: int) -> PruneConfig:
@@ -339,7 +332,7 @@ class ExternalPruneConfig(PrunedModel):
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What a table of evaluations says of how they were made."""
+        """Return what a table of evaluations says of how they were made."""
         return {"evaluated on": self.evaluation or f"items of {self.calibration} that are not calibrated on"}
 
     def reranking(self, k_test: int) -> ExternalPruneConfig:

@@ -18,7 +18,7 @@ levels=${LEVELS:-2:4,50,63,75,90} seeds=${SEEDS:-42,43,44}
 export levels seeds
 known="xvlm xvlm_towers vit dit blip blip_contrastive" # the longest first
 studies=${STUDIES:-$known}
-updated="centred best alps multiflow+lsq magnitude+lsq sparsegpt" # the longest first
+updated="best alps multiflow+lsq magnitude+lsq sparsegpt" # the longest first
 scores="omp localmp l2 lamp snip taylor multiflow wanda ria sparsegpt rand"
 updates="none sparsegpt lsq admm"
 

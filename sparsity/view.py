@@ -74,9 +74,8 @@ def module_name(raw: str) -> str:
 class Output:
     """Something that a model gives for a batch of B samples, as another model is taught to give it.
 
-    kind: how two of them are compared. "logits" (B, ..., classes): a softmax is taken of them; "embedding" (B, ...,
-    width): its direction counts; "states" (B, ..., width): its numbers count. real: bool, the shape of `tensor` without
-    its last axis, false at padding; None: all is real.
+    kind: what of it (B, ..., width) is compared: of "logits" the softmax, of an "embedding" the direction, of "states"
+    the numbers. real: bool, the shape of `tensor` without its last axis, false at padding; None: all is real.
     """
 
     kind: Literal["logits", "embedding", "states"]
@@ -102,9 +101,7 @@ class PrunableWeight:
     @property
     def parameter(self) -> nn.Parameter:
         inner, _, key = self.attribute.rpartition(".")
-        weight = (
-            self.modules[0].get_submodule(inner)._parameters[key]
-        )  # as stored: a learnable mask changes the reading
+        weight = self.modules[0].get_submodule(inner)._parameters[key]  # as stored: a learned mask changes the reading
         assert weight is not None, "layers without a weight of their own are refused"
         return weight
 
@@ -175,7 +172,7 @@ class PrunableView:
         )
         self.blocks = blocks
         self._forward, self._loss, self._valid_tokens, self._outputs = forward, loss, valid_tokens, outputs
-        self._in_full = in_full
+        self._in_full, self.has_outputs = in_full, outputs is not None
         self.weights, self.dense = _discover(model, group_of, tuple(keep_dense))
 
     @property
@@ -212,11 +209,6 @@ class PrunableView:
         return accelerators(next(iter(self.weights.values())).parameter)
 
     @property
-    def has_outputs(self) -> bool:
-        """Return whether the view says what the model gives for a batch."""
-        return self._outputs is not None
-
-    @property
     def device(self) -> torch.device:
         """Return the device of the first weight: where ranks add up, and what is computed lies."""
         return next(iter(self.weights.values())).parameter.device
@@ -229,10 +221,8 @@ class PrunableView:
 
     def in_full(self) -> "PrunableView":
         """Return the same view, whose forward runs every mode in which the model is evaluated."""
-        if self._in_full is None:
-            return self
         view = copy.copy(self)
-        view._forward = self._in_full
+        view._forward = self._in_full or self._forward
         return view
 
     def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:

@@ -324,7 +324,7 @@ def test_the_snippet_of_the_readme(capsys):
 
 
 class Hub:
-    """What is asked of the hub."""
+    """Record what is asked of the hub."""
 
     asked: list = []
 

@@ -44,6 +44,7 @@ from datasets.text import TextEncoder
 from datasets.transforms import EvalTransform
 from engine.launch import run
 from engine.options import command_line as options
+from engine.options import external
 from engine.options.command_line import Parser
 from models.blip import model as blip
 from models.dino import model as dino
@@ -102,7 +103,7 @@ BAD_TEXTS = {
     options.seeds: ("1,,2", "1,x", "-1", "4294967296", ""),
     options.byte_count: ("abc", "-1GB", "4XB", "nan", ""),
     options.globs: ("a,,b", ""),
-    options.group_globs: ("a", "a=", "=b", "a=b,", ""),
+    external.group_globs: ("a", "a=", "=b", "a=b,", ""),
 }
 
 # Of any other type: those of these that it refuses, which are not all.
@@ -110,6 +111,9 @@ TEXTS = ("", "abc", "-1", "0", "1.5", "nan", "inf", "1e400", "9" * 5000, "a,,b",
 
 # Options that are texts or paths: bad ones, and what is said of them.
 BAD_VALUES = {
+    "save_allocation": {"allocation.txt": "--save_allocation"},
+    "from_mask": {"absent.safetensors": "absent.safetensors"},
+    "from_weights": {"absent.safetensors": "--from_weights"},
     "pruner": {"multiflo": "did you mean 'multiflow'", "": "-p/--pruner", "base": "no pruner 'base'"},
     "pruners": {"omp,multiflo": "did you mean 'multiflow'", "": "no pruner ''", "omp,": "no pruner ''"},
     "model": {"xvml": "did you mean 'xvlm'", "": "no model ''"},

@@ -18,10 +18,10 @@ ONNX = all(importlib.util.find_spec(name) for name in onnx_files.PACKAGES)
 @pytest.fixture(scope="module")
 def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
-    how = ["-p", "omp", "-s", "90", "--pattern", "block4x4", "--accelerator", "cpu"]
+    how = ["-p", "omp", "-s", "90", "--accelerator", "cpu"]
     prune.main(["-m", "dino", "--variant", "mini", *how, "--output_dir", str(folder)])
     (path,) = folder.glob("omp/*_pruning_masks.safetensors")
-    assert path.name == "dino_omp_block4x4_90_seed42_pruning_masks.safetensors"
+    assert path.name == "dino_omp_90_seed42_pruning_masks.safetensors"
     return path
 
 
@@ -43,7 +43,7 @@ def test_all_variants_of_a_bundled_model(mask: Path, tmp_path: Path, capsys: pyt
         float(row["ms"]) > 0 for name, row in rows.items() if name != "packed"
     )
     report = (tmp_path / "speed.md").read_text()
-    assert "90.00 % of the prunable weights" in report and "block4x4" in report and "| vit.encoder.layer.0" in report
+    assert "90.00 % of the prunable weights" in report and "| vit.encoder.layer.0" in report
     assert "report:" in capsys.readouterr().out
 
 

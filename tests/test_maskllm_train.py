@@ -122,7 +122,7 @@ def test_a_strong_prior_is_what_is_learned(tmp_path, photos, prior):
 
 
 def test_it_starts_from_the_masks_and_the_weights_of_alps(tmp_path, photos, view):
-    """What the prior prunes can come back with its dense weight; until it does, the model is the pruned one."""
+    """Weights that the prior prunes can come back with its dense weight; until it does, the model is the pruned one."""
     dense, pruned = tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors"
     torch.manual_seed(1)
     model = timm.create_model("test_vit", num_classes=2, img_size=32)

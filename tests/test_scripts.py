@@ -24,6 +24,7 @@ from engine.launch import run
 from engine.pruning.run import RECORDED
 from engine.training.loggers import CsvLog
 from models.xvlm import model as xvlm
+from pruners.presets import PRESETS
 from sparsity.allocation.budget import budget
 from sparsity.masks import Masks, model_digest
 from sparsity.run.axes import POOLS
@@ -133,7 +134,7 @@ def test_a_preset_is_pruned_with_and_the_report_says_what_it_stood_for(tmp_path,
     plan = pruners.build(preset, sparsities=["0.75"]).plan
     assert masks.provenance["pruner"] == plan.name and masks.provenance["preset"] == plan.preset
     report = (folder / "report.md").read_text()
-    assert f"{preset}, version 1: -p {plan.name}" in report
+    assert f"{preset}, version {PRESETS[preset].version}: -p {plan.name}" in report
     assert len(list(folder.glob("*_weights.safetensors"))) == 2 * (preset == "best")
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from configs.pruning import PrunedModel
 from datasets.calibration.data_kinds import skipped_path
+from datasets.calibration.held_out import places
 from datasets.collate import SkippedImages
 from datasets.place import ALONE, Place
 from sparsity.errors import UserError
@@ -71,6 +73,8 @@ class OwnData:
     unlabelled: why batches have no labels, where they should.
     """
 
+    passed = 0  # of this rank's batches of the epoch, those that are left out at its beginning
+
     def __init__(
         self,
         data: Items,
@@ -93,6 +97,37 @@ class OwnData:
         if len(self.chosen) < len(data):
             self.told += f", from {len(self.chosen)} of the {len(data)}"
 
+    unit, batches_in_round = "items", 1
+
+    @property
+    def samples(self) -> int:
+        """The items, whether they are read or not."""
+        return len(self.chosen)
+
+    def split(self, seed: int, most: int) -> tuple[OwnData, OwnData]:
+        """Return the data without a tenth of its items, and that tenth, of which at most `most` batches are read. Which
+        items these are depends on the seed alone.
+        """
+        rest, held = places(len(self.chosen), seed, "item")
+        return self._part(rest.tolist(), self.batches), self._part(held.tolist(), most)
+
+    def stream(self, start: int = 0) -> Iterator[Any]:
+        """Yield this rank's batches epoch after epoch, without end and without the first `start`."""
+        for epoch in count(self.epoch):
+            own = self.at(epoch)
+            own.passed = min(start, len(own))
+            start -= own.passed
+            if own.passed < len(own):
+                yield from own
+
+    def _part(self, chosen: Sequence[int], num_batches: int) -> OwnData:
+        """Return the data of some of the chosen items, from epoch 0 on."""
+        part = self.at(0)
+        part.chosen = [self.chosen[i] for i in chosen]
+        part.in_a_pass = math.ceil(len(part.chosen) / self.config.batch_size)
+        part.batches = min(num_batches, part.in_a_pass)
+        return part
+
     def at(self, epoch: int) -> OwnData:
         """Return the same data with the batches that follow those of the epochs before; this one is epoch 0."""
         later = copy.copy(self)
@@ -111,7 +146,7 @@ class OwnData:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Any]:
-        wanted = [self.items_of(number) for number in self.numbers]
+        wanted = [self.items_of(number) for number in self.numbers[self.passed :]]
         self.skipped.count = 0  # in each pass the same items
         options = {"num_workers": self.config.workers, "pin_memory": torch.cuda.is_available()}
         read = DataLoader(self.data, batch_sampler=wanted, collate_fn=self.gather, **options)  # pyright: ignore[reportArgumentType]

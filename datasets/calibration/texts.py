@@ -18,7 +18,7 @@ KEYS = ("text", "caption")  # of an object in a line of .jsonl, the first that i
 
 
 class Packing(Protocol):
-    """What a model makes of texts. rows: texts -> token ids of each row; then rows -> batch."""
+    """Turn texts into batches. rows: texts -> token ids of each row; then rows -> batch."""
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]: ...
 

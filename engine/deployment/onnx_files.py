@@ -24,7 +24,7 @@ OPSET = 20
 
 
 class Graph(Protocol):
-    """What `models.exported.graphs.Graph` has, of which this module reads these."""
+    """Declare what `models.parts.graphs.Graph` has, of which this module reads these."""
 
     @property
     def name(self) -> str: ...

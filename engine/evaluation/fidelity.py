@@ -30,7 +30,7 @@ RECALLED = (1, 5)
 
 
 class Probed(Protocol):
-    """What `models.external.probes.Probes` is."""
+    """Declare what `models.external.probes.Probes` is."""
 
     towers: Any
     pooled: Any
@@ -213,7 +213,7 @@ def _pooled(tensor: Tensor, real: Tensor | None) -> Tensor:
 
 @contextmanager
 def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """What these modules put out inside the block, name -> a tensor for each call."""
+    """Collect what these modules put out inside the block, name -> a tensor for each call."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str, output: Any) -> None:
@@ -229,7 +229,7 @@ def _outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]
 
 @contextmanager
 def _inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """What these modules read inside the block, name -> a tensor for each call."""
+    """Collect what these modules read inside the block, name -> a tensor for each call."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str, args: tuple) -> None:

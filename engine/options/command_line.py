@@ -11,10 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from configs.decoding import GROUNDS, Decoding
-from configs.pruning import DTYPES, TOKENS
 from engine.exit_codes import BAD_INPUT
 from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
@@ -22,9 +19,6 @@ from sparsity.errors import UserError
 from sparsity.pattern import NM, pattern_of
 from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
 
-# Options of models that are not the project's own.
-EXTERNAL = ("include", "exclude", "groups", "weights_key", "calibration", "class_map", "loss")
-EXTERNAL += ("dtype", "img_size", "model_kwargs", "max_tokens", "calibrate_on", "evaluation", "push_to_hub")
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
 
@@ -91,232 +85,12 @@ def target(text: str) -> str:
     return text
 
 
-def seeds(text: str) -> list[int]:
-    """argparse type: a comma separated list of seeds, each once."""
-    return list(dict.fromkeys(seed(item) for item in text.split(",")))
-
-
-def byte_count(text: str) -> int:
-    """argparse type: bytes, as "4GB" or "500 MB"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None or len(match[1]) > 20:
-        raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-# The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
-PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
-PLAN += BOUNDS
-PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
-PLAN += ("target", "correct_bias", "swaps", "layer_errors")
-
-
-def add_pruner_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `PLAN`: the axes, and what single methods have."""
-    add = parser.add_argument_group("plan").add_argument
-    add("--pool", choices=POOLS, help="one word for --allocation and --scope (default: the pruner's)")
-    add_allocation_options(add, share)
-    add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns (default: the pruner's)")
-    updates = ("none", *RECONSTRUCTIONS.names())
-    add(
-        "--reconstruct",
-        choices=updates,
-        help="what updates the weights that are kept (default: the pruner's)",
-    )
-    update = "--reconstruct sparsegpt, for -p sparsegpt: it chooses the mask on the way (default: no)"
-    add("--enable_update", "--enable-update", action="store_true", help=update)
-    mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
-    given = f"{mode} (default: sequential for SparseGPT and with --reconstruct, else dense)"
-    add("--calibration_mode", "--calibration-mode", choices=CALIBRATIONS, help=given)
-    add("--offload", action="store_true", help=OFFLOAD)
-    add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
-    add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
-    add_reconstruction_options(add)
-    add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
-    held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
-    add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
-    captured = "inputs of blocks that sequential calibration holds in memory; more go to a file (default: half of it)"
-    add("--capture_budget", type=byte_count, help=captured)
-    add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
-    add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
-    add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
-
-
-def add_reconstruction_options(add: Callable[..., Any]) -> None:
-    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
-    held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
-    add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
-    wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
-    add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
-    add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")
-    exchanges = "exchanges of a kept weight for a pruned one in each row, before --reconstruct (default: %(default)s)"
-    add("--swaps", type=count, default=0, metavar="K", help=exchanges)
-    errors = "report errors of held-out samples, and of a dense target's output, which take more sums (default: no)"
-    add("--layer_errors", action="store_true", help=errors)
-
-
-def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """Return the options of `PLAN` that are given, name -> value."""
-    unset = object()
-    everything: dict[str, Any] = {action.dest: unset for action in parser._actions}
-    parsed, _ = parser.parse_known_args(arguments, argparse.Namespace(**everything))
-    given = {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
-    return {name: resolved(value) if name == "allocation" else value for name, value in given.items()}
-
-
-def add_targets(add: Callable[..., Any]) -> None:
-    """`--pattern`, `--group_sparsity`, and the masks that a run begins with."""
-    both = "N:M, N weights kept of every M, instead of sparsities, e.g. 2:4; or blockRxC, R x C weights as one"
-    add("--pattern", help=f"{both} (default: unstructured)")
-    groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
-    add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
-    add_mask_options(add)
-
-
-def resolve_targets(args: argparse.Namespace, usual: str) -> None:
-    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where N:M decides.
-
-    usual: sparsities where neither is given. UserError for options that N:M leaves nothing to decide.
-    """
-    args.pattern = pattern_of(args.pattern)
-    decided = isinstance(args.pattern, NM)
-    for option in ("sparsities", "pool", "allocation", "scope"):
-        if decided and getattr(args, option) is not None:
-            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = None if decided else parse_sparsities(usual if args.sparsities is None else args.sparsities)
-    check_mask_options(args)
-
-
-def group_sparsity(text: str) -> dict[str, Decimal]:
-    """argparse type: comma separated group=sparsity, in per cent or fractions."""
-    found: dict[str, Decimal] = {}
-    for item in text.split(","):
-        group, _, sparsity = (part.strip() for part in item.partition("="))
-        if not (group and sparsity) or group in found:
-            raise argparse.ArgumentTypeError(f"expected group=sparsity,group=sparsity, got {item!r} in {text!r}")
-        try:
-            (found[group],) = parse_sparsities(sparsity)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return found
-
-
-def add_finished_options(add: Callable[..., Any]) -> None:
-    """The options of compare.py that only put finished runs beside each other."""
-    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
-    add("--metrics", type=globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
-    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
-    add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
-
-
-def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error unless a model, or one folder of finished runs, is given."""
-    if sum(given is not None for given in (args.model, args.finetuned, args.nm, args.quality)) != 1:
-        parser.error("give one of -m/--model, --finetuned, --nm and --quality")
-
-
-def among(*known: str) -> Callable[[str], list[str]]:
-    """argparse type: comma separated values, each one of those that are known."""
-
-    def parse(text: str) -> list[str]:
-        found = [item.strip() for item in text.split(",")]
-        if unknown := [item for item in found if item not in known]:
-            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
-        return found
-
-    return parse
-
-
 def globs(text: str) -> list[str]:
     """argparse type: comma separated globs."""
     found = [glob.strip() for glob in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(f"expected globs like *.mlp.*,*.attn.*, got {text!r}")
     return found
-
-
-def group_globs(text: str) -> dict[str, list[str]]:
-    """argparse type: comma separated name=glob; a name that is given again has more globs."""
-    groups: dict[str, list[str]] = {}
-    for item in text.split(","):
-        name, _, glob = (part.strip() for part in item.partition("="))
-        if not (name and glob):
-            raise argparse.ArgumentTypeError(f"expected name=glob,name=glob, got {item!r} in {text!r}")
-        groups.setdefault(name, []).append(glob)
-    return groups
-
-
-def keywords(text: str) -> dict[str, Any]:
-    """argparse type: comma separated name=value, where a value is what YAML reads."""
-    found: dict[str, Any] = {}
-    for item in text.split(","):
-        name, _, value = (part.strip() for part in item.partition("="))
-        if not (name.isidentifier() and value):
-            raise argparse.ArgumentTypeError(f"expected name=value,name=value, got {item!r}")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise argparse.ArgumentTypeError(f"{name}: expected a number or a text, got {value!r}") from None
-    return found
-
-
-def add_external_options(
-    parser: argparse.ArgumentParser, forms: str, *, trains: bool = False, evaluates: bool = False
-) -> None:
-    """What a model that is not the project's own can be told, named as the keys of its configuration.
-
-    forms: how such a model is given. trains: whether the script trains, in float32. evaluates: whether it always
-    evaluates.
-    """
-    add = parser.add_argument_group(f"any other model ({forms})").add_argument
-    add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
-    add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
-    add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
-    keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
-    add("--weights_key", help=keys)
-    data = "images (captions: captions.json in it, {image: caption}, or 1.txt beside 1.jpg; classes: its folders)"
-    own = "package.module:function that returns batches"
-    add("--calibration", help=f"folder of {data}; file of texts, .txt or .jsonl; or {own} (default: none)")
-    add("--max_tokens", type=positive_int, help="tokens of a row of texts (default: the model's, at most 2048)")
-    tokens = "tokens of a language model that are counted: all, those of the text, or those of the images"
-    add("--calibrate_on", choices=TOKENS, help=f"{tokens} (default: all)")
-    add("--class_map", help="JSON file, {folder of images: class} (default: folders are named as the model's classes)")
-    add("--loss", help="package.module:function of (model, batch) (default: the model's own loss)")
-    add("--batch_size", type=positive_int, help="images in a batch (default: the configuration's, 8)")
-    if trains:
-        return
-    if evaluates:
-        parser.set_defaults(evaluate=True)
-    else:
-        hub = "owner/name, to which -PRUNER-SPARSITY is added: upload each model of --save_model, private (default: no)"
-        add("--push_to_hub", metavar="REPOSITORY", help=hub)
-    add("--evaluation", help="data of --evaluate, as --calibration (default: one in 8 of its items, held out)")
-    add("--dtype", choices=DTYPES, help="what the model computes in; auto: as its weights are (default: auto)")
-    add("--img_size", type=positive_int, help="timm: side of the images in pixels (default: the model's)")
-    add("--model_kwargs", type=keywords, help="timm: further arguments of the model, name=value,... (default: none)")
-
-
-def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
-    """UserError where an option of the project's own models (`names`) is given with another (`forms`), or the other
-    way round.
-    """
-    for option in EXTERNAL:
-        if not external and vars(args).get(option) is not None:
-            raise UserError(f"--{option} is for other models ({forms}): leave it out with {args.model}")
-    if vars(args).get("push_to_hub"):
-        if not args.save_model:
-            raise UserError("--push_to_hub uploads what --save_model writes: give both")
-        _check_token()
-    if external and args.variant != "auto":
-        raise UserError(f"--variant is for {', '.join(names)}: leave it out with {args.model}")
-
-
-def _check_token() -> None:
-    """UserError where nothing can be uploaded: there is no token."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise UserError("--push_to_hub: there is no token: run `hf auth login`, or set HF_TOKEN")
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:

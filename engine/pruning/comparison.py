@@ -72,8 +72,8 @@ INT8_RUN: Run = (INT8, "0", ANY_SEED)
 
 @dataclass(frozen=True)
 class Cost:
-    """What masks cost: seconds of the statistic that serves all sparsities (and all plans that need the same), and of
-    what is done for these masks alone; the peak of memory in bytes.
+    """Hold what masks cost: seconds of the statistic that serves all sparsities (and all plans that need the same), and
+    of what is done for these masks alone; the peak of memory in bytes.
     """
 
     calibration: float = 0.0

@@ -5,13 +5,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,13 +30,14 @@ from engine.reports.pictures import Pictures
 from engine.reports.report import Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
 from sparsity.allocation.given import to_rules
+from sparsity.bits import shape_in
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
-from sparsity.run.share import check_same
+from sparsity.solvers.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.gradients import batch_generator
 from sparsity.statistics.reading import CalibrationPass, Calibrations
@@ -157,7 +159,7 @@ def percent(sparsity: Any) -> str:
 
 
 class Recovering(Protocol):
-    """What trains what is kept; see engine.recovery.recovery. told: how, for the report."""
+    """Train what is kept; see engine.recovery.recovery. told: how, for the report."""
 
     @property
     def told(self) -> str: ...
@@ -274,17 +276,18 @@ class Results:
         with self.recovery.recovered(masks, path.with_name(beside("_recovery"))) as found:
             tensors = {canonical(key): tensor for key, tensor in self.view.model.state_dict().items()}
             file = path.with_name(beside("_recovered.safetensors"))
-            self._save_tensors([(key, tensors[key]) for key in found.trained], file)
-            if self.options["save_model"]:
-                self._save_model(path.with_name(beside("_recovered_model")))
+            own = {key: (tuple(tensors[key].shape), tensors[key].dtype) for key in found.trained}
+            self._save_tensors(own, ((key, tensors[key]) for key in own), file)
             metrics = evaluate() if evaluate else {}
+            if self.options["save_model"]:
+                self._save_model(path.with_name(beside("_recovered_model")), f"{label} recovered", masks, metrics)
         row = self.rows[-1] | {"sparsity": f"{label} recovered", "seconds": f"{found.seconds:.1f}"}
         self.rows.append(row | {name: metrics[key] for name, key in self.columns.items() if key in metrics})
         loss = f"held-out loss {found.before:.4g} -> {found.after:.4g}, after step {found.step}"
         self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
 
     def _save_allocation(self, masks: Masks, path: Path, label: str) -> None:
-        """What the masks take from each layer, as --allocation reads it."""
+        """Write what the masks take from each layer, as --allocation reads it."""
         if self.writes:
             save_allocation(path, to_rules(self.view, masks), f"{self.stem} at {label}")
         self.written.append(path)
@@ -293,14 +296,20 @@ class Results:
         """The updated weights and biases alone, under every name that they have in the model, in the dtypes of its
         source.
         """
-        named = [(key, w) for name, w in masks.weights.items() for key in masks.aliases.get(name, (name,))]
-        named += masks.biases.items()
-        self._save_tensors(named, path)
+        keys = [(key, name) for name in masks.weights for key in masks.aliases.get(name, (name,))]
+        own = {key: (shape_in(masks.weights, n), self.view.weights[n].parameter.dtype) for key, n in keys}
+        own |= {key: (tuple(bias.shape), bias.dtype) for key, bias in masks.biases.items()}
+        # One after the other: they may lie in files, and need not fit into memory together.
+        self._save_tensors(own, chain(((key, masks.weights[name]) for key, name in keys), masks.biases.items()), path)
 
-    def _save_tensors(self, named: Sequence[tuple[str, Tensor]], path: Path) -> None:
-        shapes = {key: tuple(weight.shape) for key, weight in named}
+    def _save_tensors(
+        self, own: Mapping[str, tuple[tuple[int, ...], torch.dtype]], named: Iterable[tuple[str, Tensor]], path: Path
+    ) -> None:
+        """Write tensors in the dtypes of the model's source. own: name -> shape and dtype, in the order of `named`."""
+        shapes = {key: shape for key, (shape, _) in own.items()}
         if self.writes:
-            stream_tensors(path, shapes, named, {key: self.view.halves.get(key, w.dtype) for key, w in named})
+            dtypes = {key: self.view.halves.get(key, dtype) for key, (_, dtype) in own.items()}
+            stream_tensors(path, shapes, named, dtypes)
         self.written.append(path)
 
     def _save_model(self, path: Path, label: str, masks: Masks, metrics: Metrics) -> None:

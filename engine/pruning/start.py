@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from safetensors import safe_open
+
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.resume.kept import StoredTensors
@@ -29,13 +31,17 @@ def load_start(view: PrunableView, mask: Path | None, weights: Path | None = Non
             "--from_mask %s: the model's own weights are taken; --from_weights %s has updated ones", mask, beside
         )
     try:
-        return begun(view, masks, _stored(view, weights) if weights else None)
+        return begun(view, masks, *(_stored(view, weights) if weights else ()))
     except UserError as error:
         raise UserError(f"--from_mask {mask}: {error}") from None
 
 
-def _stored(view: PrunableView, path: Path) -> StoredTensors:
-    """Return name of each prunable weight -> what it was updated to."""
-    found = StoredTensors()
-    found.add(path, {name: name for name in view.weights})
-    return found
+def _stored(view: PrunableView, path: Path) -> tuple[StoredTensors, StoredTensors]:
+    """Return name of each prunable weight -> what it was updated to, and the same of those biases that were."""
+    weights, biases = StoredTensors(), StoredTensors()
+    weights.add(path, {name: name for name in view.weights})
+    keys = [key for weight in view.weights.values() for key in weight.biases]
+    with safe_open(path, framework="pt") as file:  # after it was found to be whole
+        there = set(file.keys())
+    biases.add(path, {key: key for key in keys if key in there})
+    return weights, biases

@@ -63,7 +63,7 @@ class Splittable(Protocol):
 
 
 class Student(nn.Module):
-    """What is trained: `model(batch)` is the distillation loss against `teacher`, with its terms."""
+    """Wrap the student: `model(batch)` is the distillation loss against `teacher`, with its terms."""
 
     def __init__(self, view: PrunableView):
         super().__init__()

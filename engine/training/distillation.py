@@ -67,6 +67,6 @@ def _mean(values: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _sums(values: Tensor, real: Tensor | None) -> Tensor:
-    """Of each sample, over its real positions: (B, ...) -> (B,). What stands at padding may be NaN."""
+    """Average over the real positions of each sample: (B, ...) -> (B,). What stands at padding may be NaN."""
     kept = values if real is None else torch.where(real, values, 0)
     return kept.flatten(1).sum(1) if kept.ndim > 1 else kept

@@ -341,9 +341,8 @@ def build(config: Config, weights: str | Path | None = None) -> BLIP:
 
 def load(model: ImageText, weights: str | Path, ignored: Sequence[str]) -> ImageText:
     """The weights of a file into a model; where momentum copies are not among them, they are made anew."""
-    missing = load_weights(
-        model, weights, positions=POSITIONS, ignored=ignored, optional=(*MOMENTUM, *QUEUES, model.pointer)
-    )
+    optional = (*MOMENTUM, *QUEUES, model.pointer)
+    missing = load_weights(model, weights, positions=POSITIONS, ignored=ignored, optional=optional)
     if any(not name.endswith(QUEUES) and name != model.pointer for name in missing):
         model.reset_momentum()
     return model
@@ -377,7 +376,6 @@ def prunable_view(model: BLIP) -> PrunableView:
     The loss moves no momentum copy. On one device the queues take its features in, as the published code has it; on
     several they are frozen, since ranks that move them apart would not be one model.
     """
-
     layers = zip(model.text_encoder.encoder.layer, model.text_decoder.bert.encoder.layer, strict=True)
     both = [nn.ModuleList(pair) for pair in layers]  # what they share is calibrated on both uses
 

@@ -303,7 +303,7 @@ def prunable_view(
     def outputs(own: nn.Module, batch: Any) -> Outputs:
         with seeded(0, next(own.parameters())):
             run = library_of(own)
-            return outputs_of(run.forward(batch), batch, classifies=run.classifies)
+            return outputs_of(run.output(run.fitted(batch)), batch, classifies=run.classifies)
 
     run = {"forward": reproducible_forward, "loss": reproducible_loss, "valid_tokens": valid_tokens, "outputs": outputs}
     view = PrunableView(model, group_of=group_of, keep_dense=dense, blocks=blocks_of(model), halves=halves, **run)

@@ -153,7 +153,7 @@ class Generative:
         return len(self.processor.tokenizer(text)["input_ids"])
 
     def _decoded(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What a decoder beside an encoder reads: the captions."""
+        """Return what a decoder beside an encoder reads: the captions."""
         texts = self.processor.tokenizer(list(captions), padding=True, return_tensors="pt")
         real = texts["attention_mask"]
         shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written

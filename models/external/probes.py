@@ -18,7 +18,7 @@ IGNORED = -100  # label of what is not predicted
 
 @dataclass(frozen=True)
 class Probes:
-    """What is looked at.
+    """Name what is looked at.
 
     towers: group -> the module whose output are its features. pooled: name -> the head that reads what is pooled. real:
     (group, batch) -> bool (B, T), which tokens of a text are no padding; None: all. run: batch -> output, with logits,

@@ -47,9 +47,10 @@ class SparseLinear(nn.Module):
         flat = inputs.reshape(-1, self.in_features)  # (tokens, in)
         found = flat.new_empty(flat.shape[0], self.out_features)  # (tokens, out)
         count = max(32, _TOGETHER // self.in_features)
-        for tokens, output in zip(flat.split(count), found.split(count), strict=True):
-            # The sparse matrix must stand first: W x^T; F.linear with one takes ten times as long.
-            right = tokens.t()
-            product = self.matrix @ right if self.column is None else torch.addmm(self.column, self.matrix, right)
-            output.copy_(product.t())
+        with torch.no_grad():  # there are kernels of the product alone
+            for tokens, output in zip(flat.split(count), found.split(count), strict=True):
+                # The sparse matrix must stand first: W x^T; F.linear with one takes ten times as long.
+                right = tokens.t()
+                product = self.matrix @ right if self.column is None else torch.addmm(self.column, self.matrix, right)
+                output.copy_(product.t())
         return found.view(*inputs.shape[:-1], self.out_features)

@@ -14,8 +14,13 @@ from sparsity.pattern import NM
 from sparsity.view import PrunableView, members
 
 
-def begun(view: PrunableView, masks: Masks, weights: Mapping[str, Tensor] | None = None) -> Masks:
-    """Return masks under the names of a view, with its updated weights, or these in their place.
+def begun(
+    view: PrunableView,
+    masks: Masks,
+    weights: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
+) -> Masks:
+    """Return masks under the names of a view, with their updated weights and biases, or these in their place.
 
     UserError for masks or weights that do not fit the view.
     """
@@ -24,7 +29,7 @@ def begun(view: PrunableView, masks: Masks, weights: Mapping[str, Tensor] | None
     for name in own:
         if name in view.weights and shape_in(own, name) != tuple(view.weights[name].parameter.shape):
             raise UserError(f"the updated weights of {name!r} have the shape {shape_in(own, name)}")
-    return Masks(resolved, masks.provenance, view.aliases, own)
+    return Masks(resolved, masks.provenance, view.aliases, own, masks.biases if biases is None else biases)
 
 
 def check_start(start: Masks, parts: Sequence[tuple[Part, Sequence[Sparsity]]]) -> None:
@@ -64,10 +69,11 @@ def check_pattern(view: PrunableView, start: Masks, pattern: NM) -> None:
 
 
 def nested(masks: Masks, start: Masks, view: PrunableView) -> Masks:
-    """Return masks without what was pruned before them. Where they update no weights, those that were updated before
-    stay as they were, but for what is pruned.
+    """Return masks without what was pruned before them. Weights and biases that were updated before, and that they do
+    not update again, stay as they were, but for what is pruned.
     """
     kept = Masks(((name, mask & start[name]) for name, mask in masks.items()), masks.provenance, view.aliases)
     before = start.weights
     kept.weights = masks.weights or {n: torch.where(kept[n], before[n], 0) for n in view.weights if n in before}
+    kept.biases, kept.errors = {**start.biases, **masks.biases}, masks.errors
     return kept

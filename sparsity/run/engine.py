@@ -306,13 +306,14 @@ class Engine:
                 reading = calibrations(step - 1) if calibrations else CalibrationPass()
                 fresh = measured if step == 1 else self._measure(view, reading, target, masks)
                 masks = self._step(view, fresh, target, reading, masks, {**facts, "step": step})
+            masks = nested(masks, one.start, view) if one.start else masks
             masks.provenance.pop("step")
             trail.save(step, masks)
             forget(fresh.origin if step > 1 else None)
             if step > 1 and isinstance(plan.reconstruction, WholeModel):
                 plan.reconstruction.forget(fresh.whole)
         assert masks is not None, "there is at least one step"
-        return nested(masks, one.start, view) if one.start else masks
+        return masks
 
     def _step(
         self,

@@ -21,8 +21,8 @@ from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
 from sparsity.run.sequential import Blocks, PrunedStages, Solved, by_blocks, stages
-from sparsity.run.share import Share
 from sparsity.selection import check_finite, keep_pattern, lowered
+from sparsity.solvers.share import Share
 from sparsity.solvers.swaps import swap
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.hessian import DAMPING

@@ -51,7 +51,7 @@ Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic
 
 @dataclass(frozen=True)
 class Probing:
-    """What is to be measured for the allocation of a plan, and how.
+    """Measure what the allocation of a plan reads.
 
     parts: the budgets, whose sparsities are asked for. statistics: of the first pass. before: the masks of the step
     before, which the model has.
@@ -179,9 +179,7 @@ class Probing:
 
     @property
     def _damp(self) -> float:
-        options = self.plan.reconstruction.options() if self.plan.reconstruction else {}
-        damp = options.get("damp", DAMPING)
-        return DAMPING if isinstance(damp, str) else damp
+        return DAMPING if isinstance(self.plan.damp, str) else self.plan.damp
 
     def _few(self) -> list[Any]:
         """Return the first batches, which are few: those that one rank alone would have, shared out."""

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparsity.allocation.budget import Sparsity
-from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
+
+if TYPE_CHECKING:  # importing it loads torch
+    from sparsity.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Request:
     pattern: NM | None = None
     seed: int = 42
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
-    start: Masks | None = None
+    start: "Masks | None" = None
     block: Block | None = None
 
     @classmethod
@@ -33,7 +36,7 @@ class Request:
         pattern: NM | Block | None,
         seed: int = 42,
         groups: Mapping[str, Sparsity] | None = None,
-        start: Masks | None = None,
+        start: "Masks | None" = None,
     ) -> "Request":
         """Return a request for a pattern of either kind, or for sparsities without one."""
         if isinstance(pattern, Block):

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.masks import state_digest
 from sparsity.resume.kept import StoredTensors, load_kept, save_kept
-from sparsity.run.share import ALONE, Share
+from sparsity.solvers.share import ALONE, Share
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
@@ -56,7 +56,7 @@ def origin_of(view: PrunableView, reading: CalibrationPass) -> Scratch | None:
 
 
 class Solved(NamedTuple):
-    """What a weight becomes.
+    """Hold what a weight becomes.
 
     kept: bool (out, in). updated: (out, in), or None where the kept weights stay. change: what is added to the biases
     of its layers, (out,), or None. errors: of `sparsity.reconstruction.errors`, as a tensor, or None.
@@ -96,8 +96,8 @@ def by_blocks(
 
 
 class Blocks:
-    """What pruned stages have become: masks are held packed; updated weights lie in files, one a stage, from which each
-    is read when it is asked for.
+    """Keep what pruned stages have become: masks are held packed; updated weights lie in files, one a stage, from which
+    each is read when it is asked for.
 
     origin: of `origin_of`, for a run that is killed and goes on; None: files are temporary, in `folder` (None: of the
     system). label: of the target, in the names of the files. method: all else that decides the masks, which JSON can

@@ -19,7 +19,7 @@ Curve = Mapping[Fraction, float]  # sparsity -> a number
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured of each layer, in prunable order; what no one asked for is empty.
+    """Hold what was measured of each layer, in prunable order; what no one asked for is empty.
 
     errors: relative error of its output at each sparsity of its ladder, ascending. outputs: how far the model's output
     moves (relative squared change) for each unit of that error, when the layer alone is pruned to a target. importance:

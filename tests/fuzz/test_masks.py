@@ -18,7 +18,7 @@ from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.packing import pack, unpack
 from sparsity.resume.steps import Trail
-from sparsity.run.sequential import Blocks
+from sparsity.run.sequential import Blocks, Solved
 from sparsity.statistics.gradient_rows import Scratch
 from sparsity.view import PrunableView
 from tests.fuzz.damage import (
@@ -275,8 +275,8 @@ def test_blocks_that_are_resumed(folder, data):
         return Blocks(view(), origin, label="0.5", method={"pruner": "sparsegpt"})
 
     done = blocks()
-    done.save(0, {"a.weight": (KEPT_BITS["a.weight"], UPDATED["a.weight"])})
-    done.save(1, {"b.weight": (KEPT_BITS["b.weight"], None)})
+    done.save(0, {"a.weight": Solved(KEPT_BITS["a.weight"], UPDATED["a.weight"])})
+    done.save(1, {"b.weight": Solved(KEPT_BITS["b.weight"])})
     path = folder / "seq_0.5.block1"
     damaged(path, data)
 

@@ -20,6 +20,8 @@ from sparsity.statistics.passes import collect
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 SOLVERS = {"alps": ALPS, "admm": ADMM}
 SPARSITY = "0.57"
 

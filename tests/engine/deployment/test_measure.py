@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.deployment.measure import GPUS, Variant, measure, multiply_adds, peak_memory, quartiles, roofline
 from engine.deployment.packed_files import save_packed
-from engine.deployment.speed_report import NOISE, rows_of, write_speed
+from engine.deployment.report import NOISE, rows_of, write_speed
 from sparsity.pattern import NM, Block
 
 

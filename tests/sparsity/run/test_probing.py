@@ -18,6 +18,8 @@ from sparsity.statistics.reading import CalibrationPass
 from tests.sparsity.run.test_engine import SPARSITY, KilledError, Net, batches_of, inputs_of, lost, once, same, view_of
 from tests.toys import Ranks
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 WANDA = {"scope": "layer", "allocation": "error:output"}
 
 

@@ -151,7 +151,7 @@ def test_layers_without_a_bias_are_solved_as_they_are():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tied_layers_in_half_precision(dtype):
-    """Of a weight that two layers use, both biases change alike, by the mean over all uses; to the dtype's rounding."""
+    """Both biases of a weight that two layers use change alike, by the mean over all uses; to the dtype's rounding."""
     torch.manual_seed(0)
     view = view_of(Attention().eval().to(dtype))
     data = [torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(s)).to(dtype) for s in range(4)]

@@ -65,6 +65,24 @@ def test_updated_weights_are_carried_on(view, steps):
     assert not pruners.prune(view, "wanda", sparsity=SPARSITY, start=bare, data=batches_of()).weights
 
 
+def test_each_step_sees_the_updated_weights_and_biases(view):
+    """As if they were the model's own."""
+    updates = {"reconstruct": "lsq", "correct_bias": True, "data": batches_of()}
+    start = pruners.prune(view, "wanda", sparsity="0.4", **updates)
+    assert start.biases
+    for options in ({}, {"reconstruct": "lsq"}, {"reconstruct": "lsq", "correct_bias": True}):
+        options |= {"sparsity": SPARSITY, "epochs": 2, "schedule": "linear", "scope": "layer", "data": batches_of()}
+        found = pruners.prune(view, "wanda", start=start, **options)
+        other = view_of(Net().eval())
+        start.apply(other)
+        expected = pruners.prune(other, "wanda", start=Masks(dict(start.items())), **options)
+        assert found.digest() == expected.digest()
+        found.apply(view := view_of(Net().eval()))
+        expected.apply(other)
+        for key, tensor in view.model.state_dict().items():
+            torch.testing.assert_close(tensor, other.model.state_dict()[key])
+
+
 def test_a_pattern_is_completed_or_its_short_groups_are_counted(view, start):
     loose = pruners.prune(view, "omp", pattern="3:4")
     for score, options in (("omp", {}), ("wanda", {"reconstruct": "lsq", "data": batches_of()})):

@@ -8,14 +8,14 @@ import torch
 import pruners
 from sparsity.errors import UserError
 from sparsity.run.request import Request
-from sparsity.run.share import Share, check_same
+from sparsity.solvers.share import Share, check_same
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 from tests.toys import Ranks
 
 
 def on_ranks(number, call):
-    """What `call(rank, reduce)` returns or raises on each of so many ranks."""
+    """Return what `call(rank, reduce)` returns or raises on each of so many ranks."""
     found, reduce = [None] * number, Ranks(number)
 
     def run(rank):
