@@ -85,6 +85,142 @@ def target(text: str) -> str:
     return text
 
 
+def among(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
+    """Return the argparse type of a comma separated list of known words. what: such a word is."""
+
+    def parse(text: str) -> list[str]:
+        found = [item.strip() for item in text.split(",")]
+        if unknown := [item for item in found if item not in known]:
+            raise argparse.ArgumentTypeError(f"there is no {what} {unknown[0]!r}; there are {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def seeds(text: str) -> list[int]:
+    """argparse type: a comma separated list of seeds, each once."""
+    return list(dict.fromkeys(seed(item) for item in text.split(",")))
+
+
+def byte_count(text: str) -> int:
+    """argparse type: bytes, as "4GB" or "500 MB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or len(match[1]) > 20:
+        raise argparse.ArgumentTypeError(f"expected bytes like 4GB or 500MB, got {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+# The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
+PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
+PLAN += BOUNDS
+PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
+PLAN += ("target", "correct_bias", "swaps", "layer_errors")
+
+
+def add_pruner_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `PLAN`: the axes, and what single methods have."""
+    add = parser.add_argument_group("plan").add_argument
+    add("--pool", choices=POOLS, help="one word for --allocation and --scope (default: the pruner's)")
+    add_allocation_options(add, share)
+    add("--scope", choices=SCOPES, help="what competes within a layer; block: 128 columns (default: the pruner's)")
+    updates = ("none", *RECONSTRUCTIONS.names())
+    add(
+        "--reconstruct",
+        choices=updates,
+        help="what updates the weights that are kept (default: the pruner's)",
+    )
+    update = "--reconstruct sparsegpt, for -p sparsegpt: it chooses the mask on the way (default: no)"
+    add("--enable_update", "--enable-update", action="store_true", help=update)
+    mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
+    given = f"{mode} (default: sequential for SparseGPT and with --reconstruct, else dense)"
+    add("--calibration_mode", "--calibration-mode", choices=CALIBRATIONS, help=given)
+    add("--offload", action="store_true", help=OFFLOAD)
+    add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
+    add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
+    add_reconstruction_options(add)
+    add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
+    held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
+    add("--memory_budget", type=byte_count, default=byte_count("4GB"), help=held)
+    captured = "inputs of blocks that sequential calibration holds in memory; more go to a file (default: half of it)"
+    add("--capture_budget", type=byte_count, help=captured)
+    add("--row_dtype", choices=ROW_DTYPES, default="float32", help="of CHITA's gradients (default: %(default)s)")
+    add("--mask_lr", type=positive_float, default=5e-5, help="first learning rate of TAMT (default: %(default)s)")
+    add("--mask_decay", type=share, default=0.01, help="weight decay of TAMT (default: %(default)s)")
+
+
+def add_reconstruction_options(add: Callable[..., Any]) -> None:
+    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
+    held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
+    add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
+    wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
+    add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
+    add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")
+    exchanges = "exchanges of a kept weight for a pruned one in each row, before --reconstruct (default: %(default)s)"
+    add("--swaps", type=count, default=0, metavar="K", help=exchanges)
+    errors = "report errors of held-out samples, and of a dense target's output, which take more sums (default: no)"
+    add("--layer_errors", action="store_true", help=errors)
+
+
+def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options of `PLAN` that are given, name -> value."""
+    unset = object()
+    everything: dict[str, Any] = {action.dest: unset for action in parser._actions}
+    parsed, _ = parser.parse_known_args(arguments, argparse.Namespace(**everything))
+    given = {name: value for name, value in vars(parsed).items() if name in PLAN and value is not unset}
+    return {name: resolved(value) if name == "allocation" else value for name, value in given.items()}
+
+
+def add_targets(add: Callable[..., Any]) -> None:
+    """`--pattern`, `--group_sparsity`, and the masks that a run begins with."""
+    both = "N:M, N weights kept of every M, instead of sparsities, e.g. 2:4; or blockRxC, R x C weights as one"
+    add("--pattern", help=f"{both} (default: unstructured)")
+    groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
+    add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
+    add_mask_options(add)
+
+
+def resolve_targets(args: argparse.Namespace, usual: str) -> None:
+    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where N:M decides.
+
+    usual: sparsities where neither is given. UserError for options that N:M leaves nothing to decide.
+    """
+    args.pattern = pattern_of(args.pattern)
+    decided = isinstance(args.pattern, NM)
+    for option in ("sparsities", "pool", "allocation", "scope"):
+        if decided and getattr(args, option) is not None:
+            raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
+    args.sparsities = None if decided else parse_sparsities(usual if args.sparsities is None else args.sparsities)
+    check_mask_options(args)
+
+
+def group_sparsity(text: str) -> dict[str, Decimal]:
+    """argparse type: comma separated group=sparsity, in per cent or fractions."""
+    found: dict[str, Decimal] = {}
+    for item in text.split(","):
+        group, _, sparsity = (part.strip() for part in item.partition("="))
+        if not (group and sparsity) or group in found:
+            raise argparse.ArgumentTypeError(f"expected group=sparsity,group=sparsity, got {item!r} in {text!r}")
+        try:
+            (found[group],) = parse_sparsities(sparsity)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return found
+
+
+def add_finished_options(add: Callable[..., Any]) -> None:
+    """The options of compare.py that only put finished runs beside each other."""
+    add("--finetuned", type=Path, metavar="FOLDER", help="only the table of these fine-tuned runs (default: no)")
+    add("--metrics", type=globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
+    add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
+    add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
+
+
+def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error unless a model, or one folder of finished runs, is given."""
+    if sum(given is not None for given in (args.model, args.finetuned, args.nm, args.quality)) != 1:
+        parser.error("give one of -m/--model, --finetuned, --nm and --quality")
+
+
 def globs(text: str) -> list[str]:
     """argparse type: comma separated globs."""
     found = [glob.strip() for glob in text.split(",")]
