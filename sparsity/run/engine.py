@@ -151,7 +151,7 @@ class Engine:
         found = Measured(self._collect(view, wanted, reading), origin=origin)
         if plan.probes and not request.pattern:
             parts, score = self._parts(view, request, before=before), partial(self._score, view, seed=request.seed)
-            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before)
+            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before, request.block)
             found.sensitivity = probing.run(origin)
             found.statistics |= found.sensitivity.statistics
         return found

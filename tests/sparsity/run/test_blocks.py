@@ -20,7 +20,6 @@ from tests.sparsity.reconstruction.problems import hessian_of, inputs, weights
 
 BLOCK = Block(4, 2)
 SHARE = Fraction(3, 5)
-UNSERVED = ("ecoflap", "error")
 
 
 class Net(nn.Module):
@@ -85,7 +84,7 @@ def test_every_score_prunes_whole_blocks_and_exactly_as_many(pruner: str) -> Non
     assert all(torch.equal(weight.parameter, before[name]) for name, weight in view.weights.items())
 
 
-@pytest.mark.parametrize("allocation", [name for name in ALLOCATIONS.names() if name not in UNSERVED])
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names())
 @pytest.mark.parametrize("scope", ["layer", "row"])
 def test_every_allocation_prunes_whole_blocks(allocation: str, scope: str) -> None:
     view = made()
