@@ -188,7 +188,8 @@ def test_every_script(tmp_path, name, model):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_parses(name):
-    args = SCRIPTS[name].parse(["--model", "xvlm", "--dense", *"--gradual 80 --distill 0.5 --lora 8".split()])
+    given = "--model xvlm --dense --gradual 80 --distill 0.5 --lora 8"
+    args = SCRIPTS[name].parse(given.split())
     found = sparse_options(args)
     assert found.name == "gradual80_distill0.5_lora8" and found.gradual.until == 0.7
     folder = default_folder("xvlm", name, CONFIGS / "x.yaml", None, found.name)

@@ -86,7 +86,7 @@ def test_without_a_task_no_label_is_read(view, teacher):
 
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(view):
     losses = Taught(view, copy.deepcopy(view.model), 1.0)(batch())
-    assert float(losses["loss"]) == pytest.approx(0, abs=1e-6)
+    assert losses["loss"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_one_pass_gives_what_two_give(view):
@@ -140,5 +140,7 @@ def test_each_question_counts_once():
     loss = distillation(by_question(student, given), by_question(teacher, given))["loss"]
     target, log = (teacher / 2).softmax(-1), nn.LogSoftmax(-1)
     each = 4 * (target * (target.log() - log(student / 2))).sum(-1)  # tokens of answers 0, 0, 1, 2, 2, 2, 3, 3
-    expected = (torch.stack([each[[2, 6, 7]].mean(), torch.zeros((), dtype=torch.float64), each[[0, 1, 3, 4, 5]].mean()])).mean()
+    expected = (
+        torch.stack([each[[2, 6, 7]].mean(), torch.zeros((), dtype=torch.float64), each[[0, 1, 3, 4, 5]].mean()])
+    ).mean()
     torch.testing.assert_close(loss, expected)
