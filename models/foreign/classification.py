@@ -5,7 +5,7 @@ any other is a new one: labels are never told by their position alone, unless th
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ class Asked(Protocol):
     weights_key: str
     image_res: int | None
     keep_head: bool
+    model_kwargs: Mapping[str, Any]
 
     @property
     def checkpoint(self) -> str | None: ...
@@ -112,8 +113,9 @@ def build(
     with seeded(seed, torch.zeros(())):
         if library == "timm":
             model = _of_timm(own, config, class_names, drop_path)
-        elif drop_path is not None or config.image_res is not None:
-            raise UserError(f"--image_size and --drop_path are for models of timm: leave them out with {name}")
+        elif drop_path is not None or config.image_res is not None or config.model_kwargs:
+            told = "image_res, drop_path and model_kwargs"
+            raise UserError(f"{told} of a configuration are for models of timm: leave them out with {name}")
         else:
             model = _of_transformers(own, config, class_names)
     model.loss = loss
@@ -123,7 +125,7 @@ def build(
 def _of_timm(name: str, config: Asked, class_names: Sequence[str], drop_path: float | None) -> TimmClassifier:
     count, path = len(class_names), Path(config.checkpoint) if config.checkpoint else None
     published = path is None and config.weights != external.RANDOM
-    options: dict[str, Any] = {} if published else {"num_classes": count}
+    options = {**config.model_kwargs, **({} if published else {"num_classes": count})}
     options |= {} if drop_path is None else {"drop_path_rate": drop_path}
     model = external.timm_model(name, published, option="--model timm:", image_size=config.image_res, **options)
     model = model.float()
