@@ -5,12 +5,14 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from configs.loading import configure, read_yaml
 from configs.locations import located
 from configs.task import TaskConfig
+from engine.contents import texts
 from engine.options.command_line import check_loggers
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
@@ -40,6 +42,7 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
         args.config = args.config or located(Path("configs", "external", f"{task}.yaml"))
     args.config, config = configure(args, task, schema, base="")
     config = config.overridden(vars(args))
+    refuse_nlvr2(str(args.config), *texts(asdict(config)))
     if config.model_config:
         read_yaml(config.model_config)
     config.check_weights()
@@ -57,6 +60,16 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     check_writable(args.snapshot.parent, "--snapshot")
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config
+
+
+def refuse_nlvr2(*names: str) -> None:
+    """UserError where a file is one of NLVR2's, which none of the tasks is."""
+    for name in names:
+        if "nlvr" in Path(name).name.lower():
+            raise UserError(
+                f"{name}: NLVR2, a sentence that is true or false of two images, is none of the tasks here: retrieval, "
+                "captioning, visual question answering and image classification are"
+            )
 
 
 def is_foreign(model: str) -> bool:

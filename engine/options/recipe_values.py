@@ -67,6 +67,8 @@ def _dataset(words: Collection[str]) -> Callable[[str], str]:
     """Return the argparse type of a word, or of a folder that is there."""
 
     def parse(text: str) -> str:
+        if "nlvr" in text.lower():
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: NLVR2 asks about two images, not for classes")
         if text not in words and not Path(text).is_dir():
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: neither {', '.join(words)} nor a folder")
         return text
