@@ -26,6 +26,7 @@ from models.foreign.task_model import task_names as task_names
 from models.hub import first_line, local_only
 from sparsity.errors import UserError
 from sparsity.files import writing
+from sparsity.view import Output, Outputs
 
 log = logging.getLogger(__name__)
 Loss = Callable[[Tensor, dict[str, Any]], Tensor]  # of logits (B, classes) and a batch
@@ -54,6 +55,12 @@ class Classifier(ForeignTaskModel):
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """The loss of `batch` = {"image": (B, 3, H, W), "label": (B,), or (B, classes) where images are mixed}."""
         return {"loss": self.loss(self.classify(batch["image"]), batch)}
+
+    def taught(
+        self, batch: dict[str, Any], epoch: float, outputs: Callable[[dict[str, Any]], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        logits = self.classify(batch["image"])
+        return {"loss": self.loss(logits, batch)}, {"logits": Output("logits", logits)}
 
     def classify(self, image: Tensor) -> Tensor:
         raise NotImplementedError
@@ -90,7 +97,7 @@ class TransformersClassifier(Classifier):
         return self.model(pixel_values=image).logits
 
     def library_batch(self, batch: dict[str, Any]) -> Any:
-        labels = {"labels": batch["label"]} if "label" in batch else {}
+        labels = {"labels": batch["label"]} if "label" in batch and batch["label"].ndim == 1 else {}  # not mixed
         return {"pixel_values": batch["image"], **labels}
 
     def save(self, folder: Path) -> None:
@@ -118,7 +125,7 @@ def build(
             raise UserError(f"{told} of a configuration are for models of timm: leave them out with {name}")
         else:
             model = _of_transformers(own, config, class_names)
-    model.loss = loss
+    model.loss, model.untaught = loss, ("logits",) if model.fresh else ()
     return model
 
 
