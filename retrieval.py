@@ -16,6 +16,7 @@ from configs.finetuning import RetrievalConfig
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
+from engine.options.recipe_values import add_recipe_options
 
 TASK = "retrieval"
 
@@ -23,6 +24,7 @@ TASK = "retrieval"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, TASK, models.of_task(TASK))
+    add_recipe_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -21,9 +21,18 @@ SCALE = 2.0  # a / R
 class Adapters:
     """A (R, in), uniform within 1 / sqrt(in) as a layer of torch begins, and B (out, R), zero, of each prunable weight
     that learns. All other parameters are frozen from here on, but for the `new` ones (globs), the task's own head.
+    model: the task model, where the view is of a model in it.
     """
 
-    def __init__(self, view: PrunableView, rank: int, new: Sequence[str], seed: int, device: torch.device):
+    def __init__(
+        self,
+        view: PrunableView,
+        rank: int,
+        new: Sequence[str],
+        seed: int,
+        device: torch.device,
+        model: nn.Module | None = None,
+    ):
         self.rank, self.a, self.b = rank, {}, {}
         generator = torch.Generator().manual_seed(seed)
         for name, weight in view.weights.items():
@@ -33,7 +42,8 @@ class Adapters:
                 self.a[name] = nn.Parameter(a.to(device))
                 self.b[name] = nn.Parameter(torch.zeros(outputs, rank, device=device))
         adapted = {id(view.weights[name].parameter) for name in self.a}
-        named = [(name, p) for name, p in view.model.named_parameters() if p.requires_grad and id(p) not in adapted]
+        model = view.model if model is None else model
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapted]
         self._own = {name: p for name, p in named if any(fnmatchcase(name, glob) for glob in new)}
         for name, parameter in named:
             parameter.requires_grad_(name in self._own)

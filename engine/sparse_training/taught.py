@@ -15,12 +15,20 @@ class Taught(nn.Module):
 
     teacher: gives the outputs of the view, frozen, in evaluation mode; no part of what is trained or saved: the state
     dict is the task model's own. untaught: outputs in which the teacher has nothing to teach. At W = 1 the loss of the
-    task is not computed, and labels are not read.
+    task is not computed, and labels are not read. model: the task model, where the view is of a model in it.
     """
 
-    def __init__(self, view: PrunableView, teacher: nn.Module, weight: float, untaught: Sequence[str] = ()):
+    def __init__(
+        self,
+        view: PrunableView,
+        teacher: nn.Module,
+        weight: float,
+        untaught: Sequence[str] = (),
+        model: nn.Module | None = None,
+    ):
         super().__init__()
-        self.model, self.weight, self.untaught = view.model, weight, tuple(untaught)
+        self.model: nn.Module = view.model if model is None else model
+        self.weight, self.untaught = weight, tuple(untaught)
         self.teachers = [teacher.eval().requires_grad_(False)]  # a list, so that it is no module of this one
         self._view = view
 

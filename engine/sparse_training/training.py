@@ -21,15 +21,26 @@ from sparsity.masks import Masks
 from sparsity.view import PrunableView, canonical
 
 log = logging.getLogger(__name__)
+INNER = "model."  # where a task model has a model of another library in its checkpoints
 
 
 class SparseTraining:
     """How a task model is trained. To be made of the dense model, before its masks are applied; it changes nothing yet.
 
-    new: globs of the parameters that the pretrained model does not have. device: where the model will be.
+    new: globs of the parameters that the pretrained model does not have. device: where the model will be. model: the
+    task model, where the view is of a model in it.
     """
 
-    def __init__(self, options: SparseOptions, view: PrunableView, new: Sequence[str], seed: int, device: torch.device):
+    def __init__(
+        self,
+        options: SparseOptions,
+        view: PrunableView,
+        new: Sequence[str],
+        seed: int,
+        device: torch.device,
+        model: nn.Module | None = None,
+    ):
+        self.model = view.model if model is None else model
         self.options, self.view, self._new, self._seed, self._device = options, view, new, seed, device
         self._teacher = None if options.distill is None else self._teach()
         self._dense = self._shadows() if options.gradual and options.gradual.regrow else {}
@@ -38,21 +49,21 @@ class SparseTraining:
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return name and parameter of what learns; with adapters, all else is frozen from here on."""
         if self.options.lora is None:
-            return [(name, p) for name, p in self.view.model.named_parameters() if p.requires_grad]
-        self._adapters = Adapters(self.view, self.options.lora, self._new, self._seed, self._device)
+            return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._adapters = Adapters(self.view, self.options.lora, self._new, self._seed, self._device, self.model)
         return list(self._adapters.named_parameters())
 
     def module(self) -> nn.Module:
         """Return what is called with a batch: the model, or the model beside its teacher."""
         if self._teacher is None or self.options.distill is None:
-            return self.view.model
-        untaught = () if self.options.teacher else self.view.model.untaught
+            return self.model
+        untaught = () if self.options.teacher else self.model.untaught
         if untaught and self.options.distill == 1:
             raise UserError(
                 f"--distill 1: the weights that the run starts from have no {', '.join(untaught)} to teach: the head is"
                 " new; give --teacher FILE, or --distill below 1, which learns from labels too"
             )
-        return Taught(self.view, self._teacher.to(self._device), self.options.distill, untaught)
+        return Taught(self.view, self._teacher.to(self._device), self.options.distill, untaught, self.model)
 
     def held(self, optimizer: torch.optim.Optimizer, masks: Masks | None, steps: int) -> Held:
         """Return what keeps zeros in training, and prunes. optimizer: of `parameters`. masks: those of the start."""
@@ -103,6 +114,8 @@ def load_teacher(model: nn.Module, path: Path) -> None:
             raise UserError(f"--teacher {path}: no weights can be read from it ({type(error).__name__})") from error
     own = model.state_dict()
     state = {canonical(name): tensor for name, tensor in state.items()}
+    if all(name.startswith(INNER) for name in state) and not all(name.startswith(INNER) for name in own):
+        state = {name.removeprefix(INNER): tensor for name, tensor in state.items()}
     wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
     if wrong or len(state) > len(own):
         other = wrong or [name for name in state if name not in own]

@@ -23,9 +23,10 @@ class TaskModel(nn.Module):
     """A model with the loss of one task.
 
     untaught: outputs of its view that newly initialised parameters decide, so that the model as it is built has nothing
-    to teach there.
+    to teach there. new: globs of the parameters that are new, beside the module's `NEW`.
     """
 
+    new: Sequence[str] = ()
     untaught: Sequence[str] = ()
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
@@ -47,6 +48,10 @@ class TaskModel(nn.Module):
     def heirs(self, name: str) -> Sequence[str]:
         """The weights that begin as copies of the weight `name` of this model and take its mask."""
         return ()
+
+    def told_source(self, weights: str) -> str:
+        """Return what a log calls the model that training begins with. weights: the configuration's."""
+        return weights
 
     def on_step(self) -> None:
         """Called after each step of the optimizer: what follows the weights moves here, once, not with each batch."""
