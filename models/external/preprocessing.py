@@ -90,9 +90,20 @@ class Pairs:
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
         self.check(captions is not None)
         texts = list(captions)
-        options = {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        batch = dict(self.processor(images=list(images), text=texts, **options))
+        batch = dict(self.processor(images=list(images), text=texts, **self._options()))
         return batch | ({"return_loss": True} if self.contrastive else {})
+
+    def _options(self) -> dict[str, Any]:
+        """Of texts."""
+        return {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the fields of a batch that its images make."""
+        return dict(self.processor(images=list(images), return_tensors="pt"))
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the fields of a batch that its texts make."""
+        return dict(self.processor(text=list(texts), **self._options()))
 
 
 class Generative:
