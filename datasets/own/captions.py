@@ -24,10 +24,11 @@ EXPECTED = '{"image": path, "caption": text or [texts]}'
 
 
 class Captioned(NamedTuple):
-    """An image and its captions. image: as its source finds it."""
+    """An image and its captions. image: as its source finds it. where: the file and number of the record."""
 
     image: str
     captions: list[str]
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def read_captions(path: str, decoding: Decoding = DEFAULT) -> CaptionedImages:
     """
     found, images = captioned_rows(path, decoding)
     captions: dict[str, list[str]] = {}
-    for image, texts in whole(found):
-        captions.setdefault(image, []).extend(texts)
+    for record in whole(found):
+        captions.setdefault(record.image, []).extend(record.captions)
     if not captions:
         raise UserError(f"{path}: no image with a caption; {HOW}")
     if isinstance(images, ImageRoot):
@@ -83,12 +84,12 @@ def own_captions(config: OwnDataConfig) -> tuple[CaptionedImages, CaptionedImage
     return CaptionedImages(own.path, train, own.images), part
 
 
-def _captioned(record: dict) -> Captioned:
-    return Captioned(get_path(record), get_texts(record, "caption"))
+def _captioned(record: dict, where: str) -> Captioned:
+    return Captioned(get_path(record), get_texts(record, "caption"), where)
 
 
 def _of_shard(sample: Packed | Fault) -> Captioned | Fault:
-    return sample if isinstance(sample, Fault) else Captioned(sample.image, [sample.caption])
+    return sample if isinstance(sample, Fault) else Captioned(sample.image, [sample.caption], sample.image.partition("#")[0])
 
 
 def _beside(folder: Path) -> Iterator[Captioned | Fault]:
@@ -103,4 +104,4 @@ def _beside(folder: Path) -> Iterator[Captioned | Fault]:
             yield Fault(str(folder / path), str(error))
             continue
         missing = f"no caption: {(folder / path).with_suffix('.txt').name} is not there, or empty"
-        yield Captioned(path, captions) if captions else Fault(str(folder / path), missing)
+        yield Captioned(path, captions, str(folder)) if captions else Fault(str(folder / path), missing)

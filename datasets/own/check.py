@@ -48,7 +48,7 @@ def check_own(path: str, kind: str, decoding: Decoding = DEFAULT) -> Checked:
             checked.texts += len(record.captions) if kind == "captions" else 1
             if record.image not in seen:
                 seen.add(record.image)
-                checked.faults += _unreadable(source, record.image, checked)
+                checked.faults += _unreadable(source, record)
     except (UserError, OSError) as error:
         checked.faults.append(Fault(path, str(error).removeprefix(f"{path}: ")))
     checked.images = len(seen)
@@ -65,7 +65,6 @@ def _numbered(found: Iterator[Any], checked: Checked) -> Iterator[Any]:
             yield each
 
 
-def _unreadable(source: Source, image: str, checked: Checked) -> Sequence[Fault]:
-    read = source.load(image)
-    where = f"{checked.path}: record {checked.records - 1}"
-    return [Fault(where, f"'image' {read.path}: {read.reason}")] if isinstance(read, Skipped) else []
+def _unreadable(source: Source, record: Any) -> Sequence[Fault]:
+    read = source.load(record.image)
+    return [Fault(record.where, f"'image' {read.path}: {read.reason}")] if isinstance(read, Skipped) else []

@@ -19,13 +19,14 @@ EXPECTED = '{"image": path, "question": text, "answers": text or [texts]}'
 
 class Question(NamedTuple):
     """A question about an image. answers: of all who were asked, or the right one. number: `question_id`, or the
-    record's own.
+    record's own. where: the file and number of the record.
     """
 
     image: str
     question: str
     answers: list[str]
     number: int | str | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def own_questions(config: OwnDataConfig) -> tuple[OwnQuestions, OwnQuestions | N
     return train, held if held.records else None
 
 
-def _question(record: dict) -> Question:
+def _question(record: dict, where: str) -> Question:
     key = "answer" if "answer" in record and "answers" not in record else "answers"  # as public files have it
     # Who was asked may have said nothing; who gives one answer alone has given one.
     several = isinstance(record.get(key), list)
     answers = get_texts(record, key, blank=several)
-    return Question(get_path(record), get_text(record, "question"), answers, get_id(record, "question_id"))
+    return Question(get_path(record), get_text(record, "question"), answers, get_id(record, "question_id"), where)

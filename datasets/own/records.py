@@ -67,15 +67,15 @@ def _lines(path: Path) -> Rows:
             yield f"{path}: line {number}", UserError(f"not JSON ({error})")
 
 
-def parsed(found: Rows, parse: Callable[[dict], T], expected: str) -> Iterator[T | Fault]:
-    """Yield what `parse` makes of each record, or the fault that it, a UserError, says."""
+def parsed(found: Rows, parse: Callable[[dict, str], T], expected: str) -> Iterator[T | Fault]:
+    """Yield what `parse` makes of each record and its place, or the fault that it, a UserError, says."""
     for where, record in found:
         try:
             if isinstance(record, UserError):
                 raise record
             if not isinstance(record, dict):
                 raise UserError(f"it is {shown(record)}")
-            yield parse(record)
+            yield parse(record, where)
         except UserError as error:
             yield Fault(where, f"{error}; expected {expected}")
 

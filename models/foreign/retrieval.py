@@ -39,18 +39,18 @@ class TwoTowers(ForeignTaskModel):
     def encode_images(self, batch: dict[str, Any]) -> Tensor:
         """Features (B, E) of images, l2-normalised, in float32."""
         fields = {name: value for name, value in batch.items() if name not in (*TEXTS, NUMBERS)}
-        return normalised(_pooled(self.network.get_image_features(**fields)))
+        return normalised(_pooled(self.model.get_image_features(**fields)))
 
     def encode_texts(self, batch: dict[str, Any]) -> Tensor:
         """Features (B, E) of texts, l2-normalised, in float32."""
-        return normalised(_pooled(self.network.get_text_features(**{n: batch[n] for n in TEXTS if n in batch})))
+        return normalised(_pooled(self.model.get_text_features(**{n: batch[n] for n in TEXTS if n in batch})))
 
     def contrast(self, image: Tensor, text: Tensor, ids: Tensor | None) -> Tensor:
         """The loss of features (P, E); pairs of equal `ids` (P,) match each other."""
-        scale = self.network.logit_scale
-        if BIAS not in self.network._parameters:
+        scale = self.model.logit_scale
+        if BIAS not in self.model._parameters:
             return contrastive_loss(image, text, torch.exp(-scale), ids)
-        logits = similarity(text, image, torch.exp(-scale)) + self.network.logit_bias
+        logits = similarity(text, image, torch.exp(-scale)) + self.model.logit_bias
         ids = torch.arange(len(logits), device=logits.device) if ids is None else ids
         sign = (ids[:, None] == ids[None, :]).to(logits.dtype) * 2 - 1  # z: 1 where a pair matches, else -1
         with without_autocast(logits.device):
@@ -58,8 +58,8 @@ class TwoTowers(ForeignTaskModel):
 
     def on_step(self) -> None:
         """Keep the scale of CLIP's logits where CLIP keeps it; SigLIP's is free."""
-        if BIAS not in self.network._parameters:
-            self.network.logit_scale.data.clamp_(max=MOST)
+        if BIAS not in self.model._parameters:
+            self.model.logit_scale.data.clamp_(max=MOST)
 
 
 def _pooled(features: Any) -> Tensor:
