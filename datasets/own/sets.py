@@ -32,7 +32,7 @@ class OwnPairs(Dataset):
     ):
         self.images, self.make, self.seed = data.images, make, seed
         self.records = Records(
-            (image, caption, number) for number, (image, captions) in enumerate(data.records) for caption in captions
+            (own.image, caption, number) for number, own in enumerate(data.records) for caption in own.captions
         )
 
     def __len__(self) -> int:
