@@ -17,6 +17,7 @@ from typing import Any
 import models
 from configs.finetuning import RetrievalConfig
 from configs.foreign_pairs import ForeignRetrievalConfig
+from configs.task import DEBUG_IMAGES
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import is_foreign, prepare
@@ -86,10 +87,10 @@ def foreign(args: argparse.Namespace, config: ForeignRetrievalConfig) -> tuple[A
     model = task.build(args.model, config)
     gather = GatherPairs(model.preprocess.images, model.preprocess.texts)
     train = OwnPairs(data, gather.picture, seed=args.seed)
-    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, gather=gather)
+    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, gather, save=type(model).save)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped, "batch_size": config.batch_size_test}
     recalls = partial(Recalls, fabric=fabric, folder=args.output_dir, gather=gather, texts=gather.texts, **reading)
-    return tuning, {"val": recalls(model, OwnImages(held, limit=config.limit(args.debug)))} if held else {}
+    return tuning, {"val": recalls(model, OwnImages(held, limit=DEBUG_IMAGES if args.debug else None))} if held else {}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from configs.decoding import Decoding
 from configs.finetuning import RetrievalConfig
+from configs.task import DEBUG_IMAGES
 from datasets.annotations import ImageRoot, Records, get_id, get_path, get_texts, read_records
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledScenes
@@ -159,10 +160,10 @@ def as_item(
     return {"image": transform(image, rng), **fields}
 
 
-def own_evaluation(config: RetrievalConfig, side: int, limit: int | None = None) -> OwnImages | None:
+def own_evaluation(config: RetrievalConfig, side: int, debug: bool = False) -> OwnImages | None:
     """Return the user's images that are held out, of `side` pixels, with their captions; None without any."""
     held = own_captions(config)[1] if config.data else None
-    return None if held is None else OwnImages(held, EvalTransform(side), limit)
+    return None if held is None else OwnImages(held, EvalTransform(side), DEBUG_IMAGES if debug else None)
 
 
 def parse_paired(record: dict) -> tuple[str, list[str], str]:

@@ -192,12 +192,14 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
-def load_processor(name: str) -> Any:
-    """The processor that belongs to a model of transformers; UserError where it is not to be had."""
+def load_processor(name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER) -> Any:
+    """The processor that belongs to a model of transformers; UserError, which begins and ends as is said, where it is
+    not to be had.
+    """
     import transformers
 
     try:
         options = {"trust_remote_code": False, "local_files_only": local_only(name)}
         return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
-        raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error
+        raise UserError(f"{told}{name!r} has no processor: {first_line(error)}; {way_out}") from error

@@ -6,15 +6,18 @@ Shapes: B pairs of this rank, P of all ranks, E embedding width.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.external.libraries import takes
 from models.external.preprocessing import Pairs
-from models.foreign.task_model import ForeignTaskModel
+from models.foreign.task_model import NEW as NEW
+from models.foreign.task_model import prunable_view as prunable_view
+from models.foreign.task_model import task_names as task_names
+from models.foreign.transformers_model import Asked, TransformersTask, loaded, processor_of
 from models.parts.losses import contrastive_loss, gather_features
 from models.parts.similarity import normalised, similarity, without_autocast
 from sparsity.errors import UserError
@@ -25,8 +28,16 @@ TEXTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # fie
 NUMBERS = "sample_ids"  # of the images: equal ones are no negatives of each other
 
 
-class TwoTowers(ForeignTaskModel):
-    """A model of transformers with `get_image_features`, `get_text_features` and a learned scale of its logits."""
+class TwoTowers(TransformersTask):
+    """A model of transformers with `get_image_features`, `get_text_features` and a learned scale of its logits.
+
+    preprocess: its own, of images and of texts.
+    """
+
+    def __init__(self, model: nn.Module, source: str):
+        super().__init__(model, source)
+        self.processor = processor_of(model)
+        self.preprocess = Pairs(model, self.processor)
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """The contrastive loss of the pairs of all ranks: a batch has the fields of images and texts, each (B, ...),
@@ -56,10 +67,28 @@ class TwoTowers(ForeignTaskModel):
         with without_autocast(logits.device):
             return -F.logsigmoid(sign * logits).sum(1).mean()
 
+    def library_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name != NUMBERS} | {"return_loss": True}
+
     def on_step(self) -> None:
         """Keep the scale of CLIP's logits where CLIP keeps it; SigLIP's is free."""
         if BIAS not in self.model._parameters:
             self.model.logit_scale.data.clamp_(max=MOST)
+
+
+def build(name: str, config: Asked) -> TwoTowers:
+    """Return the model that --model names, in float32.
+
+    Raises UserError for a model or weights that are not to be had, and for one that does not compare images and texts
+    by a loss that is known here.
+    """
+    model = loaded(name, config)
+    if SCALE not in model._parameters or not takes(model, "return_loss"):
+        raise UserError(
+            f"--model {name}: {type(model).__name__} has no contrastive loss with a learned scale: retrieval needs a "
+            "model with two towers, such as CLIP or SigLIP"
+        )
+    return TwoTowers(model, name)
 
 
 def _pooled(features: Any) -> Tensor:

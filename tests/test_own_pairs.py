@@ -1,0 +1,78 @@
+"""retrieval.py, captioning.py and vqa.py on a user's own data: tiny models of transformers and the project's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import retrieval
+from models.external import model as external
+from sparsity.errors import UserError
+from sparsity.masks import Masks
+from tests import tiny_models
+from tests.own_data import captioned
+from tests.tiny_models import image_processor, tokenizer
+
+pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
+CPU = ["--accelerator", "cpu", "--precision", "32-true"]
+
+
+def folder_of(kind, folder):
+    """A model of transformers with random weights, as it would come from the hub."""
+    torch.manual_seed(0)
+    processor = transformers.CLIPProcessor(image_processor(), tokenizer())
+    return tiny_models.save(tiny_models.TRANSFORMERS[kind](), folder / kind, processor)
+
+
+def mask_of(model, path):
+    """Half of the weights of a model, by chance; returns the path of their masks."""
+    view, generator = external.prunable_view(external.build(model)), torch.Generator().manual_seed(1)
+    masks = {name: torch.rand(w.parameter.shape, generator=generator) > 0.5 for name, w in view.weights.items()}
+    Masks(masks, {"pruner": "toss", "sparsity": "0.5", "seed": 1}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_two_towers_train_under_a_mask(tmp_path, kind):
+    model = f"hf:{folder_of(kind, tmp_path)}"
+    mask = mask_of(model, tmp_path / "mask.safetensors")
+    data = captioned(tmp_path / "own", 12)
+    options = ["--data", str(data), "--val_fraction", "0.25", "--batch_size", "6", "--epochs", "2", "--lr", "1e-3"]
+    options += ["--model", model, "--mask", str(mask), "--output_dir", str(tmp_path / "out"), *CPU]
+    retrieval.main(options)
+    result = tmp_path / "out/result"
+    metrics = json.loads((result / "metrics.json").read_text())["val"]
+    assert 0 < metrics["r_mean"] <= 100
+    own, before = load_file(result / "model.safetensors"), load_file(tmp_path / kind / "model.safetensors")
+    for name, kept in Masks.load(mask).items():
+        assert not own[name][~kept].any()
+    assert own.keys() == before.keys()
+    assert not torch.equal(own["logit_scale"], before["logit_scale"])
+    again = external.build(f"hf:{result}")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in own.items())
+    transformers.AutoProcessor.from_pretrained(result)
+
+
+@pytest.mark.parametrize("name", ["xvlm", "blip"])
+def test_our_own_models_take_captions_without_a_configuration_of_theirs(tmp_path, name):
+    data = captioned(tmp_path / "own", 12)
+    options = ["--data", str(data), "--val_fraction", "0.25", "--batch_size", "6", "--epochs", "1"]
+    retrieval.main(["--model", name, "--dense", "--output_dir", str(tmp_path / "out"), *options, *CPU])
+    assert json.loads((tmp_path / "out/result/metrics.json").read_text()).keys() == {"val"}
+    assert "validation/r_mean" in (tmp_path / "out/log.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ["xvlm", "hf"])
+def test_a_bad_record_is_one_line(tmp_path, name, capsys):
+    data = captioned(tmp_path / "own", 3)
+    data.write_text(json.dumps([{"image": "0.png", "caption": "x"}, {"image": "1.png"}]))
+    model = "xvlm" if name == "xvlm" else f"hf:{folder_of('clip', tmp_path)}"
+    options = ["--model", model, "--dense", "--data", str(data), "--output_dir", str(tmp_path / "out"), *CPU]
+    with pytest.raises(UserError, match="record 1: no key 'caption'"):
+        retrieval.main(options)
+    with pytest.raises(UserError, match="1 faults, listed above"):
+        retrieval.main([*options, "--check_data"])
+    assert f"{data}: record 1: no key 'caption'" in capsys.readouterr().out
