@@ -19,6 +19,7 @@ from datasets.tasks.captioning_metrics import check_package
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
+from engine.options.recipe_values import add_recipe_options
 from sparsity.errors import UserError
 
 TASK = "captioning"
@@ -27,6 +28,7 @@ TASK = "captioning"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, TASK, models.of_task(TASK))
+    add_recipe_options(parser, tests=True)
     first = "--pretraining_weights is a checkpoint of captioning_pretrain.py; xvlm only (default: no)"
     parser.add_argument("--load_capt_pretrain", action="store_true", help=first)
     return parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from configs.task import DEBUG_IMAGES
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import is_foreign, prepare
-from engine.options.own_data import add_own_data_options
+from engine.options.own_data import add_own_data_options, check_own_data_options
 from engine.options.recipe_values import add_foreign_options, add_recipe_options
 
 TASK = "retrieval"
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, TASK, models.of_task(TASK))
     add_own_data_options(parser, "captions")
-    add_recipe_options(parser, tests=True)
+    add_recipe_options(parser)
     add_foreign_options(parser)
     return parser.parse_args(arguments)
 
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         from engine.reports.own_data import report_own_data
 
         return report_own_data(args, "captions")
+    check_own_data_options(args, is_foreign(args.model))
     schema = ForeignRetrievalConfig if is_foreign(args.model) else RetrievalConfig
     config = prepare(args, TASK, schema, arguments)
     tuning, tests = (foreign if is_foreign(args.model) else own)(args, config)

@@ -17,6 +17,7 @@ from configs.finetuning import VQAConfig
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
+from engine.options.recipe_values import add_recipe_options
 
 TASK = "vqa"
 
@@ -24,6 +25,7 @@ TASK = "vqa"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, TASK, models.of_task(TASK))
+    add_recipe_options(parser, tests=True)
     inherited = "xvlm: the decoder takes the masks of the layers that it copies; blip's always does (default: no)"
     parser.add_argument("--inherit_mask", action="store_true", help=inherited)
     return parser.parse_args(arguments)

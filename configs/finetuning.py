@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from configs.locations import located
 from configs.own_data import OwnDataConfig
@@ -276,19 +276,27 @@ class BundledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(TaskConfig):
-    """Image classification. dataset: one of CLASSIFICATION. data_root: its folder, default data/<dataset>. `weights`
-    may also name a folder that transformers saved, or a repository on its hub.
+    """Image classification. dataset: one of CLASSIFICATION, whose folder is data_root, default data/<dataset>; or a
+    folder with train/ and val/ of class folders, or one of class folders. val_fraction: share of each class that is
+    held out of a folder without val/. `weights` may also name a folder that transformers saved, or a repository on its
+    hub.
     """
 
     dataset: str = "bundled"
+    val_fraction: float | None = None
     data_root: str | None = None
     bundled: BundledImages = field(default_factory=BundledImages)
     label_smoothing: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset not in CLASSIFICATION:
-            raise UserError(f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}")
+        if self.dataset and self.dataset not in CLASSIFICATION and not Path(self.dataset).is_dir():
+            known = f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}"
+            raise UserError(f"{known}, which is no folder, either")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction must be above 0 and below 1, got {self.val_fraction!r}")
+        if self.val_fraction is not None and self.dataset in CLASSIFICATION:
+            raise UserError(f"val_fraction is for folders of class folders: leave it out with {self.dataset}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
         if self.max_tokens is not None:
@@ -298,26 +306,24 @@ class ClassificationConfig(TaskConfig):
     def folder(self) -> str:
         return self.data_root or located(f"data/{self.dataset}")
 
-    def overridden(self, options: Mapping[str, Any]) -> "ClassificationConfig":
-        def given(**names: str) -> dict[str, Any]:
-            return {key: options[name] for key, name in names.items() if options[name] is not None}
-
-        sizes = given(image_res="image_size", batch_size_target="batch_size")
-        devices = options["devices"] * options["num_nodes"]
-        if "batch_size_target" in sizes:
-            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
-            if left:
-                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
-        schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
-        optimizer, scheduler = replace(self.optimizer, **given(lr="lr")), replace(self.scheduler, **schedule)
-        return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
-
     def check_weights(self) -> None:
         if not is_hosted(self.weights):
             super().check_weights()
 
+    @property
+    def own(self) -> bool:
+        """Whether the data is a folder of the user's."""
+        return self.dataset not in CLASSIFICATION
+
+    def overridden(self, options: Mapping[str, Any]) -> Self:
+        smoothing = options.get("smoothing")
+        config = super().overridden(options)
+        return config if smoothing is None else replace(config, label_smoothing=smoothing)
+
     def check_data(self, where: str) -> None:
-        for split in CLASSIFICATION[self.dataset]:
+        if not self.dataset:
+            raise UserError("give --dataset FOLDER, with a folder of images for each class, or train/ and val/ of such")
+        for split in CLASSIFICATION.get(self.dataset, ()):
             LabelledImages(self.dataset, split, self.folder).check()
 
     def sizes(self, pretrained: Any) -> Any:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from configs.decoding import Decoding
 from configs.sources import at_least
@@ -18,9 +18,11 @@ DEBUG_IMAGES = 32  # that are evaluated
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have. min_lr: where a
-    cosine ends. betas: of AdamW; the first is the momentum of SGD.
+    """opt: one of KNOWN. lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have.
+    min_lr: where a cosine ends. betas: of AdamW; the first is the momentum of SGD.
     """
+
+    KNOWN: ClassVar = OPTIMIZERS
 
     lr: float
     opt: str = "adamW"
@@ -31,8 +33,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         at_least(self, 0, "lr", "weight_decay", "lr_mult", "min_lr")
-        if self.opt not in OPTIMIZERS:
-            raise UserError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {self.opt!r}")
+        if self.KNOWN and self.opt not in self.KNOWN:
+            raise UserError(f"opt must be one of {', '.join(self.KNOWN)}, got {self.opt!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")
         if self.min_lr > self.lr:
@@ -105,9 +107,24 @@ class TaskConfig:
         """The file with the pretrained weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
-    def overridden(self, options: Mapping[str, Any]) -> "TaskConfig":
-        """With what options of the task's own on the command line say where they are given, that is, not None."""
-        return self
+    def overridden(self, options: Mapping[str, Any]) -> Self:
+        """Return the configuration with what the options of `engine.options.recipe_values` say where they are given,
+        that is, neither absent nor None. UserError where sizes of batches do not go together.
+        """
+
+        def given(**names: str) -> dict[str, Any]:
+            return {key: options[name] for key, name in names.items() if options.get(name) is not None}
+
+        sizes = given(image_res="image_size", batch_size_target="batch_size")
+        devices = options["devices"] * options["num_nodes"]
+        if "batch_size_target" in sizes and options.get("batch_size_train") is None:
+            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
+            if left:
+                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
+        schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
+        rates = given(lr="lr", weight_decay="weight_decay", opt="optimizer_name")
+        optimizer, scheduler = replace(self.optimizer, **rates), replace(self.scheduler, **schedule)
+        return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""

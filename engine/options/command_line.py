@@ -264,7 +264,7 @@ def add_finetuning_options(
     variants = "auto (default): base where its weights are, else mini"
     add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
     weights = "pretrained checkpoint file, or 'random'; default: the configuration's"
-    add("-pre", "--pretraining_weights", dest="weights", metavar="WEIGHTS", help=weights)
+    add("-pre", "--pretraining_weights", "--weights", dest="weights", metavar="WEIGHTS", help=weights)
     add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
     add = parser.add_argument_group("logs, besides log.csv in --output_dir").add_argument
     add("-wdb", "--wandb", action="store_true", help="log to Weights & Biases (default: no)")

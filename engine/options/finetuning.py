@@ -1,5 +1,6 @@
 """The command line of a task script and its configuration, checked before anything heavy is imported."""
 
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from configs.loading import configure, read_yaml
+from configs.locations import located
 from configs.task import TaskConfig
 from engine.options.command_line import check_loggers
 from sparsity.errors import MissingFileError, UserError
@@ -32,9 +34,14 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
         raise UserError("give --mask FILE to train a pruned model, or --dense to train the dense one")
     elif not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: mask file not found; prune.py writes such files")
+    if is_foreign(args.model):
+        if args.variant != "auto":
+            raise UserError(f"--variant is for models of this project: leave it out with {args.model}")
+        args.config = args.config or located(Path("configs", "external", f"{task}.yaml"))
     args.config, config = configure(args, task, schema, base="")
     config = config.overridden(vars(args))
-    read_yaml(config.model_config)
+    if config.model_config:
+        read_yaml(config.model_config)
     config.check_weights()
     config.check_data(str(args.config))
     try:
@@ -52,8 +59,13 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     return config
 
 
+def is_foreign(model: str) -> bool:
+    """Return whether a model is one of another library: timm:NAME, hf:NAME_OR_FOLDER."""
+    return ":" in model
+
+
 def default_folder(model: str, task: str, config: Path, mask: Path | None) -> Path:
     """Where the results of a run go unless told otherwise: other models, tasks and masks have other folders."""
     kind = config.stem if config.stem.startswith(task) else f"{task}_{config.stem}"
     name = "dense" if mask is None else mask.stem.removesuffix("_pruning_masks")
-    return Path("output", f"{model}_{kind}", name)
+    return Path("output", f"{re.sub(r'[:/]+', '_', model)}_{kind}", name)

@@ -2,7 +2,9 @@
 
 import argparse
 
+from configs.foreign import PUBLISHED
 from engine.options.command_line import share
+from sparsity.errors import UserError
 
 
 def add_own_data_options(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -14,3 +16,16 @@ def add_own_data_options(parser: argparse.ArgumentParser, kind: str) -> None:
     add("--val_fraction", type=share, help="share of the images of --data that is held out for that (default: 0.1)")
     only = "only read all of --data and --val_data, and list what is wrong with them (default: no)"
     add("--check_data", action="store_true", help=only)
+
+
+def check_own_data_options(args: argparse.Namespace, foreign: bool) -> None:
+    """UserError for options that would say nothing: of data without `--data`, of models of other libraries with one of
+    this project's.
+    """
+    for option in ("val_data", "val_fraction"):
+        if vars(args)[option] is not None and not args.data:
+            raise UserError(f"--{option} is for data of one's own: give --data, too, or leave it out")
+    if not foreign and args.weights_key is not None:
+        raise UserError(f"--weights_key is for models of transformers: leave it out with {args.model}")
+    if not foreign and args.weights == PUBLISHED:
+        raise UserError(f"--pretrained is for models of transformers: leave it out with {args.model}")

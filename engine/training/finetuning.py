@@ -39,6 +39,10 @@ RATES = {"linear": warmup_linear, "cosine": warmup_cosine}
 Metrics = dict[str, float]
 
 
+def save_task_weights(model: nn.Module, folder: Path) -> None:
+    save_weights(model, folder / "model.safetensors")
+
+
 class Finetuning:
     """A task model in training: its mask, optimizer, steps, logs and results.
 
@@ -60,9 +64,10 @@ class Finetuning:
         train: Dataset,
         gather: Callable[[list[Any]], dict[str, Any]] = collate,
         read: Callable[..., Iterable[dict[str, Any]]] = loader,
+        save: Callable[[nn.Module, Path], None] = save_task_weights,
     ):
         self.args, self.config, self.fabric, self.model = args, config, fabric, model
-        self.train, self.gather, self.read = train, gather, read
+        self.train, self.gather, self.read, self.save = train, gather, read, save
         self.title = "_".join(task.__name__.split(".")[1:])
         self.view = task.prunable_view(model)
         self.masks = read_masks(args.mask, self.view, task.task_names, model.heirs) if args.mask else None
@@ -71,7 +76,7 @@ class Finetuning:
         model.on_pruned()
         if config.gradient_checkpointing:
             checkpoint_blocks(model.blocks())
-        optimizer = finetuning_optimizer(model, config.optimizer, task.NEW, args.precision)
+        optimizer = finetuning_optimizer(model, config.optimizer, (*task.NEW, *model.new), args.precision)
         after_each_step(optimizer, model.on_step)
         wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
         self.epoch_steps = config.steps_per_epoch(len(train), args.debug)
@@ -133,7 +138,7 @@ class Finetuning:
 
     def _tell_what_is_evaluated(self, start: int) -> None:
         best, path = self.run.best, self.run.checkpoint_path
-        what = f"{path}, after step {start} of {self.run.steps}" if start else f"{self.config.weights}, as it is"
+        what = f"{path}, after step {start} of {self.run.steps}" if start else f"{self.origin}, as it is"
         log.info("evaluating %s", f"{self.run.best_path}, of step {best['step']:g}" if best else what)
 
     def evaluate(self, evaluation: Callable[[], Metrics]) -> Metrics:
@@ -164,6 +169,11 @@ class Finetuning:
         self.fabric.barrier()
 
     @property
+    def origin(self) -> str:
+        """What training began with."""
+        return self.model.told_source(self.config.weights)
+
+    @property
     def _results(self) -> Path:
         return self.args.output_dir / "result"
 
@@ -186,13 +196,13 @@ class Finetuning:
         folder = self._results
         clear_leftovers(folder)
         (folder / CARD).unlink(missing_ok=True)
-        save_weights(self.model, folder / "model.safetensors")
+        self.save(self.model, folder)
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
         save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
-        facts = {"base model": self.config.weights, "task": self.title, "epochs": epochs}
+        facts = {"base model": self.origin, "task": self.title, "epochs": epochs}
         facts |= {"weights of epoch": best["step"] / self.epoch_steps} if best else {}
         facts |= {name: getattr(self.args, name) for name in ("seed", "precision")}
         card = model_card(self.title, facts, self.masks, self.view, metrics, self.args.command)

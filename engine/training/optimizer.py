@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +34,8 @@ def adamw(
 
 
 def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], precision: str) -> torch.optim.Optimizer:
-    """The optimizer that a task's configuration names: `opt` ("adamW" or "sgd"), `lr`, `weight_decay` and `betas`.
+    """The optimizer that a task's configuration names: `opt` ("adamW", "sgd", or one of timm), `lr`, `weight_decay` and
+    `betas`.
 
     new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars. Warns where there are
     none and `lr_mult` asks for another rate.
@@ -47,7 +50,19 @@ def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], prec
     groups = [group for group in groups if group["params"]]
     if config.opt == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+    if config.opt != "adamW":
+        return _of_timm(groups, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=precision != "16-mixed")
+
+
+def _of_timm(groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of timm with its own betas; UserError where it has none of this name."""
+    from timm.optim import create_optimizer_v2
+
+    try:
+        return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, momentum=config.betas[0])
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise UserError(f"--optimizer {config.opt}: {' '.join(str(error).split())}") from error
 
 
 def muon(

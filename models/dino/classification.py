@@ -39,18 +39,20 @@ def task_names(name: str) -> tuple[str, ...]:
     return (dino.published_name(name),)
 
 
-def build(config: dino.Config, weights: str | Path | None = None, **options: float) -> DINOClassification:
+def build(
+    config: dino.Config, weights: str | Path | None = None, *, keep: bool = True, **options: float
+) -> DINOClassification:
     """Classifier of these sizes, from a checkpoint of DINO or of itself, or random.
 
     weights: a file, a folder that transformers saved, or a name on its hub. Its classifier counts where it has as many
-    classes; otherwise a random one is put in its place.
+    classes, and is to be kept; otherwise a random one is put in its place.
     """
     model = DINOClassification(config, **options).initialise()
     if weights is None:
         return model
     path = find_weights(weights)
     table = read_weights(path).get("classifier.weight")
-    fresh = table is None or table.shape != model.classifier.weight.shape
+    fresh = not keep or table is None or table.shape != model.classifier.weight.shape
     ignored = (*dino.HARMLESS, *(NEW if fresh else ()))
     load_weights(model, path, positions=dino.POSITIONS, ignored=ignored, rename=dino.published_name)
     return model

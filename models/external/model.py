@@ -250,6 +250,7 @@ def prunable_view(
     loss: Loss | None = None,
     halves: Mapping[str, torch.dtype] | None = None,
     tokens: str = "all",
+    read: Callable[[Any], Any] = lambda batch: batch,
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
@@ -263,6 +264,8 @@ def prunable_view(
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
     tokens: of a language model, those that are counted: "all", "text", or "vision", in whose place it reads images.
+
+    read: makes a batch as the model takes it of those that the view is given.
 
     Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
@@ -281,7 +284,8 @@ def prunable_view(
         layer = key.removesuffix(".weight")
         return (match_group(layer, groups) or "other") if groups else library.group_of(layer)
 
-    def valid_tokens(key: str, batch: Any) -> Tensor | None:
+    def valid_tokens(key: str, given: Any) -> Tensor | None:
+        batch = read(given)
         field = library.text_field(key) if group_of(key) == TEXT and isinstance(batch, Mapping) else None
         mask = batch.get(field) if field else None
         real = None if mask is None else mask != 0
@@ -294,13 +298,15 @@ def prunable_view(
 
     def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
         with seeded(generator.initial_seed() if generator else 0, next(model.parameters())):
-            return loss(model, library.fitted(batch)) if loss else library.loss(library.fitted(batch))
+            own = library.fitted(read(batch))
+            return loss(model, own) if loss else library.loss(own)
 
     def reproducible_forward(batch: Any) -> Any:
         with seeded(0, next(model.parameters())):
-            return library.forward(library.fitted(batch))
+            return library.forward(library.fitted(read(batch)))
 
-    def outputs(own: nn.Module, batch: Any) -> Outputs:
+    def outputs(own: nn.Module, given: Any) -> Outputs:
+        batch = read(given)
         with seeded(0, next(own.parameters())):
             run = library_of(own)
             return outputs_of(run.output(run.fitted(batch)), batch, classifies=run.classifies)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 
 class TaskModel(nn.Module):
-    """A model with the loss of one task."""
+    """A model with the loss of one task. new: globs of the parameters that are new, beside the module's `NEW`."""
+
+    new: Sequence[str] = ()
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """{"loss": what is minimised, and its parts}. epoch: how many are done, with fractions."""
@@ -30,6 +32,10 @@ class TaskModel(nn.Module):
     def heirs(self, name: str) -> Sequence[str]:
         """The weights that begin as copies of the weight `name` of this model and take its mask."""
         return ()
+
+    def told_source(self, weights: str) -> str:
+        """Return what a log calls the model that training begins with. weights: the configuration's."""
+        return weights
 
     def on_step(self) -> None:
         """Called after each step of the optimizer: what follows the weights moves here, once, not with each batch."""
