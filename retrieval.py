@@ -78,7 +78,7 @@ def own(args: argparse.Namespace, config: RetrievalConfig) -> tuple[Any, dict[st
 def foreign(args: argparse.Namespace, config: ForeignRetrievalConfig) -> tuple[Any, dict[str, Any]]:
     """A model of transformers with two towers, on the user's data, which it preprocesses itself."""
     from datasets.own.captions import own_captions
-    from datasets.own.sets import GatherPairs, OwnImages, OwnPairs
+    from datasets.own.sets import Gather, OwnImages, OwnPairs, picture
     from engine.evaluation.two_towers import Recalls
     from engine.training.finetuning import Finetuning
 
@@ -86,12 +86,13 @@ def foreign(args: argparse.Namespace, config: ForeignRetrievalConfig) -> tuple[A
     data, held = own_captions(config)
     fabric = launch(args, args.output_dir, sync_buffers=False)
     model = task.build(args.model, config)
-    gather = GatherPairs(model.preprocess.images, model.preprocess.texts)
-    train = OwnPairs(data, gather.picture, seed=args.seed)
-    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, gather, save=type(model).save)
+    train, make = OwnPairs(data, picture, seed=args.seed), model.batches
+    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, Gather(make.pairs), save=type(model).save)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped, "batch_size": config.batch_size_test}
-    recalls = partial(Recalls, fabric=fabric, folder=args.output_dir, gather=gather, texts=gather.texts, **reading)
-    return tuning, {"val": recalls(model, OwnImages(held, limit=DEBUG_IMAGES if args.debug else None))} if held else {}
+    if held is None:
+        return tuning, {}
+    shown, making = OwnImages(held, limit=DEBUG_IMAGES if args.debug else None), {"gather": Gather(make.images)}
+    return tuning, {"val": Recalls(model, shown, fabric, args.output_dir, texts=make.texts, **making, **reading)}
 
 
 if __name__ == "__main__":

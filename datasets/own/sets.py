@@ -82,35 +82,22 @@ class OwnImages(Dataset):
         return {"image": self.transform(image), "index": torch.tensor(i)}
 
 
-class GatherPairs:
-    """Items of `OwnPairs` or `OwnImages` to a batch of a model that preprocesses them itself, with the samples that were
-    skipped under "skipped" (see `datasets.collate.collate`); picture: what an item of `OwnPairs` is made of.
+class Gather:
+    """Items to a batch of a model that preprocesses images and texts itself; the samples that were skipped stand under
+    "skipped", see `datasets.collate.collate`.
 
-    images, texts: RGB images, and captions, to fields of a batch. Items without a caption have images alone.
+    make: items that were read -> fields of a batch.
     """
 
-    def __init__(
-        self,
-        images: Callable[[Sequence[Image.Image]], dict[str, torch.Tensor]],
-        texts: Callable[[Sequence[str]], dict[str, torch.Tensor]],
-    ):
-        self.images, self.texts = images, texts
-
-    @staticmethod
-    def picture(image: Image.Image, caption: str, rng: np.random.Generator) -> dict[str, Any]:
-        """Return an item as it is gathered here."""
-        return {"image": image, "caption": caption}
+    def __init__(self, make: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]):
+        self.make = make
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         read = [item for item in items if not isinstance(item, Skipped)]
         skipped = [item for item in items if isinstance(item, Skipped)]
-        batch: dict[str, Any] = {"skipped": skipped} if skipped else {}
-        if read:
-            batch |= self.images([item["image"] for item in read])
-            if "caption" in read[0]:
-                batch |= self.texts([item["caption"] for item in read])
-            batch |= {name: torch.stack([item[name] for item in read]) for name in _NUMBERS if name in read[0]}
-        return batch
+        return (self.make(read) if read else {}) | ({"skipped": skipped} if skipped else {})
 
 
-_NUMBERS = ("sample_ids", "index")
+def picture(image: Image.Image, caption: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Return an item of `OwnPairs` as such a model preprocesses it."""
+    return {"image": image, "caption": caption}

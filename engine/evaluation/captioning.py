@@ -26,7 +26,8 @@ class Captions:
     model: has `generate(image, **generation)`, which gives ids (B, T), see models/parts/captioning.py. decode: ids to
     text, without the prompt. score: captions and references by image id -> metrics. path: where the captions are
     written, in COCO's format of results. batch_size: images at a time. generation: options of the search, of which
-    `max_length` must be one. Images that cannot be read are listed in `folder`, and their caption is "", which counts
+    `max_length` must be one. gather: items of `images` to a batch, what `generate` takes under "image". Images that
+    cannot be read are listed in `folder`, and their caption is "", which counts
     as any wrong one; more than `max_skipped` of them is an error.
     """
 
@@ -44,13 +45,14 @@ class Captions:
         path: Path | None = None,
         workers: int = 0,
         max_skipped: float = 0.01,
+        gather: Callable[[list[Any]], dict[str, Any]] = collate,
     ):
         self.model, self.images, self.decode, self.fabric = model, images, decode, fabric
         self.score, self.path, self.generation = score, path, generation
         starts = range(0, len(images), batch_size)[fabric.global_rank :: fabric.world_size]
         # Whole batches to each rank, so that a caption does not depend on how many ranks there are.
         own = [range(first, min(first + batch_size, len(images))) for first in starts]
-        self.batches = DataLoader(images, batch_sampler=own, num_workers=workers, collate_fn=collate)
+        self.batches = DataLoader(images, batch_sampler=own, num_workers=workers, collate_fn=gather)
         expected = max(1, sum(map(len, own)))
         self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), expected, max_skipped)
 
@@ -78,7 +80,7 @@ class Captions:
         """
         ids = torch.zeros(len(self.images), self.generation["max_length"], dtype=torch.long)
         for batch in watched(self.batches, self.skipped, self.fabric, "captions"):
-            found = self.model.generate(batch["image"].to(self.fabric.device), **self.generation).cpu()
+            found = self.model.generate(self.fabric.to_device(batch["image"]), **self.generation).cpu()
             ids[batch["index"], : found.shape[1]] = found
         return summed(self.fabric, ids)
 

@@ -137,6 +137,13 @@ class Generative:
             return self.processor.tokenizer.convert_ids_to_tokens(token)
         return "" if (ids == token).any() else self.processor.tokenizer.convert_ids_to_tokens(token)
 
+    def asked(self, question: str) -> str:
+        """Return the text in which a question is asked about an image, up to where the answer begins."""
+        if not self.processor.chat_template:
+            return f"{self.image}{question}"
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
     def text(self, caption: str | None) -> str:
         """The prompt, with the caption as the answer where it is not to be left out."""
         if not self.processor.chat_template:

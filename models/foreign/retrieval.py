@@ -6,6 +6,7 @@ Shapes: B pairs of this rank, P of all ranks, E embedding width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from models.external.preprocessing import Pairs
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
 from models.foreign.task_model import task_names as task_names
-from models.foreign.transformers_model import Asked, TransformersTask, loaded, processor_of
+from models.foreign.transformers_model import Asked, TransformersTask, loaded, processor_of, stacked
 from models.parts.losses import contrastive_loss, gather_features
 from models.parts.similarity import normalised, similarity, without_autocast
 from sparsity.errors import UserError
@@ -28,16 +29,32 @@ TEXTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # fie
 NUMBERS = "sample_ids"  # of the images: equal ones are no negatives of each other
 
 
+class PairBatches:
+    """Items with an RGB "image", its "caption" and numbers to batches, as the model's own preprocessing makes them."""
+
+    def __init__(self, preprocess: Pairs):
+        self.preprocess, self.texts = preprocess, preprocess.texts
+
+    def pairs(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch to train on: {"image", "caption", "sample_ids"} of each item."""
+        texts = self.texts([item["caption"] for item in items])
+        return self.preprocess.images([item["image"] for item in items]) | texts | stacked(items, NUMBERS)
+
+    def images(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch of images alone: {"image", "index"} of each item."""
+        return self.preprocess.images([item["image"] for item in items]) | stacked(items, "index")
+
+
 class TwoTowers(TransformersTask):
     """A model of transformers with `get_image_features`, `get_text_features` and a learned scale of its logits.
 
-    preprocess: its own, of images and of texts.
+    batches: of what it takes.
     """
 
     def __init__(self, model: nn.Module, source: str):
         super().__init__(model, source)
         self.processor = processor_of(model)
-        self.preprocess = Pairs(model, self.processor)
+        self.batches = PairBatches(Pairs(model, self.processor))
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """The contrastive loss of the pairs of all ranks: a batch has the fields of images and texts, each (B, ...),

@@ -1,9 +1,11 @@
 """Models of transformers that read images and texts, as their tasks load and write them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.external import model as external
 from models.external.preprocessing import load_processor
@@ -29,6 +31,11 @@ class TransformersTask(ForeignTaskModel):
         with writing(folder / "model.safetensors"):
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
+
+
+def stacked(items: Sequence[dict[str, Any]], name: str) -> dict[str, Tensor]:
+    """Return the field of a batch (B,) that has the numbers of its items under the same name."""
+    return {name: torch.stack([item[name] for item in items])}
 
 
 def processor_of(model: nn.Module) -> Any:
