@@ -87,7 +87,7 @@ def foreign(args: argparse.Namespace, config: ForeignRetrievalConfig) -> tuple[A
     fabric = launch(args, args.output_dir, sync_buffers=False)
     model = task.build(args.model, config)
     train, make = OwnPairs(data, picture, seed=args.seed), model.batches
-    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, Gather(make.pairs), save=type(model).save)
+    tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, Gather(make.pairs), save=task.save)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped, "batch_size": config.batch_size_test}
     if held is None:
         return tuning, {}

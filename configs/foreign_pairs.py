@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from configs.finetuning import RetrievalConfig
+from configs.finetuning import CaptioningConfig, RetrievalConfig
 from configs.foreign import ForeignConfig
+from configs.own_data import OwnDataConfig
 from configs.sources import at_least
 from sparsity.errors import UserError
 
@@ -22,8 +23,35 @@ class ForeignRetrievalConfig(ForeignConfig, RetrievalConfig):
         check_given(self)
 
 
-def check_given(config: RetrievalConfig) -> None:
+def check_given(config: OwnDataConfig) -> None:
     """Raise UserError or FileNotFoundError unless there is data of the user's: models of others know no other."""
     if not config.data:
         raise UserError("give --data captions.json, a folder or shards: docs/data.md shows what they hold")
     config.check_own()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignCaptioningConfig(ForeignConfig, CaptioningConfig):
+    """Captioning by any model that writes about images.
+
+    question: what it is asked, by default to describe the image in its chat template, or, where it has none, nothing:
+    it goes on from "a picture of". max_tokens: of a caption that is trained on. max_length, min_length: of one that is
+    generated, in tokens, without the question.
+    """
+
+    question: str | None = None
+    label_smoothing: float = 0.0
+    max_length: int = 40
+    min_length: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.label_smoothing:
+            raise UserError("label_smoothing is not for models of other libraries, which bring their own loss")
+
+    def check_data(self, where: str) -> None:
+        check_given(self)
+
+    @property
+    def generation(self) -> dict[str, int]:
+        return {"num_beams": self.num_beams, "max_length": self.max_length, "min_new_tokens": self.min_length}

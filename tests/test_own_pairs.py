@@ -8,11 +8,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import captioning
 import retrieval
 from models.external import model as external
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests import tiny_models
+from tests.models.external.test_preprocessing import processor_of
 from tests.own_data import captioned
 from tests.tiny_models import image_processor, tokenizer
 
@@ -76,3 +78,28 @@ def test_a_bad_record_is_one_line(tmp_path, name, capsys):
     with pytest.raises(UserError, match="1 faults, listed above"):
         retrieval.main([*options, "--check_data"])
     assert f"{data}: record 1: no key 'caption'" in capsys.readouterr().out
+
+
+def writer(kind, folder):
+    """A model that writes, of this kind, with its processor."""
+    torch.manual_seed(0)
+    return tiny_models.save(tiny_models.TRANSFORMERS[kind](), folder / kind, processor_of(kind, chat=kind != "blip2"))
+
+
+@pytest.mark.parametrize("kind", ["blip2", "llava"])
+def test_captioners_train_under_a_mask(tmp_path, kind):
+    model = f"hf:{writer(kind, tmp_path)}"
+    mask = mask_of(model, tmp_path / "mask.safetensors")
+    options = ["--data", str(captioned(tmp_path / "own", 8)), "--val_fraction", "0.25", "--batch_size", "6"]
+    options += ["--model", model, "--mask", str(mask), "--output_dir", str(tmp_path / "out"), *CPU]
+    captioning.main([*options, "--epochs", "2", "--lr", "1e-3", "--workers", "0"])
+    result = tmp_path / "out/result"
+    metrics = json.loads((result / "metrics.json").read_text())["val"]
+    assert any(name.startswith("cider") for name in metrics)
+    captions = json.loads((result / "captions_val.json").read_text())
+    assert len(captions) == 2 and all(isinstance(found["caption"], str) for found in captions)
+    own = load_file(result / "model.safetensors")
+    for name, kept in Masks.load(mask).items():
+        assert not own[name][~kept].any()
+    again = external.build(f"hf:{result}").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
