@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.finetuning import CaptioningConfig, RetrievalConfig
+from configs.finetuning import CaptioningConfig, RetrievalConfig, VQAConfig
 from configs.foreign import ForeignConfig
 from configs.own_data import OwnDataConfig
 from configs.sources import at_least
@@ -23,10 +23,10 @@ class ForeignRetrievalConfig(ForeignConfig, RetrievalConfig):
         check_given(self)
 
 
-def check_given(config: OwnDataConfig) -> None:
+def check_given(config: OwnDataConfig, what: str = "captions.json, a folder or shards") -> None:
     """Raise UserError or FileNotFoundError unless there is data of the user's: models of others know no other."""
     if not config.data:
-        raise UserError("give --data captions.json, a folder or shards: docs/data.md shows what they hold")
+        raise UserError(f"give --data {what}: docs/data.md shows what it holds")
     config.check_own()
 
 
@@ -55,3 +55,31 @@ class ForeignCaptioningConfig(ForeignConfig, CaptioningConfig):
     @property
     def generation(self) -> dict[str, int]:
         return {"num_beams": self.num_beams, "max_length": self.max_length, "min_new_tokens": self.min_length}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignVQAConfig(ForeignConfig, VQAConfig):
+    """Visual question answering by any model that writes about images.
+
+    wording: in whose {} a question stands, by default it alone in a chat template, or, where there is none, with words
+    around it, as BLIP-2 is published. max_tokens: of an answer that is trained on. max_length: of one that is
+    generated, in tokens. num_beams: of the search.
+    """
+
+    wording: str | None = None
+    num_beams: int = 3
+    max_length: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "num_beams", "max_length")
+        if self.wording is not None and "{}" not in self.wording:
+            raise UserError(f"wording must have {{}} where the question stands, got {self.wording!r}")
+
+    def check_data(self, where: str) -> None:
+        check_given(self, "questions.json")
+
+    @property
+    def generation(self) -> dict[str, int]:
+        """Options of the search for an answer."""
+        return {"num_beams": self.num_beams, "max_length": self.max_length}

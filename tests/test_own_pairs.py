@@ -98,8 +98,16 @@ def test_captioners_train_under_a_mask(tmp_path, kind):
     assert any(name.startswith("cider") for name in metrics)
     captions = json.loads((result / "captions_val.json").read_text())
     assert len(captions) == 2 and all(isinstance(found["caption"], str) for found in captions)
-    own = load_file(result / "model.safetensors")
-    for name, kept in Masks.load(mask).items():
-        assert not own[name][~kept].any()
     again = external.build(f"hf:{result}").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+    for name, kept in Masks.load(mask).items():
+        assert not again[name][~kept].any()
+
+
+@pytest.mark.parametrize("name", ["xvlm", "blip"])
+def test_our_own_captioners_take_captions(tmp_path, name):
+    options = ["--data", str(captioned(tmp_path / "own", 8)), "--val_fraction", "0.25", "--batch_size", "6"]
+    options += ["--model", name, "--dense", "--output_dir", str(tmp_path / "out"), "--epochs", "1", *CPU]
+    captioning.main(options)
+    captions = json.loads((tmp_path / "out/result/captions_val.json").read_text())
+    assert [found["image_id"] for found in captions] == sorted(found["image_id"] for found in captions)
+    assert len(captions) == 2

@@ -78,20 +78,20 @@ class Writing:
         """Return the fields with one number a token: questions, answers behind them, and padding on one side."""
         shape, after = fields["input_ids"].shape, [torch.tensor(ids, dtype=torch.long) for ids in answers]
         tokens = {name: field for name, field in fields.items() if field.shape == shape}
-        padded = {}
+        found = {}
         for name, field in tokens.items():
             filled = {"input_ids": after, "attention_mask": [torch.ones_like(ids) for ids in after]}
             rest = filled.get(name, [torch.zeros_like(ids) for ids in after])  # they are tokens of a text
             rows = [torch.cat([row[own], ids]) for row, own, ids in zip(field, places, rest, strict=True)]
-            padded[name] = _pad(rows, self.pad if name == "input_ids" else 0, left)
+            found[name] = padded(rows, self.pad if name == "input_ids" else 0, left)
         if not left:
             rows = [torch.cat([torch.full_like(own, IGNORED), ids]) for own, ids in zip(places, after, strict=True)]
-            padded["labels"] = _pad(rows, IGNORED, left)
-        return padded
+            found["labels"] = padded(rows, IGNORED, left)
+        return found
 
     def _decoded(self, answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return what a decoder beside an encoder reads and writes, each (B, A)."""
-        labels = _pad([torch.tensor(ids) for ids in answers], IGNORED, left=False)
+        labels = padded([torch.tensor(ids) for ids in answers], IGNORED, left=False)
         real = (labels != IGNORED).long()
         shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
         return {"labels": labels, "decoder_attention_mask": shifted}
@@ -141,10 +141,13 @@ class Writer(TransformersTask):
 
 
 class Questions:
-    """Items with an RGB "image" and what is asked about it, to batches. question: of items that ask nothing."""
+    """Items with an RGB "image" and what is asked about it, to batches.
 
-    def __init__(self, writing: Writing, question: str = ""):
-        self.writing, self.question = writing, question
+    question: of items that ask nothing. wording: in whose {} a question stands.
+    """
+
+    def __init__(self, writing: Writing, question: str = "", wording: str = "{}"):
+        self.writing, self.question, self.wording = writing, question, wording
 
     def answered(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return a batch to train on: {"image", "question", "answer"} or {"image", "caption"} of each item."""
@@ -157,7 +160,7 @@ class Questions:
         return {"image": fields, **stacked(items, "index")}
 
     def _asked(self, items: Sequence[dict[str, Any]]) -> list[str]:
-        return [item.get("question", self.question) for item in items]
+        return [self.wording.replace("{}", item.get("question", self.question)) for item in items]
 
 
 def after_question(written: Tensor, question: Tensor) -> Tensor:
@@ -190,7 +193,7 @@ def check_writes(model: nn.Module, name: str, task: str) -> None:
         raise UserError(f"--model {name}: {task} does not know how {type(model).__name__} attends to a question")
 
 
-def _pad(rows: Sequence[Tensor], value: int, left: bool) -> Tensor:
+def padded(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:
     """Stack rows of different length, padded on one side."""
     if not left:
         return pad_sequence(list(rows), batch_first=True, padding_value=value)
