@@ -123,7 +123,8 @@ def foreign(args: argparse.Namespace, config: ForeignCaptioningConfig) -> tuple[
     tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, Gather(make.answered), save=task.save)
     sets = {"val": OwnImages(held, limit=DEBUG_IMAGES if args.debug else None)} if held else {}
     reading = {"workers": config.workers, "max_skipped": config.max_skipped, "folder": args.output_dir}
-    return tuning, sets, partial(Captions, model, decode=model.decode, fabric=fabric, gather=Gather(make.asked), **reading)
+    writing = {"decode": model.decode, "gather": Gather(make.asked), **reading}
+    return tuning, sets, partial(Captions, model, fabric=fabric, **writing)
 
 
 if __name__ == "__main__":

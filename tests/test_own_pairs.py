@@ -1,7 +1,6 @@
 """retrieval.py, captioning.py and vqa.py on a user's own data: tiny models of transformers and the project's own."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +9,14 @@ from safetensors.torch import load_file
 
 import captioning
 import retrieval
+import vqa
 from models.external import model as external
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests import tiny_models
 from tests.models.external.test_preprocessing import processor_of
-from tests.own_data import captioned
+from tests.models.foreign.test_writing import blip_for_questions
+from tests.own_data import captioned, questioned
 from tests.tiny_models import image_processor, tokenizer
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
@@ -111,3 +112,30 @@ def test_our_own_captioners_take_captions(tmp_path, name):
     captions = json.loads((tmp_path / "out/result/captions_val.json").read_text())
     assert [found["image_id"] for found in captions] == sorted(found["image_id"] for found in captions)
     assert len(captions) == 2
+
+
+@pytest.mark.parametrize("kind", ["blip", "blip2", "llava"])
+def test_models_that_write_answer_questions(tmp_path, kind):
+    torch.manual_seed(0)
+    model = f"hf:{blip_for_questions(tmp_path / 'blip') if kind == 'blip' else writer(kind, tmp_path)}"
+    mask = mask_of(model, tmp_path / "mask.safetensors")
+    options = ["--data", str(questioned(tmp_path / "own", 8)), "--val_fraction", "0.25", "--batch_size", "6"]
+    options += ["--model", model, "--mask", str(mask), "--output_dir", str(tmp_path / "out"), *CPU]
+    vqa.main([*options, "--epochs", "2", "--lr", "1e-3", "--workers", "0"])
+    result = tmp_path / "out/result"
+    metrics = json.loads((result / "metrics.json").read_text())["val"]
+    assert metrics.keys() == {"accuracy", "exact_match"} and all(0 <= value <= 100 for value in metrics.values())
+    assert len(json.loads((result / "answers_val.json").read_text())) == 4
+    again = external.build(f"hf:{result}").state_dict()
+    for name, kept in Masks.load(mask).items():
+        assert not again[name][~kept].any()
+
+
+@pytest.mark.parametrize("name", ["xvlm", "blip"])
+def test_our_own_models_answer_own_questions(tmp_path, name):
+    options = ["--data", str(questioned(tmp_path / "own", 8)), "--val_fraction", "0.25", "--batch_size", "6"]
+    options += ["--model", name, "--dense", "--output_dir", str(tmp_path / "out"), "--epochs", "1", *CPU]
+    vqa.main(options)
+    answers = json.loads((tmp_path / "out/result/answers_val.json").read_text())
+    known = {text for record in json.loads((tmp_path / "own/questions.json").read_text()) for text in record["answers"]}
+    assert len(answers) == 4 and all(found["answer"] in known | {"w"} or found["answer"] for found in answers)

@@ -89,7 +89,11 @@ def _captioned(record: dict, where: str) -> Captioned:
 
 
 def _of_shard(sample: Packed | Fault) -> Captioned | Fault:
-    return sample if isinstance(sample, Fault) else Captioned(sample.image, [sample.caption], sample.image.partition("#")[0])
+    return (
+        sample
+        if isinstance(sample, Fault)
+        else Captioned(sample.image, [sample.caption], sample.image.partition("#")[0])
+    )
 
 
 def _beside(folder: Path) -> Iterator[Captioned | Fault]:

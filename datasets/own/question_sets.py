@@ -46,7 +46,9 @@ class OwnAsked(Dataset):
         records = data.records[:limit]
         self.images = data.images
         self.records = Records((own.image, own.question) for own in records)
-        self.asked = [Asked(own.number if own.number is not None else i, tuple(own.answers)) for i, own in enumerate(records)]
+        self.asked = [
+            Asked(own.number if own.number is not None else i, tuple(own.answers)) for i, own in enumerate(records)
+        ]
 
     def __len__(self) -> int:
         return len(self.records)

@@ -60,7 +60,10 @@ class OwnImages(Dataset):
     """
 
     def __init__(
-        self, data: CaptionedImages, transform: Callable[[Image.Image], Any] = lambda image: image, limit: int | None = None
+        self,
+        data: CaptionedImages,
+        transform: Callable[[Image.Image], Any] = lambda image: image,
+        limit: int | None = None,
     ):
         records = data.records[:limit]
         self.images, self.transform = data.images, transform

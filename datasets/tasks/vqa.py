@@ -377,7 +377,9 @@ def evaluation_sets(config: VQAConfig, words: Words, side: int, debug: bool = Fa
 def candidates(config: VQAConfig) -> list[str]:
     """The answers that there are to choose from; UserError where their file is not as expected."""
     if config.data:  # the same for all seeds, as the images that are held out
-        return list(dict.fromkeys(said for own in own_questions(config)[0].records for said in own.answers if said.strip()))
+        return list(
+            dict.fromkeys(said for own in own_questions(config)[0].records for said in own.answers if said.strip())
+        )
     if config.answer_list is None:
         return answer_list(load_glyphs())
     expected = f"a JSON list of {EXPECTED_ANSWERS}"

@@ -20,8 +20,8 @@ class Recalls:
     """Recalls of a model in per cent, as it is when this is called; the ranks share the images.
 
     model: has `encode_images(batch)` and `encode_texts(batch)`, each (B, E), l2-normalised. gather: items of `data` to
-    a batch, with their "index". texts: captions to a batch. batch_size: images, or texts, at a time. Images that cannot be read
-    are listed in `folder` and count as not found; more than `max_skipped` of them is an error.
+    a batch, with their "index". texts: captions to a batch. batch_size: images, or texts, at a time. Images that cannot
+    be read are listed in `folder` and count as not found; more than `max_skipped` of them is an error.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Questions about images answered by a model, from a closed list or in words of its own, and how right its answers are."""
+"""Questions about images answered by a model, from a closed list or in its own words, and how right its answers are."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -55,5 +55,7 @@ def loaded(name: str, config: Asked) -> nn.Module:
     another library.
     """
     if not name.startswith("hf:"):
-        raise UserError(f"--model {name}: models that read images and texts are of transformers: give hf:NAME_OR_FOLDER")
+        raise UserError(
+            f"--model {name}: models that read images and texts are of transformers: give hf:NAME_OR_FOLDER"
+        )
     return external.build(name, config.weights, config.weights_key)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from configs.foreign_pairs import ForeignCaptioningConfig
 from configs.task import OptimizerConfig, SchedulerConfig
-from models.foreign import captioning
+from models.foreign import captioning, vqa
 from sparsity.errors import UserError
 from tests import tiny_models
 from tests.models.external.test_preprocessing import processor_of
@@ -33,6 +33,13 @@ def closed_tokenizer():
 def blip():
     text = {**TEXT, "bos_token_id": 1, "sep_token_id": 2, "encoder_hidden_size": 32, "is_decoder": True}
     return transformers.BlipForConditionalGeneration(transformers.BlipConfig(text_config=text, vision_config=VISION))
+
+
+def blip_for_questions(folder):
+    """The model that answers questions, with its processor, in a folder."""
+    text = {**TEXT, "bos_token_id": 1, "sep_token_id": 2, "encoder_hidden_size": 32, "is_decoder": True}
+    model = transformers.BlipForQuestionAnswering(transformers.BlipConfig(text_config=text, vision_config=VISION))
+    return tiny_models.save(model, folder, transformers.BlipProcessor(image_processor(), closed_tokenizer()))
 
 
 def folder_of(kind, folder):
@@ -142,3 +149,70 @@ def test_long_captions_are_cut_without_an_end(tmp_path, pictures):
     batch = writer.questions.answered(items(pictures))
     lengths = [(row != -100).sum().item() for row in batch["labels"]]
     assert lengths == [3, 3, 3] and (batch["labels"] == writer.writing.end).any(1).tolist() == [False, True, False]
+
+
+QUESTIONS = ["the red photo .", "a dog", "the photo w20 w21 w22 w23 ."]
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    folder, asks = tmp_path_factory.mktemp("answering"), Asks()
+    folders = {kind: folder_of(kind, folder / kind) for kind in ("blip2", "llava", "qwen")}
+    folders["blip"] = blip_for_questions(folder / "blip")
+    return {kind: vqa.build(f"hf:{where}", asks) for kind, where in folders.items()}
+
+
+class Asks:
+    weights, weights_key, max_tokens, wording = "published", "", None, None
+
+
+def asked_items(pictures):
+    return [
+        {**item, "question": question, "answer": item["caption"]}
+        for item, question in zip(items(pictures), QUESTIONS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_alone_are_learned_and_neighbours_change_none(answering, pictures, kind):
+    writer = answering[kind].eval()
+    batch = writer.questions.answered(asked_items(pictures))
+    words = writer.processor.tokenizer
+    wanted = [[*words(text, add_special_tokens=False)["input_ids"], writer.writing.end] for text in CAPTIONS]
+    begun = 1 if kind == "blip" else 0  # the token that its decoder begins with is shifted out of the loss
+    assert [row[row != -100].tolist()[begun:] for row in batch["labels"]] == wanted
+    alone = 0.0
+    for item in asked_items(pictures):
+        one = writer.questions.answered([item])
+        alone += writer(one)["loss"].item() * (int((one["labels"] != -100).sum()) - begun)
+    count = int((batch["labels"] != -100).sum()) - 3 * begun
+    assert writer(batch)["loss"].item() * count == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_questions_of_other_lengths_change_no_answer(answering, pictures, kind):
+    writer, given = answering[kind], {"max_length": 6, "num_beams": 2}
+    together = writer.generate(writer.questions.asked(asked_items(pictures))["image"], **given)
+    for item, row in zip(asked_items(pictures), together, strict=True):
+        (alone,) = writer.generate(writer.questions.asked([item])["image"], **given)
+        assert row[row > 0].tolist() == alone[alone > 0].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_answers_are_written(answering, pictures, kind):
+    writer = answering[kind]
+    batch = writer.questions.answered(asked_items(pictures))
+    optimizer = torch.optim.Adam(writer.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = writer(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+    ids = writer.generate(writer.questions.asked(asked_items(pictures))["image"], max_length=8, num_beams=2)
+    assert loss < 0.2 and [writer.decode(row) for row in ids.tolist()] == CAPTIONS
+
+
+def test_a_blip_of_captions_answers_nothing(tmp_path):
+    with pytest.raises(UserError, match="give a BlipForQuestionAnswering"):
+        vqa.build(f"hf:{folder_of('blip', tmp_path)}", Asks())
