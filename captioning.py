@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.tasks.captioning_metrics import CaptionScorer
 
     tuning, sets, captions = (foreign if is_foreign(args.model) else own)(args, config)
-    scorer, result = CaptionScorer(), args.output_dir / "result"
+    scorer = CaptionScorer()
     captions = partial(captions, batch_size=config.batch_size_test, generation=config.generation)
     if not args.skip_eval:
         scorer.tell()
     val = captions(sets["val"], score=scorer.quick) if "val" in sets else None
-    shown = sets if config.data else {name: images for name, images in sets.items() if name != "val"}
-    files = {name: result / f"captions_{name}.json" for name in shown}
+    shown = {name: images for name, images in sets.items() if config.data or name != "val"}
+    files = {name: args.output_dir / "result" / f"captions_{name}.json" for name in shown}
     tests = {name: captions(images, score=scorer, path=files[name]) for name, images in shown.items()}
     if tuning.fit(validate=val, select=scorer.best if val else None):
         tuning.finish(tests, unscored=[test.describe for test in tests.values()])
@@ -122,9 +122,8 @@ def foreign(args: argparse.Namespace, config: ForeignCaptioningConfig) -> tuple[
     train, make = OwnPairs(data, picture, seed=args.seed), model.questions
     tuning = Finetuning(args, config, fabric, task, model, model.sizes(), train, Gather(make.answered), save=task.save)
     sets = {"val": OwnImages(held, limit=DEBUG_IMAGES if args.debug else None)} if held else {}
-    reading = {"workers": config.workers, "max_skipped": config.max_skipped, "folder": args.output_dir}
-    writing = {"decode": model.decode, "gather": Gather(make.asked), **reading}
-    return tuning, sets, partial(Captions, model, fabric=fabric, **writing)
+    reading = {"workers": config.workers, "max_skipped": config.max_skipped, "gather": Gather(make.asked)}
+    return tuning, sets, partial(Captions, model, decode=model.decode, fabric=fabric, folder=args.output_dir, **reading)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     tuning, sets, answering = (foreign if is_foreign(args.model) else own)(args, config)
     validate = answering(sets["val"]) if "val" in sets else None
     folder = args.output_dir / "result"
-    asked = sets if config.data else {name: questions for name, questions in sets.items() if name != "val"}
+    asked = {name: questions for name, questions in sets.items() if config.data or name != "val"}
     tests = {name: answering(questions, path=folder / f"answers_{name}.json") for name, questions in asked.items()}
     if tuning.fit(validate=validate, select="accuracy" if validate else None):
         tuning.finish(tests)

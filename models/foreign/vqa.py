@@ -55,14 +55,15 @@ class BlipAnswers(Writing):
 
 class BlipAnswerer(Writer):
     def _generate(self, batch: dict[str, Tensor], **options: Any) -> Tensor:
-        """As the model's own `generate`, but that padding of questions is not read."""
-        model, real = self.model, batch["attention_mask"]
-        image = model.vision_model(pixel_values=batch["pixel_values"])[0]
-        states = model.text_encoder(input_ids=batch["input_ids"], attention_mask=real, encoder_hidden_states=image)[0]
-        begin = torch.full_like(real[:, :1], self.writing.begin)
-        marks = {"eos_token_id": self.writing.end, "pad_token_id": self.writing.pad, "do_sample": False}
-        seen = {"encoder_hidden_states": states, "encoder_attention_mask": real}
-        return model.text_decoder.generate(input_ids=begin, **seen, **marks, **options)[:, 1:]
+        """Questions of one length at a time: versions of transformers have the decoder read their padding."""
+        lengths, rows = batch["attention_mask"].sum(1), {}
+        for length in lengths.unique().tolist():
+            own = (lengths == length).nonzero().flatten()
+            alike = {name: field[own] for name, field in batch.items()}
+            alike |= {name: alike[name][:, :length] for name in ("input_ids", "attention_mask")}
+            written = self.model.generate(**alike, do_sample=False, **options)[:, 1:]  # after the token that begins it
+            rows |= dict(zip(own.tolist(), written, strict=True))
+        return padded([rows[row] for row in range(len(lengths))], self.writing.pad)
 
 
 def build(name: str, config: AskedAnswers) -> Writer:
