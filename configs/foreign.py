@@ -83,12 +83,14 @@ class Augmentation:
 class ForeignClassificationConfig(ForeignConfig, ClassificationConfig):
     """Image classification by any model of timm or transformers.
 
-    keep_head: the classes of `weights`, which have no names, are those of the data in their order.
+    keep_head: the classes of `weights`, which have no names, are those of the data in their order. model_kwargs:
+    further arguments of timm.create_model.
     """
 
     optimizer: AnyOptimizerConfig
     dataset: str = ""
     keep_head: bool = False
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def overridden(self, options: Mapping[str, Any]) -> Self:

@@ -8,6 +8,7 @@ from pathlib import Path
 from configs.foreign import PUBLISHED, Augmentation
 from configs.task import SCHEDULES
 from engine.options.command_line import count, positive_float, positive_int, share
+from engine.options.external import keywords
 from sparsity.errors import UserError
 
 LEFT = "default: the configuration's"
@@ -48,6 +49,7 @@ def add_classification_options(parser: argparse.ArgumentParser, words: Collectio
     add = parser.add_argument_group(f"classifiers of timm and transformers; {LEFT}").add_argument
     by_number = "the classes of the weights, which have no names, are those of the data in their order (default: no)"
     add("--keep_head", action="store_true", default=None, help=by_number)
+    add("--model_kwargs", type=keywords, help=f"timm: further arguments of the model, name=value,...; {LEFT}")
     add("--aa", help=f"AutoAugment policy, as rand-m8-inc1-mstd101; {LEFT}")
     add("--reprob", type=share, help=f"share of images with random erasing; {LEFT}")
     add("--remode", choices=("pixel", "const", "rand"), help=f"what is put there; {LEFT}")
@@ -65,6 +67,8 @@ def _dataset(words: Collection[str]) -> Callable[[str], str]:
     """Return the argparse type of a word, or of a folder that is there."""
 
     def parse(text: str) -> str:
+        if "nlvr" in text.lower():
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: NLVR2 asks about two images, not for classes")
         if text not in words and not Path(text).is_dir():
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: neither {', '.join(words)} nor a folder")
         return text
@@ -86,8 +90,8 @@ def check_classification(args: argparse.Namespace, foreign: bool) -> None:
     transformers'.
     """
     augmentation = {field.name for field in fields(Augmentation)}
-    only = {"image_size", "drop_path"} if args.model.startswith("hf:") else set()
-    only |= set() if foreign else {"weights_key", "keep_head", *augmentation}
+    only = {"image_size", "drop_path", "model_kwargs"} if args.model.startswith("hf:") else set()
+    only |= set() if foreign else {"weights_key", "keep_head", "model_kwargs", *augmentation}
     whose = "timm" if foreign else "timm and transformers"
     for option in sorted(only):
         if vars(args)[option] is not None:

@@ -33,6 +33,7 @@ from sparsity.view import Outputs, PrunableView, bare, module_name
 log = logging.getLogger(__name__)
 
 PUBLISHED, RANDOM = "published", "random"  # values of `weights` that are no file
+FOLDER = "local-dir:"  # of timm: begins the name of a folder with a model's configuration and weights
 OTHER_WEIGHTS = "give --weights FILE or --weights random"
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -101,7 +102,7 @@ def timm_model(
     way_out: str = OTHER_WEIGHTS,
     **options: Any,
 ) -> nn.Module:
-    """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
+    """A model of timm, the bundled `vit_mini`, or local-dir:FOLDER; options are those of timm.create_model.
 
     image_size: side of the images in pixels, given to the model where it is made for one size, and in any case to its
     data configuration, which otherwise says what the model was built for. UserError, which begins with `option` and
@@ -110,13 +111,16 @@ def timm_model(
     import timm
 
     importlib.import_module("models.dino.timm_mini")  # makes itself known to timm
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    folder = name.removeprefix(FOLDER) if name.startswith(FOLDER) else None
+    if folder is not None and not Path(folder, "config.json").is_file():
+        raise MissingFileError(f"{option}{name}: no config.json of timm in this folder, as fine-tuning writes it")
+    if folder is None and not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         prefix = "timm:" if option.endswith("timm:") else ""
         raise UserError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
     options["pretrained"] = published
     try:
-        if published and not hub_answers():
+        if published and folder is None and not hub_answers():
             options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
         return as_built(_sized(timm.create_model, name, image_size, options), image_size)
     except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind

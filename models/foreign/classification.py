@@ -5,7 +5,7 @@ any other is a new one: labels are never told by their position alone, unless th
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from models.foreign.task_model import task_names as task_names
 from models.hub import first_line, local_only
 from sparsity.errors import UserError
 from sparsity.files import writing
+from sparsity.view import Output, Outputs
 
 log = logging.getLogger(__name__)
 Loss = Callable[[Tensor, dict[str, Any]], Tensor]  # of logits (B, classes) and a batch
@@ -38,6 +39,7 @@ class Asked(Protocol):
     weights_key: str
     image_res: int | None
     keep_head: bool
+    model_kwargs: Mapping[str, Any]
 
     @property
     def checkpoint(self) -> str | None: ...
@@ -53,6 +55,12 @@ class Classifier(ForeignTaskModel):
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """The loss of `batch` = {"image": (B, 3, H, W), "label": (B,), or (B, classes) where images are mixed}."""
         return {"loss": self.loss(self.classify(batch["image"]), batch)}
+
+    def taught(
+        self, batch: dict[str, Any], epoch: float, outputs: Callable[[dict[str, Any]], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        logits = self.classify(batch["image"])
+        return {"loss": self.loss(logits, batch)}, {"logits": Output("logits", logits)}
 
     def classify(self, image: Tensor) -> Tensor:
         raise NotImplementedError
@@ -89,7 +97,7 @@ class TransformersClassifier(Classifier):
         return self.model(pixel_values=image).logits
 
     def library_batch(self, batch: dict[str, Any]) -> Any:
-        labels = {"labels": batch["label"]} if "label" in batch else {}
+        labels = {"labels": batch["label"]} if "label" in batch and batch["label"].ndim == 1 else {}  # not mixed
         return {"pixel_values": batch["image"], **labels}
 
     def save(self, folder: Path) -> None:
@@ -112,18 +120,19 @@ def build(
     with seeded(seed, torch.zeros(())):
         if library == "timm":
             model = _of_timm(own, config, class_names, drop_path)
-        elif drop_path is not None or config.image_res is not None:
-            raise UserError(f"--image_size and --drop_path are for models of timm: leave them out with {name}")
+        elif drop_path is not None or config.image_res is not None or config.model_kwargs:
+            told = "image_res, drop_path and model_kwargs"
+            raise UserError(f"{told} of a configuration are for models of timm: leave them out with {name}")
         else:
             model = _of_transformers(own, config, class_names)
-    model.loss = loss
+    model.loss, model.untaught = loss, ("logits",) if model.fresh else ()
     return model
 
 
 def _of_timm(name: str, config: Asked, class_names: Sequence[str], drop_path: float | None) -> TimmClassifier:
     count, path = len(class_names), Path(config.checkpoint) if config.checkpoint else None
     published = path is None and config.weights != external.RANDOM
-    options: dict[str, Any] = {} if published else {"num_classes": count}
+    options = {**config.model_kwargs, **({} if published else {"num_classes": count})}
     options |= {} if drop_path is None else {"drop_path_rate": drop_path}
     model = external.timm_model(name, published, option="--model timm:", image_size=config.image_res, **options)
     model = model.float()

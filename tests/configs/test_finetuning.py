@@ -8,6 +8,8 @@ import pytest
 from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
+from engine.options.finetuning import refuse_nlvr2
+from sparsity.errors import UserError
 
 PLAIN = {
     "model_config": "m.yaml",
@@ -83,3 +85,37 @@ def test_the_published_recipe_of_xvlm():
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*/captioning_pretrain*.yaml")), ids=str)
 def test_captioning_pretraining_has_no_label_smoothing(path):
     assert load_config(path, CaptioningPretrainConfig).label_smoothing == 0.0
+
+
+def test_options_take_the_place_of_a_recipe():
+    """The same ones for every task; sizes of batches that are given apart stay apart."""
+    options = {"devices": 2, "num_nodes": 1, "lr": 0.5, "epochs": 7, "batch_size": 32, "sched_type": "cosine"}
+    options |= {"optimizer_name": "sgd", "weight_decay": 0.0, "image_size": 64, "warmup_frac": None}
+    found = config().overridden(options)
+    assert (found.batch_size_target, found.batch_size_train, found.image_res) == (32, 16, 64)
+    assert (found.scheduler.epochs, found.scheduler.sched) == (7, "cosine")
+    assert (found.optimizer.lr, found.optimizer.opt, found.optimizer.weight_decay) == (0.5, "sgd", 0.0)
+    apart = config(batch_size_train=8).overridden(options | {"batch_size_train": 8})
+    assert (apart.batch_size_target, apart.batch_size_train, apart.accumulation(2)) == (32, 8, 2)
+    assert config().overridden({"devices": 1, "num_nodes": 1}) == config()
+    with pytest.raises(ValueError, match="--batch_size 9 is no multiple of 2 devices"):
+        config().overridden(options | {"batch_size": 9})
+
+
+TASKS = ("retrieval", "captioning", "captioning_pretrain", "vqa", "image_classification")
+
+
+def test_every_file_of_a_task_begins_with_its_command_and_says_what_to_expect():
+    for script in TASKS:
+        for path in sorted(Path("configs").glob(f"*/{script}*.yaml")):
+            comment = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+            assert comment.startswith(f"# python {script}"), path
+            assert "Time" in comment, path
+            assert "CPU core" in comment or "Hardware" in comment, path
+            assert re.search(r"Expect|number|result", comment) or path.stem == "retrieval_short", path
+
+
+def test_nlvr2_is_refused_by_name():
+    refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/itr/coco_train.json")
+    with pytest.raises(UserError, match="nlvr2_train.json: NLVR2, a sentence that is true or false of two images"):
+        refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/nlvr2_train.json")
