@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from models.external.preprocessing import PROMPT
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
+from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.foreign.transformers_model import Asked, loaded, processor_of
-from models.foreign.transformers_model import save as save
 from models.foreign.writing import Questions, Writer, Writing, after_question, check_writes
 
 BEGUN = "a picture of"  # what models that are asked nothing go on from

@@ -17,9 +17,9 @@ from models.external.libraries import takes
 from models.external.preprocessing import Pairs
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
+from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.foreign.transformers_model import Asked, TransformersTask, loaded, processor_of, stacked
-from models.foreign.transformers_model import save as save
 from models.parts.losses import contrastive_loss, gather_features
 from models.parts.similarity import normalised, similarity, without_autocast
 from sparsity.errors import UserError

@@ -33,11 +33,6 @@ class TransformersTask(ForeignTaskModel):
             self.processor.save_pretrained(folder)
 
 
-def save(model: TransformersTask, folder: Path) -> None:
-    """Write a task's model into a folder that is there, as transformers loads it."""
-    model.save(folder)
-
-
 def stacked(items: Sequence[dict[str, Any]], name: str) -> dict[str, Tensor]:
     """Return the field of a batch (B,) that has the numbers of its items under the same name."""
     return {name: torch.stack([item[name] for item in items])}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models.external.texts import IGNORED
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
+from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.foreign.transformers_model import Asked, loaded, processor_of
-from models.foreign.transformers_model import save as save
 from models.foreign.writing import Questions, Writer, Writing, check_writes, padded
 from sparsity.errors import UserError
 
