@@ -66,7 +66,7 @@ class CaptionedConfig(OwnDataConfig):
             return
         for name in ("train_file", "val_file", "test_file", "image_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: give --data, or set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         for annotations in (*self.train_file, self.val_file, self.test_file):
             self.files(annotations).check()
 
@@ -153,7 +153,7 @@ class VQAConfig(OwnDataConfig):
             return
         for name in ("train_file", "test_file", "answer_list", "vqa_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: give --data, or set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         assert self.answer_list and self.vqa_root
         for annotations in (*self.train_file, *self.val_file, *self.test_file, self.answer_list):
             Files(annotations, self.vqa_root).check()
