@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,22 @@ QUICK = {"prune.py": ["--accelerator", "cpu", "--num_batches", "2", "--batch_siz
 
 
 def sections() -> dict[str, list[str]]:
-    """Title -> the codes of the second column of its table."""
+    """Title -> the codes of the second column of its tables of three columns; each row has one."""
     found = {}
     for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
         title, _, text = section.partition("\n")
-        rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+        tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)]
+        rows = [row for table in tables if table[0].count("|") == 4 for row in table[2:]]
         found[title] = [re.fullmatch(r"\|.*\| `([^`]*)` \|[^|]*\|", row)[1] for row in rows]
     return {title: codes for title, codes in found.items() if codes}
 
 
 SECTIONS = sections()
+
+
+def recipes() -> dict[str, str]:
+    """Name of a file -> its content, of each block of YAML that begins with one."""
+    return {text.split()[1]: text for text in re.findall(r"```yaml\n(# .*?)```", PAGE.read_text(), flags=re.DOTALL)}
 
 
 def small() -> nn.Sequential:
@@ -63,28 +70,33 @@ def language_model(tmp_path_factory):
     return folder
 
 
+def times() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in Path().rglob("*.safetensors")}
+
+
 def command(text: str) -> None:
-    """Run a command line in this process, and check the masks that it leaves."""
+    """Run a command line in this process, and check the files, and the masks, that it writes."""
     python, script, *arguments = shlex.split(text)
     assert python == "python"
-    before = set(Path().rglob("*.safetensors"))
+    before = times()
     SCRIPTS[script]([*arguments, *QUICK.get(script, [])])
-    written = set(Path().rglob("*.safetensors"))
+    written = [path for path, time in times().items() if before.get(path) != time]
     assert written
     if script == "prune.py":
-        options = prune.parse(arguments)
-        for path in written - before:
-            if path.name.endswith("_pruning_masks.safetensors"):
-                check(Masks.load(path), options.pattern, options.sparsities)
+        masks = [Masks.load(path) for path in written if path.name.endswith("_pruning_masks.safetensors")]
+        assert masks
+        for each in masks:
+            check(each, prune.parse(arguments).pattern)
 
 
-def check(masks: Masks, pattern: str | None, sparsities: str | None) -> None:
+def check(masks: Masks, pattern: str | None) -> None:
     lost = 1 - masks.kept / masks.total
     if pattern == "2:4":
         assert all((mask.unflatten(1, (-1, 4)).sum(2) == 2).all() for mask in masks.values())
     else:
+        asked = float(Fraction(str(masks.provenance["sparsity"])))
         rounding = sum(mask.shape[0] for mask in masks.values()) / masks.total  # at most one weight in each row
-        assert float(sparsities) / 100 - rounding <= lost <= float(sparsities) / 100
+        assert asked - rounding <= lost <= asked
 
 
 @pytest.mark.script
@@ -94,6 +106,8 @@ def test_every_line_runs(tool, language_model, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
     for name in ("MODEL", "texts.txt"):
         (tmp_path / name).symlink_to(language_model / name)
+    for name, text in recipes().items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     known = names()
     for code in SECTIONS[tool]:
@@ -111,7 +125,7 @@ def test_every_line_runs(tool, language_model, tmp_path, monkeypatch):
 def test_the_page_has_the_tools():
     assert list(SECTIONS) == [
         "torchao.sparsity", "torch.ao.pruning", "torch.nn.utils.prune", "NNCF", "NVIDIA Model Optimizer",
-        "llm-compressor", "SparseML",
+        "llm-compressor", "SparseML", "Recipes",
     ]  # fmt: skip
 
 
