@@ -22,6 +22,7 @@ from datasets.loaders import loader
 from engine.contents import classes, contents
 from engine.export import save_weights
 from engine.ranks import on_leader, place_of
+from engine.recipes.expand import Recipe
 from engine.reports.model_card import model_card
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
@@ -190,6 +191,7 @@ class Finetuning:
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        self.args.recipe.save(folder, self.args.mask)
         save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
         facts = {"base model": self.config.weights, "task": self.title, "epochs": epochs}
@@ -200,7 +202,7 @@ class Finetuning:
         return folder
 
     def _settings(self) -> dict[str, Any]:
-        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        arguments = {name: str(v) if isinstance(v, Path | Recipe) else v for name, v in vars(self.args).items()}
         return {"arguments": arguments, "config": dataclasses.asdict(self.config)}
 
     def _begin(self, start: int) -> list[Logger]:
