@@ -10,6 +10,7 @@ from typing import TypeVar
 from configs.loading import configure, read_yaml
 from configs.task import TaskConfig
 from engine.options.command_line import check_loggers
+from engine.options.sparse_training import check_sparse_training, sparse_options
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
@@ -42,18 +43,22 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     except ValueError as error:
         raise UserError(f"{args.config}: {error}") from error
     check_loggers(vars(args))
-    args.output_dir = args.output_dir or default_folder(args.model, task, args.config, args.mask)
+    sparse = sparse_options(args).name
+    args.output_dir = args.output_dir or default_folder(args.model, task, args.config, args.mask, sparse)
     check_writable(args.output_dir, "--output_dir")
     args.snapshot = args.snapshot or Path(args.output_dir, "last.pt")
     if args.snapshot.is_dir():
         raise UserError(f"--snapshot {args.snapshot}: this is a folder; give the name of a file")
     check_writable(args.snapshot.parent, "--snapshot")
+    check_sparse_training(args)
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config
 
 
-def default_folder(model: str, task: str, config: Path, mask: Path | None) -> Path:
-    """Where the results of a run go unless told otherwise: other models, tasks and masks have other folders."""
+def default_folder(model: str, task: str, config: Path, mask: Path | None, sparse: str = "") -> Path:
+    """Where the results of a run go unless told otherwise: other models, tasks, masks and ways of sparse training have
+    other folders.
+    """
     kind = config.stem if config.stem.startswith(task) else f"{task}_{config.stem}"
     name = "dense" if mask is None else mask.stem.removesuffix("_pruning_masks")
-    return Path("output", f"{model}_{kind}", name)
+    return Path("output", f"{model}_{kind}", f"{name}_{sparse}" if sparse else name)

@@ -32,13 +32,19 @@ def adamw(
 
 
 def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], precision: str) -> torch.optim.Optimizer:
+    """The optimizer that a task's configuration names, of all that learns in a model: see `optimizer_of`."""
+    return optimizer_of([(name, p) for name, p in model.named_parameters() if p.requires_grad], config, new, precision)
+
+
+def optimizer_of(
+    named: Sequence[tuple[str, nn.Parameter]], config: Any, new: Sequence[str], precision: str
+) -> torch.optim.Optimizer:
     """The optimizer that a task's configuration names: `opt` ("adamW" or "sgd"), `lr`, `weight_decay` and `betas`.
 
-    new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars. Warns where there are
-    none and `lr_mult` asks for another rate.
+    named: what learns. new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars.
+    Warns where there are none and `lr_mult` asks for another rate.
     """
     groups = []
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.lr_mult != 1 and not any(fnmatchcase(name, glob) for name, _ in named for glob in new):
         log.warning("lr_mult %g changes nothing: this model has no newly initialised parameters", config.lr_mult)
     for rate, fresh in ((config.lr, False), (config.lr * config.lr_mult, True)):

@@ -46,6 +46,7 @@ def build(config: dino.Config, weights: str | Path | None = None, **options: flo
     classes; otherwise a random one is put in its place.
     """
     model = DINOClassification(config, **options).initialise()
+    model.untaught = ("logits",)
     if weights is None:
         return model
     path = find_weights(weights)
@@ -53,6 +54,7 @@ def build(config: dino.Config, weights: str | Path | None = None, **options: flo
     fresh = table is None or table.shape != model.classifier.weight.shape
     ignored = (*dino.HARMLESS, *(NEW if fresh else ()))
     load_weights(model, path, positions=dino.POSITIONS, ignored=ignored, rename=dino.published_name)
+    model.untaught = ("logits",) if fresh else ()
     return model
 
 

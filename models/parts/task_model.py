@@ -5,7 +5,8 @@ A task of a model is the file models/<model>_<task>.py, which `models.find_task`
 - `NEW`, globs of parameters that the pretrained model does not have: they learn at lr x lr_mult;
 - `build(config, weights, **options)` -> `TaskModel`, from a checkpoint of the pretrained model or of the task (random
   without one); config holds the sizes of the pretrained model, options are what the task's configuration adds;
-- `prunable_view(model)` -> `sparsity.view.PrunableView`: which of its weights a mask holds;
+- `prunable_view(model)` -> `sparsity.view.PrunableView`: which of its weights a mask holds, and its `outputs`, by which
+  a dense model teaches it (`--distill`);
 - `task_names(name)` -> names in the task model of what the pretrained model calls `name`: none, one or several. A name
   of the task model stands for itself. It translates checkpoints and masks.
 """
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 
 
 class TaskModel(nn.Module):
-    """A model with the loss of one task."""
+    """A model with the loss of one task.
+
+    untaught: outputs of its view that newly initialised parameters decide, so that the model as it is built has nothing
+    to teach there.
+    """
+
+    untaught: Sequence[str] = ()
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
         """{"loss": what is minimised, and its parts}. epoch: how many are done, with fractions."""
