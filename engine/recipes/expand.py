@@ -5,6 +5,8 @@ So a recipe is a command line in a file, with the same checks and messages, but 
 
 import argparse
 import difflib
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from engine.recipes.own import NAME, is_own, read_stages, save_stage
 from engine.recipes.reading import Document, Option, read_document
 from sparsity.allocation.budget import as_written
 from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECIPE = "--recipe"
 RECIPES = (
@@ -52,7 +56,16 @@ def expanded(parser: argparse.ArgumentParser, script: str, arguments: Sequence[s
     if found.recipe is None:
         return list(arguments)
     options = recipe_options(found.recipe, script, found.epochs)
-    return [*(_argument(parser, script, option) for option in options), *arguments]
+    if "--epochs" not in parser._option_string_actions:
+        options = [option for option in options if not _left_to_the_configuration(option)]
+    return [*(part for option in options for part in _argument(parser, script, option)), *arguments]
+
+
+def _left_to_the_configuration(option: Option) -> bool:
+    """Return whether an option is the epochs of a run, and say that they are not the recipe's."""
+    if option.name == "epochs":
+        log.info("%s: of %s epochs: shares of the run, whose epochs its configuration says", option.where, option.text)
+    return option.name == "epochs"
 
 
 def recipe_options(named: str, script: str, epochs: str | None = None) -> list[Option]:
@@ -86,7 +99,7 @@ def _own(document: Document, stage: str | None, script: str) -> list[Option]:
     return stages[stage or fit[0]][1]
 
 
-def _argument(parser: argparse.ArgumentParser, script: str, option: Option) -> str:
+def _argument(parser: argparse.ArgumentParser, script: str, option: Option) -> list[str]:
     """Return an option as it is typed. UserError where it would be refused."""
     known = parser._option_string_actions
     action = known.get(f"--{option.name}")
@@ -99,9 +112,12 @@ def _argument(parser: argparse.ArgumentParser, script: str, option: Option) -> s
         expected = "true or false" if action.nargs == 0 else "a value"
         raise UserError(f"{option.where}: {option.name}: expected {expected}")
     if option.text is None:
-        return f"--{option.name}"
+        return [f"--{option.name}"]
+    parts = [option.text] if action.nargs is None else re.split(r"[,\s]+", option.text.strip())
+    if isinstance(action.nargs, int) and len(parts) != action.nargs:
+        raise UserError(f"{option.where}: {option.name}: expected {action.nargs} values, got {len(parts)}")
     try:
-        parser._get_values(action, [option.text])
+        parser._get_values(action, list(parts))
     except argparse.ArgumentError as error:
         raise UserError(f"{option.where}: {option.name}: {error.message}") from None
-    return f"--{option.name}={option.text}"
+    return [f"--{option.name}={parts[0]}"] if action.nargs is None else [f"--{option.name}", *parts]

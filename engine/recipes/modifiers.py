@@ -147,4 +147,5 @@ def _gradual(pruning: Pruning, typed: Fraction | None) -> list[Option]:
         "prune_from": f"{float(schedule.begin / epochs):.12g}",
         "prune_until": f"{float(schedule.end / epochs):.12g}",
     }
+    values |= {"epochs": f"{float(epochs):.12g}"} if schedule.epochs else {}
     return [Option(name, text, where) for name, text in values.items()]

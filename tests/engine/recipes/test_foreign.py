@@ -40,6 +40,7 @@ pruning_modifiers:
 def test_a_gradual_modifier_in_training(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     expected = {"gradual": "0.85", "gradual_score": "localmp", "prune_from": "0.1", "prune_until": "0.8"}
+    expected |= {"epochs": "10"}
     assert options(tmp_path, TRAINED, "retrieval") == expected
     assert "r.yaml:14: update_frequency: how often masks are made is --prune_every" in caplog.text
     overall = TRAINED.replace("!GMPruning", "!GlobalMagnitudePruning")

@@ -4,6 +4,7 @@ import pytest
 
 import prune
 from engine.launch import run
+from engine.options.command_line import Parser
 from engine.recipes.expand import Recipe, recipe_options
 from engine.recipes.own import NAME, SCRIPTS, read_stages
 from engine.recipes.reading import read_document
@@ -60,6 +61,16 @@ def test_a_saved_recipe_is_the_command_line(tmp_path):
     args.recipe.save(tmp_path)
     again = prune.parse(["--recipe", str(tmp_path / NAME)])
     assert vars(again) == vars(args)
+
+
+def test_options_of_several_values(tmp_path):
+    parser = Parser("", "image_classification")
+    parser.add_argument("--scale", type=float, nargs=2)
+    args = parser.parse_args(["--recipe", write(tmp_path, "image_classification: {scale: [0.1, 1.0]}")])
+    args.recipe.save(tmp_path)
+    assert args.scale == [0.1, 1.0] == parser.parse_args(["--recipe", str(tmp_path / NAME)]).scale
+    with pytest.raises(UserError, match=r"r\.yaml:1: scale: expected 2 values, got 1"):
+        parser.parse_args(["--recipe", write(tmp_path, "image_classification: {scale: 0.1}")])
 
 
 def test_stages_of_the_mask_stand_above_those_of_its_training(tmp_path):
