@@ -6,6 +6,7 @@ So a recipe is a command line in a file, with the same checks and messages, but 
 import argparse
 import difflib
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def _left_to_the_configuration(option: Option) -> bool:
 def recipe_options(named: str, script: str, epochs: str | None = None) -> list[Option]:
     """Return what a recipe, FILE or FILE:STAGE, has for a script. epochs: of its run, where they are typed."""
     path, stage = Path(named), None
-    if not path.is_file() and ":" in named:
+    if not os.path.isfile(path) and ":" in named:
         head, _, stage = named.rpartition(":")
         path = Path(head)
     document = read_document(path)

@@ -1,6 +1,7 @@
 """YAML as nodes that know their lines, so that a complaint names the line."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def read_document(path: Path) -> Document:
     """Return the nodes of a YAML file, or of what stands between two lines "---" of a Markdown file. UserError or
     MissingFileError, one line that names the file, and the line where there is one.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFileError(f"--recipe {path}: there is no such file")
     try:
         with reading(path):
