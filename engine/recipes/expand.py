@@ -58,15 +58,10 @@ def expanded(parser: argparse.ArgumentParser, script: str, arguments: Sequence[s
         return list(arguments)
     options = recipe_options(found.recipe, script, found.epochs)
     if "--epochs" not in parser._option_string_actions:
-        options = [option for option in options if not _left_to_the_configuration(option)]
+        for option in (option for option in options if option.name == "epochs"):
+            log.info("%s: its %s epochs are the whole run, of as many as are configured", option.where, option.text)
+        options = [option for option in options if option.name != "epochs"]
     return [*(part for option in options for part in _argument(parser, script, option)), *arguments]
-
-
-def _left_to_the_configuration(option: Option) -> bool:
-    """Return whether an option is the epochs of a run, and say that they are not the recipe's."""
-    if option.name == "epochs":
-        log.info("%s: of %s epochs: shares of the run, whose epochs its configuration says", option.where, option.text)
-    return option.name == "epochs"
 
 
 def recipe_options(named: str, script: str, epochs: str | None = None) -> list[Option]:

@@ -78,7 +78,9 @@ def _stage(document: Document, stage: str, node: yaml.Node) -> Iterator[tuple[_P
         elif name.endswith("modifiers"):
             yield from _group(document, _Place(stage, run), value)
         elif name != "run_type":
-            raise document.refuse(key, f"{name:.60}: neither a modifier nor a group of them")
+            raise document.refuse(
+                key, f"{name:.60}: neither a modifier nor a group of them; stages of our own are named as their script"
+            )
 
 
 def _group(document: Document, place: _Place, node: yaml.Node) -> Iterator[tuple[_Place, str, yaml.Node, yaml.Node]]:
@@ -158,7 +160,7 @@ def _wanda(arguments: Arguments) -> Pruning:
 
 def _magnitude(arguments: Arguments) -> Pruning:
     document = arguments.document
-    first, last = (document.number(arguments.need(key)) for key in ("init_sparsity", "final_sparsity"))
+    first, sparsity = document.number(arguments.need("init_sparsity")), arguments.share("final_sparsity")
     targets, start, end = (arguments.take(key) for key in ("targets", "start", "end"))
     arguments.only("update_scheduler", ("cubic",), "sparsity rises as a cubic: cubic")
     arguments.only("mask_structure", ("unstructured",), "unstructured here; N:M is --pattern")
@@ -166,9 +168,9 @@ def _magnitude(arguments: Arguments) -> Pruning:
     arguments.only("apply_globally", ("false",), "that is GlobalMagnitudePruningModifier, or -p omp")
     arguments.note("update", "how often masks are made is --prune_every STEPS, in steps; by default there are 20")
     begins, ends = (None if node is None else document.number(node) for node in (start, end))
-    schedule = Schedule(begins or Fraction(0), Fraction(0) if ends is None else ends, first)
+    schedule = Schedule(begins or Fraction(0), ends, first)
     return Pruning(
-        document.where(arguments.node), arguments.name, "magnitude", sparsity=str(float(last)),
+        document.where(arguments.node), arguments.name, "magnitude", sparsity=sparsity,
         layers=() if targets is None else selected(document, targets), schedule=schedule,
     )  # fmt: skip
 

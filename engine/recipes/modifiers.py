@@ -14,12 +14,12 @@ ONESHOT, TRAIN = "oneshot", "train"
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a magnitude modifier prunes. begin, end: epochs of `epochs`, None where the recipe does not say of how many.
-    first: the sparsity at `begin`.
+    """When a magnitude modifier prunes. begin, end: in epochs, of `epochs`; None where a recipe does not say it. first:
+    the sparsity at `begin`.
     """
 
     begin: Fraction
-    end: Fraction
+    end: Fraction | None
     first: Fraction
     epochs: Fraction | None = None
 
@@ -137,6 +137,8 @@ def _gradual(pruning: Pruning, typed: Fraction | None) -> list[Option]:
             f"{where}: {pruning.name}: pruning begins with what --mask has: {begin} makes one; write 0 here"
         )
     epochs = schedule.epochs or typed
+    if schedule.end is None:
+        raise UserError(f"{where}: {pruning.name} does not say in which epoch pruning ends: add its end")
     if not epochs:
         raise UserError(f"{where}: {pruning.name}: of how many epochs? Give --epochs, or an EpochRangeModifier")
     if not 0 <= schedule.begin <= schedule.end <= epochs:

@@ -16,12 +16,16 @@ A key is a long option without its dashes; a list stands for values with commas,
 true for an option without a value.
 """
 
+import logging
 from pathlib import Path
 
 import yaml
 
 from engine.recipes.reading import Document, Option, joined, read_document, written
+from sparsity.errors import UserError
 from sparsity.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 NAME = "recipe.yaml"  # of the file beside a result
 SCRIPT = "script"
@@ -29,12 +33,10 @@ SCRIPTS = ("prune", "retrieval", "captioning", "captioning_pretrain", "vqa", "im
 
 
 def is_own(document: Document) -> bool:
-    """Return whether a file is of the project's own form: its first stage is a script's, or says which."""
-    if not isinstance(document.root, yaml.MappingNode) or not document.root.value:
-        return False
-    key, stage = document.root.value[0]
-    inside = [name.value for name, _ in stage.value] if isinstance(stage, yaml.MappingNode) else []
-    return key.value in SCRIPTS or SCRIPT in inside
+    """Return whether a file is of the project's own form: one of its stages is a script's, or says which."""
+    entries = document.root.value if isinstance(document.root, yaml.MappingNode) else []
+    inside = [name.value for _, stage in entries if isinstance(stage, yaml.MappingNode) for name, _ in stage.value]
+    return SCRIPT in inside or any(key.value in SCRIPTS for key, _ in entries)
 
 
 def read_stages(document: Document) -> dict[str, tuple[str, list[Option]]]:
@@ -63,15 +65,21 @@ def save_stage(path: Path, script: str, options: dict[str, str | None], before: 
     """Write what a script was given, option -> value, as a recipe. before: that of the mask, whose stages of other
     scripts stand above.
     """
-    stages: dict[str, dict[str, str | None]] = {}
-    if before is not None and before.is_file():
-        document = read_document(before)
-        earlier = read_stages(document) if is_own(document) else {}
-        stages = {name: _values(found) for name, (own, found) in earlier.items() if own == name != script}
+    stages = {name: found for name, found in _earlier(before).items() if name != script} if before else {}
     stages[script] = options
     title = "; ".join(f"python {name}.py --recipe {path.name}" for name in stages)
     write_atomic(path, written(stages, title).encode())
 
 
-def _values(options: list[Option]) -> dict[str, str | None]:
-    return {option.name: option.text for option in options}
+def _earlier(path: Path) -> dict[str, dict[str, str | None]]:
+    """Return the stages of a recipe that are named as their script; none where there is no recipe that can be read: a
+    run that is done must not fail for it.
+    """
+    try:
+        document = read_document(path)
+        stages = read_stages(document) if is_own(document) else {}
+    except UserError as error:
+        if path.exists():
+            log.warning("the stages of %s are left out: %s", path, error)
+        return {}
+    return {name: {o.name: o.text for o in found} for name, (own, found) in stages.items() if own == name}

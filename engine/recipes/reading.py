@@ -152,6 +152,13 @@ class Arguments:
             raise self.document.refuse(self.node, f"{self.name} needs {key}")
         return value
 
+    def share(self, key: str) -> str:
+        """Return the value of a key that must be a fraction between 0 and 1, as the command line takes it."""
+        node = self.need(key)
+        if not 0 < self.document.number(node) < 1:
+            raise self.document.refuse(node, f"{key}: expected a fraction between 0 and 1")
+        return str(float(self.document.number(node)))
+
     def only(self, key: str, values: tuple[str, ...], told: str) -> None:
         """Refuse a value of a key, where it is given, but for these. told: why, and what to do."""
         node = self.take(key)

@@ -71,11 +71,7 @@ def _magnitude(arguments: Arguments) -> Pruning:
     document, name = arguments.document, arguments.name
     first = arguments.need("init_sparsity")
     begun = Fraction(0) if getattr(first, "value", "") == "__FROM_PARAM__" else document.number(first)
-    last = arguments.need("final_sparsity")
-    if isinstance(last, yaml.MappingNode):
-        raise document.refuse(
-            last, "final_sparsity: one number; sparsities by layer are prune.py --allocation FILE.yaml"
-        )
+    sparsity = arguments.share("final_sparsity")
     layers = selected(document, arguments.need("params"))
     begin, end = (document.number(arguments.need(key)) for key in ("start_epoch", "end_epoch"))
     arguments.only("leave_enabled", ("true",), "masks are held to the end: true")
@@ -86,7 +82,6 @@ def _magnitude(arguments: Arguments) -> Pruning:
     arguments.note("update_frequency", MASKS)
     overall = arguments.take("global_sparsity")
     pruner = "omp" if overall is not None and document.flag(overall) else PRUNERS[name]
-    sparsity = str(float(document.number(last)))
     return Pruning(
         document.where(arguments.node), name, pruner, sparsity=sparsity, layers=layers,
         schedule=Schedule(begin, end, begun),

@@ -82,6 +82,9 @@ def test_stages_of_the_mask_stand_above_those_of_its_training(tmp_path):
     assert [(name, script) for name, (script, _) in stages.items()] == [("prune", "prune"), ("retrieval", "retrieval")]
     Recipe("prune", {"model": "xvlm", "from_mask": str(mask)}).save(tmp_path / "result", mask)
     assert list(read_stages(read_document(tmp_path / "result" / NAME))) == ["prune"], "a stage is not written twice"
+    (tmp_path / "pruned" / NAME).write_text("prune: [")
+    Recipe("retrieval", {"model": "xvlm"}).save(tmp_path / "result", mask)
+    assert list(read_stages(read_document(tmp_path / "result" / NAME))) == ["retrieval"]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,7 @@ def test_stages_of_the_mask_stand_above_those_of_its_training(tmp_path):
         ("prune:\n  model: x\n  model: y\n", "r.yaml:3: not valid YAML: the key 'model' stands twice"),
         ("prune:\n  recipe: other.yaml\n", "r.yaml:2: prune.py has no option 'recipe'"),
         ("prune:\n  model: [a, [b]]\n", "r.yaml:2: expected a value"),
+        ("trian: {model: x}\n", "r.yaml:1: model: neither a modifier nor a group of them; stages of our own are named"),
         ("prune: 3\n", "r.yaml:1: expected the options of prune, keys and values"),
         ("prune: {}\ntrian:\n  model: x\n", "r.yaml:2: there is no script 'trian' that takes recipes"),
         ("one: {script: prune}\ntwo: {script: prune}\n", "r.yaml: stages one, two: say which, --recipe "),
