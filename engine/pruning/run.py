@@ -22,12 +22,13 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
 from engine.export import save_model
+from engine.pruning.facts import write_facts
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
-from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from engine.reports.report import DENSE, Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
 from sparsity.allocation.given import to_rules
 from sparsity.bits import shape_in
@@ -180,6 +181,7 @@ class Results:
     """
 
     recovery: Recovering | None = None
+    evaluate: Callable[[], Metrics] | None = None
 
     def __init__(
         self,
@@ -219,11 +221,11 @@ class Results:
 
     def dense(self, metrics: Metrics) -> None:
         """The first row: the model before pruning."""
-        self.rows.append(self._row("dense", dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
+        self.rows.append(self._row(DENSE, dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label = str(self.options["pattern"] or percent(sparsity))
+        label, self.evaluate = str(self.options["pattern"] or percent(sparsity)), evaluate
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
@@ -371,6 +373,7 @@ class Results:
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         parts["errors"] = error_rows(self.errors)
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
+        write_facts(self.folder, title, self.rows, [*self.columns], self.evaluate)
 
 
 def check_finite(masks: Masks) -> None:

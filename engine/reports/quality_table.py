@@ -8,13 +8,11 @@ import csv
 import io
 import math
 import statistics
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.reports import finetuning_table, nm_table
 from engine.reports.plots import Panel, plot_curves, plot_panels
 from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
@@ -238,17 +236,3 @@ def _curves(study: Study) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
         }
         flat[column] = {plan.name: plan.summary("0")[i][0] for plan in study.dense}
     return [_named(level) for level in levels], curves, flat
-
-
-def finished_table(args: Namespace) -> str:
-    """Write the table of the folder that is given, and return it for the reader of the terminal.
-
-    args: `finetuned` (with `metrics`), `nm` and `quality`, one of which is a folder.
-    """
-    if args.finetuned:
-        path, table = finetuning_table.write_table(args.finetuned, args.metrics)
-    elif args.nm:
-        path, table = nm_table.write_table(args.nm)
-    else:
-        path, table = write_table(args.quality)
-    return f"{table}\n\nresults: {path}"
