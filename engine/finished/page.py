@@ -80,11 +80,11 @@ def write_page(folder: Path) -> tuple[Path, str]:
 
 
 def _together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the rows of all runs, the dense model once, with the columns that all of them have."""
-    shared = [column for column in runs[0].rows[0] if all(column in row for run in runs for row in run.rows)]
+    """Return the rows of all runs, the dense model once; "-" where a run has no such column."""
+    columns = list(dict.fromkeys(column for run in runs for row in run.rows for column in row))
     first = [("-", row) for row in runs[0].rows if row["sparsity"] == DENSE]
     rows = [*first, *((run.folder.name, row) for run in runs for row in run.pruned)]
-    return [{"pruner": name} | {column: row[column] for column in shared} for name, row in rows]
+    return [{"pruner": name} | {column: row.get(column, "-") for column in columns} for name, row in rows]
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:

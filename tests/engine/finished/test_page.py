@@ -65,8 +65,8 @@ def write_run(folder, recall, found, captions=("a <cat>", "a dog")):
     (folder / "report.json").write_text(json.dumps(told))
     Image.new("RGB", (6, 5)).save(folder / "heatmap.png")
     layers = markdown_table([{"layer": f"layer {i}", "75 %": "75.00"} for i in range(30)])
-    text = f"# run\n\n- pruner: a & b\n\n{markdown_table(rows)}\n\n## Heat\n\n![Heat](heatmap.png)\n\n## Layers\n\n{layers}\n"
-    (folder / "report.md").write_text(text)
+    parts = ("# run", "- pruner: a & b", markdown_table(rows), "## Heat", "![Heat](heatmap.png)", "## Layers", layers)
+    (folder / "report.md").write_text("\n\n".join(parts))
 
 
 def test_one_file_has_the_runs_and_all_pictures(tmp_path):
