@@ -15,7 +15,7 @@ from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 PAGE = "report.html"
-_MEASURES = 2  # panels of the picture at the top
+_FIRST = "R@1"  # of the measures of retrieval, those that are drawn; of others the first
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
@@ -92,7 +92,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
     levels = list(dict.fromkeys(row["sparsity"] for run in runs for row in run.pruned))
     levels.sort(key=lambda level: (":" in level, float(level.split(":")[0].split()[0])))
     panels = []
-    for measure in runs[0].told["measures"][:_MEASURES]:
+    measures = runs[0].told["measures"]
+    for measure in [name for name in measures if name.endswith(_FIRST)] or measures[:1]:
         found = {run.folder.name: {row["sparsity"]: row.get(measure) for row in run.pruned} for run in runs}
         curves = {
             name: [None if values.get(level) is None else (values[level], None) for level in levels]
@@ -100,7 +101,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
         }
         curves = {name: curve for name, curve in curves.items() if any(curve)}
         dense = [row[measure] for run in runs for row in run.rows if row["sparsity"] == DENSE and measure in row]
-        panels += [(measure, levels, curves, {DENSE: dense[0]} if dense else {})] if curves else []
+        names = [level if ":" in level else f"{level} %" for level in levels]
+        panels += [(measure, names, curves, {DENSE: dense[0]} if dense else {})] if curves else []
     if panels:
         with TemporaryDirectory() as folder:
             path = Path(folder, "curves.png")

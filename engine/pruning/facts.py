@@ -17,11 +17,19 @@ SIDE = 128  # of a picture, in pixels, at most
 
 
 def write_facts(
-    folder: Path, title: str, rows: Sequence[Mapping[str, Any]], measures: Sequence[str], evaluate: Any
+    folder: Path,
+    title: str,
+    facts: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    measures: Sequence[str],
+    evaluate: Any,
 ) -> None:
-    """Write `folder`/report.json. rows: of the table. measures: columns of it. evaluate: what measured the rows."""
+    """Write `folder`/report.json.
+
+    title, facts, rows: of the report. measures: columns of its table. evaluate: what has measured the rows.
+    """
     found = _retrieved(evaluate, [row["sparsity"] for row in rows])
-    told = {"title": title, "rows": rows, "measures": measures, "retrieved": found}
+    told = {"title": title, "facts": facts, "rows": rows, "measures": measures, "retrieved": found}
     write_atomic(folder / FACTS, json.dumps(told).encode())
 
 

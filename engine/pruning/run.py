@@ -373,7 +373,7 @@ class Results:
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         parts["errors"] = error_rows(self.errors)
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
-        write_facts(self.folder, title, self.rows, [*self.columns], self.evaluate)
+        write_facts(self.folder, title, facts, self.rows, [*self.columns], self.evaluate)
 
 
 def check_finite(masks: Masks) -> None:
