@@ -1,5 +1,5 @@
-"""The table of records: the best quality that is known at each level, one-shot and recovered, beside the dense model and
-its weights in 8 bits, of the runs of scripts/records.sh.
+"""The table of records, of the runs of scripts/records.sh: the best quality that is known at each level, one-shot and
+recovered, beside the dense model and its weights in 8 bits.
 """
 
 import csv
