@@ -6,11 +6,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from engine.contents import contents
 from engine.export import save_model
 from engine.pruning.facts import write_facts
 from engine.pruning.free_memory import free_memory, free_on_host
+from engine.pruning.recovering import Recovering
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.hub import CARD, card, upload
@@ -35,6 +36,7 @@ from sparsity.bits import shape_in
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks
+from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
 from sparsity.solvers.share import check_same
@@ -158,19 +160,6 @@ def percent(sparsity: Any) -> str:
     return f"{float(100 * sparsity):.12g}"
 
 
-class Recovering(Protocol):
-    """Train what is kept; see engine.recovery.recovery. told: how, for the report."""
-
-    @property
-    def told(self) -> str: ...
-
-    def recovered(self, masks: Masks, folder: Path) -> AbstractContextManager[Any]:
-        """The model inside the block is the recovered one; gives `trained`, `before`, `after`, `step` and `seconds`."""
-
-    def forget(self) -> None:
-        """Remove what only a killed run needs."""
-
-
 class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
@@ -196,7 +185,8 @@ class Results:
         self.fabric, self.writes = fabric, fabric.is_global_zero
         self.columns = columns
         model = file_name(options["model"])
-        self.stem = f"{model}_{options['pruner']}"
+        block = f"_{options['pattern']}" if isinstance(options["pattern"], Block) else ""
+        self.stem = f"{model}_{options['pruner']}{block}"
         self.calibration_seconds, self.read = 0.0, ""
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
@@ -225,7 +215,8 @@ class Results:
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label, self.evaluate = str(self.options["pattern"] or percent(sparsity)), evaluate
+        pattern, self.evaluate = self.options["pattern"], evaluate
+        label = str(pattern) if isinstance(pattern, NM) else percent(sparsity)
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}
