@@ -12,11 +12,16 @@ export OMP_WAIT_POLICY ?= passive
 # WORKERS processes of one thread each; tests/conftest.py says which tests share one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-fast test-all test-newest lint format lock
+.PHONY: demo test test-fast test-all test-newest lint format docs lock
 
-# Prune the bundled model with MULTIFLOW and evaluate it.
+# Prune the bundled model with MULTIFLOW and with the best plan, evaluate it, measure the sensitivity of its layers, and
+# put all of it into one file, output/demo/report.html.
+DEMO := $(BIN)/python prune.py -m xvlm --output_dir output/demo
 demo: $(VENV)/.installed
-	$(BIN)/python prune.py -m xvlm -p multiflow --num_batches 500 --evaluate
+	$(DEMO) -p multiflow -s 63,75 --num_batches 500 --evaluate
+	$(DEMO) -p best -s 63,75 --num_batches 32 --evaluate
+	$(DEMO) -p wanda -s 75 --allocation error --num_batches 8
+	$(BIN)/python compare.py --pruned output/demo
 
 # All tests but the slow ones: with lint, what must pass before a change is accepted.
 test: $(VENV)/.installed-dev
@@ -45,6 +50,24 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site of README.md and docs/ in output/docs/site, with the packages of a venv of its own.
+PAGES := output/docs/pages
+docs: .venv-docs/.installed
+	rm -rf $(PAGES)
+	mkdir -p $(PAGES)/images
+	cp docs/*.md CONTRIBUTING.md CHANGELOG.md $(PAGES)
+	cp README.md $(PAGES)/index.md
+	cp images/*.png $(PAGES)/images
+	sed -i.bak 's#](docs/#](#g; s#](\.\./README\.md#](index.md#g; s#](\.\./#](#g' $(PAGES)/*.md
+	rm $(PAGES)/*.bak
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@echo "site: output/docs/site/index.html"
+
+.venv-docs/.installed: deps/requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -r $<
+	touch $@
 
 # Write the versions of a venv whose tests have passed to deps/constraints.txt (newest: make lock VENV=.venv-newest).
 lock:

@@ -8,6 +8,8 @@
     python compare.py --finetuned output/finetune_mini --metrics 'r_mean,cider*,accuracy,top1'
     python compare.py --nm output/nm_table/results
     python compare.py --quality output/quality
+    python compare.py --pruned pruned_weights
+    python compare.py --records output/records
 
 One pass over the calibration data of a seed serves all pruners that need the same statistic, at all sparsities. The
 runs are in <output_dir>/results.csv, a row as soon as each is done; the same command again only does what is missing.
@@ -15,7 +17,8 @@ Means and standard errors over the seeds are in table.md and table.tex.
 
 --finetuned, --nm and --quality only put finished runs beside each other, and write FOLDER/table.md, of
 FOLDER/<run>/<dense or sparsity>/result/metrics.json of the fine-tuning scripts, FOLDER/<method>/<seed>.json of
-scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh.
+scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh; --pruned writes FOLDER/report.html, one
+file with tables and pictures of the runs of prune.py in FOLDER; --records the table of scripts/records.sh.
 """
 
 import argparse
@@ -78,7 +81,7 @@ def check(args: argparse.Namespace) -> PrunedModel:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.model is None:
-        from engine.reports.quality_table import finished_table
+        from engine.finished.tables import finished_table
 
         print(finished_table(args))
         return

@@ -11,7 +11,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[re
 
 from sparsity.errors import MissingFileError, UserError
 
-HOW_TO_GET = "img2dataset --output_format webdataset writes such shards, see README.md"
+HOW_TO_GET = "img2dataset --output_format webdataset writes such shards, see docs/datasets.md"
 _MOST = 100_000  # names that one pattern stands for
 _LONGEST = 18  # digits of a number in it
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")

@@ -11,7 +11,7 @@ from configs.locations import located
 from configs.shard_names import is_pattern, shard_paths
 from sparsity.errors import MissingFileError, UserError
 
-HOW_TO_GET = "README.md says how to get the annotations and images"
+HOW_TO_GET = "docs/datasets.md says how to get the annotations and images"
 LABELLED = {"imagenet": "{split}", "flowers102": "images"}  # public sets -> where the images of a split are
 FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:function
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on a hub: owner/name

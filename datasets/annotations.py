@@ -21,7 +21,7 @@ from datasets.images import DEFAULT, load_image
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import reading
 
-HOW_TO_GET = "README.md says how to get the annotations and images"
+HOW_TO_GET = "docs/datasets.md says how to get the annotations and images"
 _PROBES = 64  # image paths that are looked up at start-up
 _KEYS = 8  # of a record that are told
 _DIGITS = 18  # of a number that stands as a text

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fetches the images of COCO and Visual Genome from their official sites to images/, in the layout of README.md:
+# Fetches the images of COCO and Visual Genome from their official sites to images/, in the layout of docs/datasets.md:
 #   scripts/download_images.sh [coco] [vg] [--yes] [--dry-run] [--keep]
 #     coco vg     which; default both          --yes   don't ask          --dry-run   list, fetch nothing
 #     --keep      keep the zip files           IMAGES, COCO_URL, VG_URL in the environment: other folder, mirrors
-# What was begun is resumed, what is done is not fetched again (images/.downloads). CC3M, SBU: img2dataset, see README.md.
+# What was begun is resumed, what is done is not fetched again (images/.downloads). CC3M, SBU: img2dataset, see docs/datasets.md.
 set -euo pipefail
 export LC_ALL=C
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

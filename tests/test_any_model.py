@@ -1,4 +1,4 @@
-"""prune.py on models that are not the project's own, end to end, and the Python API as README.md has it."""
+"""prune.py on models that are not the project's own, end to end, and the Python API as docs/quickstart.md has it."""
 
 import re
 import shutil
@@ -308,8 +308,8 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path, capsys, given, told):
 # The Python API
 
 
-def test_the_snippet_of_the_readme(capsys):
-    section = re.search(r"#+ Python API\n(.*?)\n#", Path("README.md").read_text(), re.DOTALL)[1]
+def test_the_snippet_of_the_quickstart(capsys):
+    section = re.search(r"#+ In Python\n(.*?)\n#", Path("docs/quickstart.md").read_text(), re.DOTALL)[1]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names = {}
     exec(code, names)

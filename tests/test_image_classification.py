@@ -440,7 +440,7 @@ def test_bundled_is_what_is_learned_where_nothing_else_is_there(tmp_path, withou
     ("given", "told"),
     [
         (["--dataset", "cifar"], "--dataset: invalid choice: 'cifar'"),
-        (["--dataset", "imagenet"], "data/imagenet/annots/metadata.csv: file not found; README.md says how"),
+        (["--dataset", "imagenet"], "data/imagenet/annots/metadata.csv: file not found; docs/datasets.md says how"),
         (["--model", "xvlm"], "there is no classification with the model 'xvlm'; there is with: dino"),
         (["--batch_size", "9", "-d", "2"], "--batch_size 9 is no multiple of 2 devices"),
         (["--batch_size", "0"], "--batch_size: expected an integer of at least 1"),

@@ -147,7 +147,7 @@ def test_means_errors_and_costs(made, capsys):
     ]
     assert told.strip().endswith(f"results: {made / 'table.md'}")
     assert "| slow " in (made / "table.md").read_text()
-    assert (made / "vit.png").read_bytes().startswith(b"\x89PNG")
+    assert all((made / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("vit", "quality"))
     with (made / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 1 + 1 + 1 + 1 + 1 + 12 and {row["config"] for row in rows} >= {"of fast", "of fast 2:4"}

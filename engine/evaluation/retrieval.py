@@ -20,13 +20,14 @@ from datasets.images import DEFAULT
 from datasets.own.sets import OwnImages
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
-from datasets.transforms import EvalTransform
+from datasets.transforms import CLIP, EvalTransform
 from engine.evaluation.reranking import Share, retrieval_scores
 from engine.ranks import summed
 from sparsity.errors import UserError
 
 RECALLS = {f"{way} R@{k}": f"{prefix}_r{k}" for way, prefix in (("i2t", "txt"), ("t2i", "img")) for k in (1, 5, 10)}
 READ = 32  # images read together
+SHOWN = 12  # captions whose first picture is kept after each evaluation
 
 
 class ZeroShot:
@@ -36,6 +37,10 @@ class ZeroShot:
     `folder` and count as not found; more than `max_skipped` of them is an error. Encoders run as autocast says, the
     scores of pairs are float32. decoding: how image files become pictures. own: the user's images, in place of those
     that the evaluation names.
+
+    Attributes:
+        captions: (N,) texts. txt2img: (N,) the image of each.
+        found: for each call, the images that the first `SHOWN` captions find.
     """
 
     def __init__(
@@ -54,8 +59,8 @@ class ZeroShot:
     ):
         self.model, self.evaluation, self.fabric = model, evaluation, fabric
         opened = _open(evaluation, vision.image_size, decoding) if own is None else _parts(own)
-        self.items, captions, self.txt2img, self.img2txt = opened
-        self.texts = trim_text(encode.plain(captions))
+        self.items, self.captions, self.txt2img, self.img2txt = opened
+        self.texts, self.found = trim_text(encode.plain(self.captions)), list[list[int]]()
         gather = partial(_stack, side=vision.image_size)
         # Whole batches to each rank, so that no score depends on how many ranks there are.
         batches = torch.arange(len(self.items)).split(READ)[fabric.global_rank :: fabric.world_size]
@@ -75,7 +80,17 @@ class ZeroShot:
             half=self.evaluation.half_tokens,
             progress=partial(self._progress, desc="re-ranking", unit="image"),
         )
+        self.found.append(scores[1][:SHOWN].nan_to_num(-torch.inf).argmax(1).tolist())
         return recall(*scores, self.txt2img, self.img2txt)
+
+    def picture(self, i: int) -> Tensor | None:
+        """Return image i as the model sees it, (H, W, 3) uint8; None where it cannot be read."""
+        item: Any = self.items[i]
+        if isinstance(item, Skipped):
+            return None
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in CLIP)
+        colours = item["image"].to("cpu", torch.float32) * deviation + mean
+        return (255 * colours).round().clamp(0, 255).byte().permute(1, 2, 0)
 
     def _read(self) -> Iterator[Tensor]:
         """Batches (B, 3, H, W) of this rank's images, NaN for those that cannot be read."""

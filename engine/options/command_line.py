@@ -246,12 +246,15 @@ def add_finished_options(add: Callable[..., Any]) -> None:
     add("--metrics", type=globs, default=["*"], help="of --finetuned: comma separated globs (default: all)")
     add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
     add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
+    add("--records", type=Path, metavar="FOLDER", help="only the table of these records (default: no)")
+    add("--pruned", type=Path, metavar="FOLDER", help="only the page of these runs of prune.py (default: no)")
 
 
 def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error unless a model, or one folder of finished runs, is given."""
-    if sum(given is not None for given in (args.model, args.finetuned, args.nm, args.quality)) != 1:
-        parser.error("give one of -m/--model, --finetuned, --nm and --quality")
+    folders = (args.finetuned, args.nm, args.quality, args.pruned, args.records)
+    if sum(given is not None for given in (args.model, *folders)) != 1:
+        parser.error("give one of -m/--model, --finetuned, --nm, --quality, --pruned and --records")
 
 
 def globs(text: str) -> list[str]:

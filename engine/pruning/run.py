@@ -6,11 +6,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import Calibration
 from engine.contents import contents
 from engine.export import save_model
+from engine.pruning.facts import write_facts
 from engine.pruning.free_memory import free_memory, free_on_host
+from engine.pruning.recovering import Recovering
 from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
-from engine.reports.report import Metrics, append_csv, markdown_table, write_report
+from engine.reports.report import DENSE, Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
 from sparsity.allocation.given import to_rules
 from sparsity.bits import shape_in
@@ -158,19 +160,6 @@ def percent(sparsity: Any) -> str:
     return f"{float(100 * sparsity):.12g}"
 
 
-class Recovering(Protocol):
-    """Train what is kept; see engine.recovery.recovery. told: how, for the report."""
-
-    @property
-    def told(self) -> str: ...
-
-    def recovered(self, masks: Masks, folder: Path) -> AbstractContextManager[Any]:
-        """The model inside the block is the recovered one; gives `trained`, `before`, `after`, `step` and `seconds`."""
-
-    def forget(self) -> None:
-        """Remove what only a killed run needs."""
-
-
 class Results:
     """Collects the masks of a run, writes each as soon as it is there, and the report when all are.
 
@@ -181,6 +170,7 @@ class Results:
     """
 
     recovery: Recovering | None = None
+    evaluate: Callable[[], Metrics] | None = None
 
     def __init__(
         self,
@@ -221,11 +211,11 @@ class Results:
 
     def dense(self, metrics: Metrics) -> None:
         """The first row: the model before pruning."""
-        self.rows.append(self._row("dense", dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
+        self.rows.append(self._row(DENSE, dict.fromkeys(self.view.groups, 0.0), 0.0, metrics, seconds="-"))
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        pattern = self.options["pattern"]
+        pattern, self.evaluate = self.options["pattern"], evaluate
         label = str(pattern) if isinstance(pattern, NM) else percent(sparsity)
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
@@ -376,6 +366,7 @@ class Results:
         parts = {"rows": self.rows, "warnings": self.warnings, "pictures": self.pictures.draw(title), "layers": layers}
         parts["errors"] = error_rows(self.errors)
         write_report(self.path("report.md"), title=title, facts=facts, **parts)
+        write_facts(self.folder, title, facts, self.rows, [*self.columns], self.evaluate)
 
 
 def check_finite(masks: Masks) -> None:

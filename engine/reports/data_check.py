@@ -32,11 +32,11 @@ WAYS = {  # to get what is missing, by the beginning of its path
     "data/pretrain": "./download_annots.sh",
     "data/finetune": "./download_annots.sh",
     "data/imagenet/annots": "./download_annots.sh",
-    "data/imagenet": "the ImageNet object localisation challenge on Kaggle, see README.md",
+    "data/imagenet": "the ImageNet object localisation challenge on Kaggle, see docs/datasets.md",
     "images/coco": "scripts/download_images.sh coco",
     "images/vg": "scripts/download_images.sh vg",
-    "images/cc3m": "img2dataset, see README.md; as a folder of images or as WebDataset shards",
-    "images/sbu": "img2dataset, see README.md; as a folder of images or as WebDataset shards",
+    "images/cc3m": "img2dataset, see docs/datasets.md; as a folder of images or as WebDataset shards",
+    "images/sbu": "img2dataset, see docs/datasets.md; as a folder of images or as WebDataset shards",
     BUNDLED: "it comes with the repository: git checkout data/bundled, or scripts/rebuild_bundled.sh",
 }
 
@@ -54,7 +54,7 @@ class Finding:
     def way(self) -> str:
         """How to get it."""
         if self.source == "weights":
-            return "give --weights PATH, or --weights random; see README.md"
+            return "give --weights PATH, or --weights random"
         if is_pattern(self.path):
             return SHARDS
         return next((way for start, way in WAYS.items() if Path(self.path).is_relative_to(start)), HOW_TO_GET)

@@ -191,10 +191,21 @@ def plot_curves(
     levels: names, from left to right. curves: measure -> plan -> its curve. flat: measure -> name -> the same value at
     all levels, such as the dense model's.
     """
-    figure = _figure(1 + 5.5 * len(curves), 4.2)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (measure, plans) in zip(panels, curves.items(), strict=True):
-        for (name, value), style in zip(flat[measure].items(), ("-", ":", "-."), strict=False):
+    plot_panels(path, [(measure, levels, plans, flat[measure]) for measure, plans in curves.items()], title)
+
+
+Panel = tuple[str, Sequence[str], Mapping[str, Curve], Mapping[str, float]]  # see plot_panels
+
+
+def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Curves of quality by level, a panel beside the other.
+
+    panels: what a panel measures, its levels from left to right, plan -> curve, and name -> a value at all levels.
+    """
+    figure = _figure(1 + 5.5 * len(panels), 4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (measure, levels, plans, flat) in zip(axes, panels, strict=True):
+        for (name, value), style in zip(flat.items(), ("-", ":", "-."), strict=False):
             axis.axhline(value, color="grey", linewidth=1, linestyle=style, label=name)
         for plan, curve in plans.items():
             found = [(x, *point) for x, point in enumerate(curve) if point is not None]
@@ -203,7 +214,7 @@ def plot_curves(
             axis.errorbar(places, means, deviation, fmt=".-", capsize=2, linewidth=1.2, label=plan)
         axis.set(xticks=range(len(levels)), xticklabels=levels, xlabel="sparsity, or pattern", ylabel=measure)
         axis.grid(alpha=0.3)
-    panels[0].legend(loc="best", fontsize=8)
+    axes[0].legend(loc="best", fontsize=8)
     _save(figure, path, title)
 
 

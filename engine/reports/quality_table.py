@@ -8,20 +8,19 @@ import csv
 import io
 import math
 import statistics
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.reports import finetuning_table, nm_table
-from engine.reports.plots import plot_curves
+from engine.reports.plots import Panel, plot_curves, plot_panels
 from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 DENSE = ("dense", "dense int8")  # rows that prune nothing, as engine.pruning.comparison names them
 ANY_SEED = "-"
+PICTURE = "quality.png"  # the first measure of all studies, in a panel each
 ERRORS = 2.0  # standard errors by which a plan has to be ahead
 COSTS = ("calibration_seconds", "selection_seconds", "peak_mb")
 COLUMNS = ("config", "date", "pruner", "sparsity", "seed", *COSTS)
@@ -190,17 +189,26 @@ def _named(level: str) -> str:
 
 
 def write_table(folder: Path) -> tuple[Path, str]:
-    """`table` of the results in `folder`, written to `folder`/table.md, with all rows in results.csv and a picture of
-    the curves of each study with several levels; returns the path and the table.
+    """Write `table` of the results in `folder` to `folder`/table.md, with all rows in results.csv, a picture of the
+    curves of each study with several levels, and one of all of them, `PICTURE`; return the path and the table.
     """
     studies = read_studies(folder)
     text, path = table(studies), folder / "table.md"
     write_atomic(path, f"# Quality at each sparsity\n\n{WHAT}\n\n{text}\n".encode())
     write_atomic(folder / "results.csv", _merged(studies).encode())
-    for study in studies:
-        if len(study.levels) > 1:
-            plot_curves(folder / f"{study.name}.png", *_curves(study), study.name)
+    drawn = [study for study in studies if len(study.levels) > 1]
+    for study in drawn:
+        plot_curves(folder / f"{study.name}.png", *_curves(study), study.name)
+    if drawn:
+        plot_panels(folder / PICTURE, [_panel(study) for study in drawn], "Quality without training")
     return path, text
+
+
+def _panel(study: Study) -> Panel:
+    """The curves of a study's first measure."""
+    levels, curves, flat = _curves(study)
+    column = study.columns[0]
+    return f"{study.name}: {column}", levels, curves[column], flat[column]
 
 
 def _merged(studies: Sequence[Study]) -> str:
@@ -228,17 +236,3 @@ def _curves(study: Study) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
         }
         flat[column] = {plan.name: plan.summary("0")[i][0] for plan in study.dense}
     return [_named(level) for level in levels], curves, flat
-
-
-def finished_table(args: Namespace) -> str:
-    """Write the table of the folder that is given, and return it for the reader of the terminal.
-
-    args: `finetuned` (with `metrics`), `nm` and `quality`, one of which is a folder.
-    """
-    if args.finetuned:
-        path, table = finetuning_table.write_table(args.finetuned, args.metrics)
-    elif args.nm:
-        path, table = nm_table.write_table(args.nm)
-    else:
-        path, table = write_table(args.quality)
-    return f"{table}\n\nresults: {path}"

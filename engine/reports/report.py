@@ -12,6 +12,8 @@ from typing import Any
 from sparsity.files import append, write_atomic
 
 Metrics = Mapping[str, float]
+DENSE = "dense"  # the label of the model before pruning
+FACTS = "report.json"  # what engine.finished.page reads of a run
 ERRORS = (
     "Squared error of a layer's output over the size of that output, on the inputs that it had in calibration: with the"
     " mask alone, and with the updated weights. Held out: on a tenth of the samples, by least squares on the others."

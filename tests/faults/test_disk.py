@@ -43,7 +43,8 @@ def commands(trunk, photos):  # noqa: F811
     }
 
 
-VARIES = ("README.md", "config.yaml", "report.md", "runtimes.csv", "results.csv", "log.csv", "last.pt")  # times, paths
+VARIES = ("README.md", "config.yaml", "report.json", "report.md", "runtimes.csv", "results.csv", "log.csv", "last.pt")
+# They have times and paths.
 
 
 def results(folder):

@@ -233,11 +233,11 @@ def test_missing_data_is_named(tmp_path):
         nothing.check_calibration("c.yaml")
     with pytest.raises(ValueError, match="c.yaml: no evaluation data"):
         nothing.check_evaluation("c.yaml")
-    with pytest.raises(FileNotFoundError, match="absent.json: annotation file not found; README.md"):
+    with pytest.raises(FileNotFoundError, match="absent.json: annotation file not found; docs/datasets.md"):
         dataclasses.replace(nothing, general=[Files("absent.json", ".")]).check_calibration("c.yaml")
     (tmp_path / "a.json").touch()
     files = Files(str(tmp_path / "a.json"), str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match="absent: image folder not found; README.md"):
+    with pytest.raises(FileNotFoundError, match="absent: image folder not found; docs/datasets.md"):
         dataclasses.replace(nothing, evaluation=Evaluation(files=files)).check_evaluation("c.yaml")
     BUNDLED.check_calibration("c.yaml")
     with pytest.raises(FileNotFoundError, match="absent.pth: weights file not found; give --weights PATH"):

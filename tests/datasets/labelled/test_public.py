@@ -101,7 +101,10 @@ def rewrite(name, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rewrite("metadata.csv", None), "metadata.csv: file not found; expected .* folder_name,class_name; README"),
+        (
+            rewrite("metadata.csv", None),
+            "metadata.csv: file not found; expected .* folder_name,class_name; docs/datasets",
+        ),
         (rewrite("metadata.csv", "folder_name,name\nn01,a\n"), "metadata.csv: no column 'class_name'"),
         (rewrite("metadata.csv", "folder_name,class_name\n"), "metadata.csv: no row"),
         (rewrite("metadata.csv", ""), "metadata.csv: no column 'folder_name'"),

@@ -200,9 +200,9 @@ def test_a_bad_annotation_file_is_one_line_at_startup(folder, text, write_json, 
 
 
 def test_missing_files_are_one_line_at_startup(folder, text, write_json):
-    with pytest.raises(FileNotFoundError, match=r"none.json: annotation file not found; expected .*README"):
+    with pytest.raises(FileNotFoundError, match=r"none.json: annotation file not found; expected .*docs/datasets"):
         dataset(folder, text, "none.json")
-    with pytest.raises(FileNotFoundError, match=r"nowhere: image folder not found; README"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: image folder not found; docs/datasets"):
         ImageTextDataset([(folder / "relative.json", folder / "nowhere")], TrainTransform(16), text, seed=0)
     (folder / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty: none of 6 images of .*relative.json .* example val/0.png"):

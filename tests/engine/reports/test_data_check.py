@@ -127,7 +127,7 @@ def test_shards_that_are_missing_or_damaged(public, tmp_path):
         ("images/cc3m/{00000..00331}.tar", "img2dataset"),
         ("elsewhere/*.tar", "img2dataset"),
         ("images/sbu", "img2dataset"),
-        ("elsewhere/images/coco", "README.md"),
+        ("elsewhere/images/coco", "docs/datasets.md"),
     ],
 )
 def test_ways_to_get_what_is_missing(path, way):

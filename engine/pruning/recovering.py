@@ -1,0 +1,20 @@
+"""What a pruning run asks of recovery, which is built by the script."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsity.masks import Masks
+
+
+class Recovering(Protocol):
+    """Train what is kept; see engine.recovery.recovery. told: how, for the report."""
+
+    @property
+    def told(self) -> str: ...
+
+    def recovered(self, masks: Masks, folder: Path) -> AbstractContextManager[Any]:
+        """The model inside the block is the recovered one; gives `trained`, `before`, `after`, `step` and `seconds`."""
+
+    def forget(self) -> None:
+        """Remove what only a killed run needs."""
