@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
+from sparsity.bits import MadeTensors, Recipe, recipes_of
 from sparsity.errors import MissingFileError, UserError, listed
 from sparsity.files import SAVED, reading, weights_files
 from sparsity.learned.checkpoint import GATE, fold
-from sparsity.packing import unpack
+from sparsity.packing import unpacking
 from sparsity.view import canonical
 
 log = logging.getLogger(__name__)
@@ -72,32 +73,35 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str 
     the file has several. key: the one that alone counts. Raises FileNotFoundError, or UserError where the file holds no
     weights.
     """
+    return dict(stored_weights(path, wrappers, key))
+
+
+def stored_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str = "") -> MadeTensors:
+    """Return what `read_weights` does, without holding it: tensors are those of mapped files, and packed ones are
+    unpacked each time they are asked for.
+    """
     path, files = Path(path), weights_files(path)
     if not files:
         raise MissingFileError(f"{path}: weights file not found")
-    found: dict[str, Tensor] = {}
+    found: dict[str, Recipe] = {}
     for file in files:
-        found |= _read_weights(file, wrappers, key)
-    return found
+        found |= _stored(file, wrappers, key)
+    return MadeTensors(found)
 
 
-def _read_weights(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Tensor]:
+def _stored(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Recipe]:
     with reading(path), path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
         content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)
     except Exception as error:  # a damaged file makes both readers raise almost anything
         raise UserError(f"{path}: not a readable weights file: {_reason(error)}") from error
-    if metadata:
-        try:
-            content = unpack(content, metadata)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+    content = unpacking(content, metadata, f"{path}: ") if metadata else content
     content = _under(path, content, key) if key else _unwrapped(path, content, wrappers)
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not (isinstance(content, MadeTensors) and content) and not _is_state(content):
         places = repr(key) if key else f"bare or under {', '.join(map(repr, dict.fromkeys(wrappers)))}"
         raise UserError(f"{path}: expected names with tensors, {places}")
-    return {canonical(name): tensor for name, tensor in content.items()}
+    return {canonical(name): recipe for name, recipe in recipes_of(content).items()}
 
 
 def _unwrapped(path: Path, content: object, wrappers: Sequence[str]) -> object:
