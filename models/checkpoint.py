@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -93,12 +94,13 @@ def _stored(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Recipe]:
     with reading(path), path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)
+        content = _read_safetensors(path) if is_safetensors else _read_pickle(path)
     except Exception as error:  # a damaged file makes both readers raise almost anything
         raise UserError(f"{path}: not a readable weights file: {_reason(error)}") from error
-    content = unpacking(content, metadata, f"{path}: ") if metadata else content
+    if isinstance(content, _Safetensors):
+        content = unpacking(content.tensors, content.metadata, f"{path}: ") if content.metadata else content.tensors
     content = _under(path, content, key) if key else _unwrapped(path, content, wrappers)
-    if not (isinstance(content, MadeTensors) and content) and not _is_state(content):
+    if not _is_state(content) and not (isinstance(content, MadeTensors) and len(content)):
         places = repr(key) if key else f"bare or under {', '.join(map(repr, dict.fromkeys(wrappers)))}"
         raise UserError(f"{path}: expected names with tensors, {places}")
     return {canonical(name): recipe for name, recipe in recipes_of(content).items()}
@@ -129,14 +131,19 @@ def _sets(content: object) -> list[str]:
     return [name for name, value in found if _is_state(value) or (name in TIMM and isinstance(value, dict))]
 
 
-def _is_state(value: object) -> bool:
+def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+class _Safetensors(NamedTuple):
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None
+
+
+def _read_safetensors(path: Path) -> _Safetensors:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    return load_file(path), metadata
+    return _Safetensors(load_file(path), metadata)
 
 
 def _read_pickle(path: Path) -> object:
