@@ -6,6 +6,7 @@ configuration, the processor of transformers).
 without captions where a model needs them. rate: samples a second of the sounds; None: it takes images.
 """
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -221,8 +222,9 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
         return TimmImages(model, class_map)
     if not isinstance(library, Transformers):
         raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
-    processor = load_processor(model.name_or_path)
-    if model.main_input_name in ("input_features", "input_values"):
+    hears = model.main_input_name in ("input_features", "input_values")
+    processor = load_processor(model.name_or_path, hears)
+    if hears:
         return Sounds(model, processor, class_map)
     if not takes(model, "pixel_values"):
         texts = "give a file of texts, .txt or .jsonl" if model.main_input_name == "input_ids" else OWN_LOADER
@@ -234,12 +236,17 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
-def load_processor(name: str) -> Any:
-    """The processor that belongs to a model of transformers; UserError where it is not to be had."""
+def load_processor(name: str, hears: bool = False) -> Any:
+    """The processor that belongs to a model of transformers, of one that hears and has no tokenizer its feature
+    extractor; UserError where it is not to be had.
+    """
     import transformers
 
+    options = {"trust_remote_code": False, "local_files_only": local_only(name)}
     try:
-        options = {"trust_remote_code": False, "local_files_only": local_only(name)}
         return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
+        with contextlib.suppress(Exception):
+            if hears:
+                return transformers.AutoFeatureExtractor.from_pretrained(name, **options)
         raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error
