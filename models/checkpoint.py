@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from models.hub import first_line, hub_answers
 from sparsity.bits import MadeTensors, Recipe, recipes_of
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.files import SAVED, reading, weights_files
+from sparsity.files import INDEX, SAVED, reading, shard_names, weights_files
 from sparsity.learned.checkpoint import GATE, fold
 from sparsity.packing import unpacking
 from sparsity.view import canonical
@@ -34,7 +34,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def find_weights(name: str | Path) -> Path:
-    """The weights file that a file name, a folder saved by transformers or a repository on its hub stands for.
+    """The weights file, or index of shards, that a file name, a folder saved by transformers or a repository on its hub
+    stands for.
 
     A repository ("facebook/dino-vitb16") is downloaded once and kept in the cache of huggingface_hub. Raises UserError
     where there is none.
@@ -55,11 +56,16 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     offline = not hub_answers()
-    for file in SAVED:
+    for file in (each for single in SAVED for each in (single, f"{single}{INDEX}")):
         try:
-            return Path(hf_hub_download(repository, file, local_files_only=offline))
+            path = Path(hf_hub_download(repository, file, local_files_only=offline))
+            for shard in shard_names(path) if file.endswith(INDEX) else ():
+                hf_hub_download(repository, shard, local_files_only=offline)  # beside the index
+            return path
         except EntryNotFoundError:
             continue
+        except UserError:
+            raise
         except Exception as error:  # of the network, of the hub, of a name that is none
             raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
