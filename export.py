@@ -86,11 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.deployment.dense_files import save_folder
     from engine.deployment.exporting import bundled_inputs, export_onnx
     from engine.deployment.loading import masks_of, zeros_of
-    from engine.deployment.packed_files import save_packed
+    from engine.deployment.packed_files import write_packed
     from engine.pruning.data_kinds import SUBJECTS
     from engine.reports.model_card import model_card
     from models.checkpoint import read_weights
     from models.parts.graphs import graphs_of
+    from sparsity.casting import casting
 
     fabric, folder = launch(args, args.output_dir), args.output_dir
     module = models.find(args.model)
@@ -113,8 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
         write_atomic(folder / "dense" / "README.md", card.encode())
         print(f"{folder / 'dense'}: {100 * masks.report(view).overall.sparsity:.2f} % of the prunable weights are zero")
     if "packed" in args.formats:
-        dtype, path = args.packed_dtype and getattr(torch, args.packed_dtype), folder / "model.packed.safetensors"
-        print(f"{path}: {save_packed(view.model.state_dict(), path, dtype, names)}")
+        state, path = view.model.state_dict(), folder / "model.packed.safetensors"
+        if args.packed_dtype:
+            state = casting(state, getattr(torch, args.packed_dtype), allowed=("vanished",))
+        print(f"{path}: {write_packed(state, path, names)}")
     if {"onnx", "int8"} & set(args.formats):
         known = models.kind(args.model) in ("pairs", "labels") and config.bundled
         batch = next(iter(subject.calibration(folder, 1, 42))) if known and not args.task else None

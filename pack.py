@@ -5,8 +5,9 @@
 
 2:4 takes 9/16 of the dense size in 16 bits, any other sparsity its values and a bit for each weight; what that would
 not make smaller, and what is quantised, stays as it is. Every script of this project reads packed checkpoints as they
-are; unpacked, they are plain safetensors, as timm and transformers load them. Learned masks (`*.gate`) become zeros
-first. Values that --dtype cannot hold are counted, and refused unless --allow_loss is given.
+are; unpacked, they are plain safetensors, as timm and transformers load them. Tensors are read, packed and written one
+at a time, so that a model need not fit into memory. Learned masks (`*.gate`) become zeros first. Values that --dtype
+cannot hold are counted, and refused unless --allow_loss is given.
 """
 
 import argparse
@@ -54,23 +55,25 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
+    from engine.deployment.packed_files import write_packed
     from engine.export import save_state
-    from models.checkpoint import read_weights
-    from sparsity.casting import cast
-    from sparsity.learned.checkpoint import fold
+    from models.checkpoint import stored_weights
+    from sparsity.casting import casting
+    from sparsity.learned.checkpoint import folding
 
-    state = fold(read_weights(args.source))
+    state = folding(stored_weights(args.source))
     if args.dtype:
         allowed = ALLOWED.get(args.allow_loss, ())
         way_out = f"--allow_loss {' or '.join(ALLOWED)} writes them all the same"
         try:
-            state = cast(state, getattr(torch, args.dtype), allowed=allowed, way_out=way_out)
+            state = casting(state, getattr(torch, args.dtype), allowed=allowed, way_out=way_out)
         except UserError as error:
             raise UserError(f"{args.source}: {error}") from None
-    save_state(state, args.target, packed=not args.unpack)
-    dense = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    size = args.target.stat().st_size
-    print(f"{args.target}: {size / 1e6:.2f} MB, {100 * size / dense:.1f} % of the {dense / 1e6:.2f} MB of all weights")
+    if not args.unpack:
+        print(f"{args.target}: {write_packed(state, args.target)}")
+        return
+    save_state(state, args.target)
+    print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import pruners
-from engine.pruning.tensor_stream import stream_tensors
+from engine.tensor_stream import stream_tensors
 from sparsity.masks import Masks
 from sparsity.view import PrunableView
 

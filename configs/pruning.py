@@ -15,7 +15,7 @@ from sparsity.files import weights_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # auto: that of the weights
 TOKENS = ("all", "text", "vision")  # that a language model is calibrated on
-OWN_DATA = "a folder of images, a file of texts (.txt, .jsonl) or package.module:function"
+OWN_DATA = "a folder of images or sounds, a file of texts (.txt, .jsonl) or package.module:function"
 BUNDLED_SPLITS = ("scenes", "unseen_scenes", "unseen_glyphs")
 
 

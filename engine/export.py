@@ -7,13 +7,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsity.casting import cast
+from engine.tensor_stream import write_stream
+from sparsity.bits import recipes_of
+from sparsity.casting import cast, casting
 from sparsity.errors import UserError
-from sparsity.files import INDEX, SAVED, replacing, replacing_folder, weights_files
-from sparsity.packing import pack
+from sparsity.files import INDEX, SAVED, replacing_folder, weights_files
+from sparsity.packing import Packed
 from sparsity.view import canonical
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def save_weights(
         state[name] = tensor.detach()
         targets[name] = dtype or (halves or {}).get(canonical(name), tensor.dtype)
     try:
-        state = cast(state, targets, allowed=allowed)
+        state = casting(state, targets, allowed=allowed)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     save_state(state, path)
@@ -54,13 +55,19 @@ def save_weights(
 
 
 def save_state(state: Mapping[str, Tensor], path: str | Path, *, packed: bool = False) -> None:
-    """Write tensors as safetensors. packed: zeros are left out (`sparsity.packing`); `models.checkpoint.read_weights`
-    reads both.
+    """Write tensors as safetensors, one at a time where they are made when they are asked for (`MadeTensors`). packed:
+    zeros are left out (`sparsity.packing`); `models.checkpoint.read_weights` reads both.
     """
-    plain = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    tensors, metadata = pack(plain) if packed else ({n: t.clone().contiguous() for n, t in plain.items()}, FORMAT)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    if packed:
+        save_packed(Packed(state), path)
+        return
+    specs = {name: (recipe.dtype, recipe.shape) for name, recipe in recipes_of(state).items()}
+    write_stream(path, specs, state.items(), lambda: FORMAT)
+
+
+def save_packed(packed: Packed, path: str | Path) -> None:
+    """Write a packed state dict."""
+    write_stream(path, packed.specs, packed.tensors(), packed.metadata)
 
 
 @contextmanager

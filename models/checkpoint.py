@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.hub import first_line, hub_answers
+from sparsity.bits import MadeTensors, Recipe, recipes_of
 from sparsity.errors import MissingFileError, UserError, listed
-from sparsity.files import SAVED, reading, weights_files
+from sparsity.files import INDEX, SAVED, reading, shard_names, weights_files
 from sparsity.learned.checkpoint import GATE, fold
-from sparsity.packing import unpack
+from sparsity.packing import unpacking
 from sparsity.view import canonical
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def find_weights(name: str | Path) -> Path:
-    """The weights file that a file name, a folder saved by transformers or a repository on its hub stands for.
+    """The weights file, or index of shards, that a file name, a folder saved by transformers or a repository on its hub
+    stands for.
 
     A repository ("facebook/dino-vitb16") is downloaded once and kept in the cache of huggingface_hub. Raises UserError
     where there is none.
@@ -53,11 +56,16 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError
 
     offline = not hub_answers()
-    for file in SAVED:
+    for file in (each for single in SAVED for each in (single, f"{single}{INDEX}")):
         try:
-            return Path(hf_hub_download(repository, file, local_files_only=offline))
+            path = Path(hf_hub_download(repository, file, local_files_only=offline))
+            for shard in shard_names(path) if file.endswith(INDEX) else ():
+                hf_hub_download(repository, shard, local_files_only=offline)  # beside the index
+            return path
         except EntryNotFoundError:
             continue
+        except UserError:
+            raise
         except Exception as error:  # of the network, of the hub, of a name that is none
             raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
@@ -72,32 +80,36 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str 
     the file has several. key: the one that alone counts. Raises FileNotFoundError, or UserError where the file holds no
     weights.
     """
+    return dict(stored_weights(path, wrappers, key))
+
+
+def stored_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS, key: str = "") -> MadeTensors:
+    """Return what `read_weights` does, without holding it: tensors are those of mapped files, and packed ones are
+    unpacked each time they are asked for.
+    """
     path, files = Path(path), weights_files(path)
     if not files:
         raise MissingFileError(f"{path}: weights file not found")
-    found: dict[str, Tensor] = {}
+    found: dict[str, Recipe] = {}
     for file in files:
-        found |= _read_weights(file, wrappers, key)
-    return found
+        found |= _stored(file, wrappers, key)
+    return MadeTensors(found)
 
 
-def _read_weights(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Tensor]:
+def _stored(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Recipe]:
     with reading(path), path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
-        content, metadata = _read_safetensors(path) if is_safetensors else (_read_pickle(path), None)
+        content = _read_safetensors(path) if is_safetensors else _read_pickle(path)
     except Exception as error:  # a damaged file makes both readers raise almost anything
         raise UserError(f"{path}: not a readable weights file: {_reason(error)}") from error
-    if metadata:
-        try:
-            content = unpack(content, metadata)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+    if isinstance(content, _Safetensors):
+        content = unpacking(content.tensors, content.metadata, f"{path}: ") if content.metadata else content.tensors
     content = _under(path, content, key) if key else _unwrapped(path, content, wrappers)
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not _is_state(content) and not (isinstance(content, MadeTensors) and len(content)):
         places = repr(key) if key else f"bare or under {', '.join(map(repr, dict.fromkeys(wrappers)))}"
         raise UserError(f"{path}: expected names with tensors, {places}")
-    return {canonical(name): tensor for name, tensor in content.items()}
+    return {canonical(name): recipe for name, recipe in recipes_of(content).items()}
 
 
 def _unwrapped(path: Path, content: object, wrappers: Sequence[str]) -> object:
@@ -125,14 +137,19 @@ def _sets(content: object) -> list[str]:
     return [name for name, value in found if _is_state(value) or (name in TIMM and isinstance(value, dict))]
 
 
-def _is_state(value: object) -> bool:
+def _is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+class _Safetensors(NamedTuple):
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None
+
+
+def _read_safetensors(path: Path) -> _Safetensors:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    return load_file(path), metadata
+    return _Safetensors(load_file(path), metadata)
 
 
 def _read_pickle(path: Path) -> object:

@@ -3,8 +3,9 @@
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,6 +55,44 @@ class ShapedTensors(Mapping[str, Tensor]):
         """Return the shape of a tensor, without making it."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Hold how a tensor of this type and shape is made."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+class MadeTensors(ShapedTensors):
+    """Tensors that are made anew whenever one is asked for; none of them is held. recipes: name -> how it is made."""
+
+    def __init__(self, recipes: Mapping[str, Recipe]):
+        self.recipes = dict(recipes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.recipes[name].shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.recipes[name].make()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.recipes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.recipes)
+
+    def __len__(self) -> int:
+        return len(self.recipes)
+
+
+def recipes_of(tensors: Mapping[str, Tensor]) -> dict[str, Recipe]:
+    """Return how each of these tensors is made; one that is held is what it is."""
+    if isinstance(tensors, MadeTensors):
+        return tensors.recipes
+    return {name: Recipe(t.dtype, tuple(t.shape), partial(tensors.__getitem__, name)) for name, t in tensors.items()}
+
+
 def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """Return the shape of one of these tensors, without making it where it is not held."""
     return tensors.shape(name) if isinstance(tensors, ShapedTensors) else tuple(tensors[name].shape)
@@ -77,13 +116,33 @@ def _check(packed: Tensor, count: int) -> None:
         raise UserError("there are more bits than the shape says")
 
 
+class TensorsDigest:
+    """`tensors_digest` of tensors that come one after the other."""
+
+    def __init__(self, text: str = ""):
+        self._sha = hashlib.sha256(text.encode())
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add the tensor that comes next."""
+        self._sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        self._sha.update(raw(tensor))
+
+    def hexadecimal(self) -> str:
+        """Return the digest of those so far, 64 digits."""
+        return self._sha.hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, without a copy where it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """SHA-256 over `text`, and the names, shapes, types and bytes of tensors in their order."""
-    sha = hashlib.sha256(text.encode())
+    digest = TensorsDigest(text)
     for name, tensor in tensors.items():
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+        digest.add(name, tensor)
+    return digest.hexadecimal()
 
 
 def is_binary(value: Tensor) -> bool:

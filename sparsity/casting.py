@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from sparsity.bits import MadeTensors, Recipe, recipes_of
 from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,25 +47,48 @@ def cast(
     Raises:
         UserError: a loss that is not allowed.
     """
-    targets = dtype if isinstance(dtype, Mapping) else dict.fromkeys(state, dtype)
-    result = {n: t.to(targets.get(n, t.dtype)) if t.dtype in FLOATS else t for n, t in state.items()}
-    lost = [loss for name, tensor in state.items() for loss in losses(name, tensor, result[name])]
+    return dict(casting(state, dtype, allowed=allowed, way_out=way_out))
+
+
+def casting(
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    *,
+    allowed: Collection[str] = (),
+    way_out: str = "",
+) -> MadeTensors:
+    """Return what `cast` does, each tensor made when it is asked for; what they lose is found here."""
+    recipes = recipes_of(state)
+    targets = dtype if isinstance(dtype, Mapping) else dict.fromkeys(recipes, dtype)
+    kinds = {n: targets.get(n, r.dtype) if r.dtype in FLOATS else r.dtype for n, r in recipes.items()}
+    lost = [loss for name, recipe in recipes.items() for loss in _losses_of(name, recipe, kinds[name])]
     for kind, fate in LOSSES.items():
         found = [loss for loss in lost if loss.kind == kind]
         if not found:
             continue
         names = ", ".join(loss.name for loss in found[:_SHOWN]) + " ..." * (len(found) > _SHOWN)
-        types = ", ".join(sorted({_named(result[loss.name].dtype) for loss in found}))
+        types = ", ".join(sorted({_named(kinds[loss.name]) for loss in found}))
         told = f"{sum(loss.values for loss in found)} values {fate} as {types}, in {names}"
         if kind not in allowed:
             raise UserError(f"{told}: take a type that holds them{way_out and '; ' + way_out}")
         log.warning("%s", told)
-    asked = {name for name, tensor in state.items() if tensor.dtype != targets.get(name, tensor.dtype)}
-    carried = [n for n, t in state.items() if n in asked and t.is_floating_point() and t.dtype not in FLOATS]
+    asked = {name: recipe.dtype for name, recipe in recipes.items() if recipe.dtype != targets.get(name, recipe.dtype)}
+    carried = {name: kind for name, kind in asked.items() if kind.is_floating_point and kind not in FLOATS}
     if carried:
-        kinds = ", ".join(sorted({_named(state[name].dtype) for name in carried}))
-        log.warning("%d tensors of %s stay as they are, for example %s", len(carried), kinds, carried[0])
-    return result
+        told = ", ".join(sorted({_named(kind) for kind in carried.values()}))
+        log.warning("%d tensors of %s stay as they are, for example %s", len(carried), told, next(iter(carried)))
+    return MadeTensors({n: Recipe(kinds[n], r.shape, partial(_made, r, kinds[n])) for n, r in recipes.items()})
+
+
+def _made(recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    return recipe.make().to(dtype)
+
+
+def _losses_of(name: str, recipe: Recipe, dtype: torch.dtype) -> list[Loss]:
+    if dtype == recipe.dtype or recipe.dtype not in FLOATS or _holds(dtype, recipe.dtype):
+        return []
+    before = recipe.make()
+    return losses(name, before, before.to(dtype))
 
 
 def losses(name: str, before: Tensor, after: Tensor) -> list[Loss]:

@@ -55,18 +55,24 @@ def weights_files(path: str | Path) -> list[Path]:
     return []
 
 
-def _shards(index: Path) -> list[Path]:
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards names; UserError where it is damaged or names none."""
     try:
         with reading(index):
             places = json.loads(index.read_bytes())["weight_map"]
         names = sorted({Path(place).name for place in places.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: no index of shards, {{'weight_map': {{name: file}}}} ({error!r:.80})") from None
+    if not names:
+        raise MissingFileError(f"{index}: it names no shard")
+    return names
+
+
+def _shards(index: Path) -> list[Path]:
+    names = shard_names(index)
     missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        told = (
-            f"{len(missing)} of {len(names)} shards are not there: {listed(missing)}" if names else "it names no shard"
-        )
+    if missing:
+        told = f"{len(missing)} of {len(names)} shards are not there: {listed(missing)}"
         raise MissingFileError(f"{index}: {told}")
     return [index.parent / name for name in names]
 

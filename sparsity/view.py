@@ -332,7 +332,7 @@ def _walk(model: nn.Module, keep_dense: tuple[str, ...]) -> Iterator[tuple[str, 
         name = module_name(raw)
         inside = any(name.startswith(root + ".") for root in dense_roots)
         matches = any(fnmatchcase(name, glob) for glob in keep_dense)
-        if matches:
+        if matches or isinstance(module, nn.modules.conv._ConvNd):  # what is inside of one (weight norm) is its own
             dense_roots.append(name)
         yield name, module, inside or matches
 

@@ -267,7 +267,10 @@ def test_what_would_be_read_is_listed(photos, capsys):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["-m", "timm:test_vit", "-p", "multiflow"], "this pruner needs --calibration, a folder of images, a file"),
+        (
+            ["-m", "timm:test_vit", "-p", "multiflow"],
+            "this pruner needs --calibration, a folder of images or sounds, a file",
+        ),
         (
             ["-m", "timm:test_vit", "-p", "snip", "--calibration", "absent"],
             "--calibration absent: neither a folder, a file of texts nor ",

@@ -12,6 +12,7 @@ from configs.pruning import ExternalPruneConfig
 from datasets.calibration.held_out import places
 from datasets.calibration.own_data import OwnData
 from datasets.labelled.image_folder import Gather, ImageFolder
+from datasets.labelled.sound_folder import SoundFolder
 from datasets.place import ALONE, Place
 from sparsity.errors import UserError
 
@@ -19,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class FolderBatches(OwnData):
-    """Batches of a folder's images as a model takes them; see `OwnData`.
+    """Batches of a folder's images, or sounds, as a model takes them; see `OwnData`.
 
-    preprocess, unlabelled: see `Gather`. path: of the images (default: the configuration's `calibration`). choose: from
-    how many images there are, the indices of those that are read (default: all).
+    preprocess, unlabelled: see `Gather`. path: of the folder (default: the configuration's `calibration`). choose: from
+    how many items there are, the indices of those that are read (default: all). rate: samples a second of the sounds
+    that the model hears; None: it sees images.
     """
 
     def __init__(
@@ -36,8 +38,13 @@ class FolderBatches(OwnData):
         *,
         path: str = "",
         choose: Callable[[int], Sequence[int]] | None = None,
+        rate: int | None = None,
     ):
-        data = ImageFolder(path or config.calibration, seed=seed, decoding=config.decoding)
+        path = path or config.calibration
+        if rate:
+            data = SoundFolder(path, seed=seed, rate=rate)
+        else:
+            data = ImageFolder(path, seed=seed, decoding=config.decoding)
         gather = Gather(data, preprocess)
         chosen = choose(len(data)) if choose else None
         super().__init__(data, gather, config, folder, num_batches, seed, place, chosen)

@@ -34,16 +34,18 @@ def class_folders(folder: Path) -> list[str]:
     return in_order(entry.name for entry in os.scandir(folder) if entry.is_dir() and visible(entry.name))
 
 
-def image_files(folder: Path) -> list[str]:
-    """Names of the images directly in a folder, hidden files apart."""
-    return sorted(name for name in os.listdir(folder) if name.lower().endswith(EXTENSIONS) and visible(name))
+def image_files(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Names of the images (or of the files with other extensions) directly in a folder, hidden files apart."""
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(extensions) and visible(name))
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of the images in a folder and in those in it, hidden files and folders apart, relative to it."""
+def images_below(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    """Paths of the images (or of the files with other extensions) in a folder and in those in it, hidden files and
+    folders apart, relative to it.
+    """
     found = []
     for root, folders, _ in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if visible(name)]
         here = Path(root).relative_to(folder)
-        found += [(here / name).as_posix() for name in image_files(Path(root))]
+        found += [(here / name).as_posix() for name in image_files(Path(root), extensions)]
     return sorted(found)

@@ -1,10 +1,10 @@
-"""A folder of images, with captions and classes where there are any, for models that preprocess images themselves."""
+"""A folder of images or other items, with captions and classes where there are any, for models that preprocess them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -19,40 +19,40 @@ from sparsity.errors import UserError, listed
 CAPTIONS = "captions.json"
 
 
-class ImageFolder(Dataset):
-    """Images of a folder and of those in it, in the order of their paths; hidden files and folders are not looked at.
+class ItemFolder(Dataset):
+    """Items of a folder and of those in it, in the order of their paths; hidden files and folders are not looked at.
 
-    It is indexed by a running number n = epoch * len(dataset) + index, and an item is {"image": RGB image, "caption":
-    text or None, "class": name or None}, or `Skipped` where the image cannot be read.
+    It is indexed by a running number n = epoch * len(dataset) + index, and an item is {kind: what `read` makes of the
+    file, "caption": text or None, "class": name or None}, or `Skipped` where the file cannot be read.
 
-    Captions stand in `captions.json` of the folder, {path: text or [texts]}, or beside each image in a text file of
+    Captions stand in `captions.json` of the folder, {path: text or [texts]}, or beside each item in a text file of
     its name, 1.txt for 1.jpg, a caption in a line; of several one is drawn. Classes are the names of the folders
-    directly in this one, in natural order, where every image lies in one of them.
+    directly in this one, in natural order, where every item lies in one of them.
 
-    Args:
-        seed: of all that is drawn.
-        decoding: how image files become pictures.
-
-    Raises:
-        FileNotFoundError: the folder is missing.
-        UserError: there is no image in it, or only some have captions.
+    root: as it was given. seed: of all that is drawn. Raises UserError where there is no item, or only some have
+    captions.
     """
 
-    def __init__(self, root: str | Path, *, seed: int, decoding: Decoding = DEFAULT):
-        self.root, self.seed = ImageRoot(root, decoding), seed
-        folder = self.root.root
-        paths = images_below(folder)
+    kind: ClassVar[str]
+    extensions: ClassVar[tuple[str, ...]]
+
+    def __init__(self, root: str | Path, folder: Path, *, seed: int):
+        self.folder, self.seed = folder, seed
+        self.paths = paths = images_below(folder, self.extensions)
         if not paths:
-            raise UserError(f"{root}: no image in this folder; expected {', '.join(EXTENSIONS)}")
-        captions = _captions(folder, paths)
+            raise UserError(f"{root}: no {self.kind} in this folder; expected {', '.join(self.extensions)}")
+        captions = _captions(folder, paths, self.kind)
         self.captioned = captions is not None
         classified = all("/" in path for path in paths)
         self.classes = tuple(in_order({path.partition("/")[0] for path in paths})) if classified else ()
-        self.paths = paths
         captioned = "with captions" if self.captioned else "without captions"
-        self.told = f"{root}: {len(paths)} images ({listed(paths, 3)}), {captioned}"
+        self.told = f"{root}: {len(paths)} {self.kind}s ({listed(paths, 3)}), {captioned}"
         self.told += f", of {len(self.classes)} classes" if self.classes else ""
         self.records = Records((path, captions[path] if captions else []) for path in paths)
+
+    def read(self, path: str) -> Any:
+        """Return the content of a file, or why it is `Skipped`."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.records)
@@ -60,22 +60,38 @@ class ImageFolder(Dataset):
     def __getitem__(self, n: int) -> dict[str, Any] | Skipped:
         index, rng = sample_generator(n, len(self), self.seed)
         path, captions = self.records[index]
-        image = self.root.load(path)
-        if isinstance(image, Skipped):
-            return image
+        content = self.read(path)
+        if isinstance(content, Skipped):
+            return content
         caption = captions[int(rng.integers(len(captions)))] if captions else None
-        return {"image": image, "caption": caption, "class": path.partition("/")[0] if self.classes else None}
+        return {self.kind: content, "caption": caption, "class": path.partition("/")[0] if self.classes else None}
 
 
-def _captions(folder: Path, paths: Sequence[str]) -> dict[str, list[str]] | None:
-    """Path -> its captions; None where no image has any."""
+class ImageFolder(ItemFolder):
+    """RGB images of a folder, see `ItemFolder`.
+
+    decoding: how image files become pictures. Raises FileNotFoundError where the folder is missing.
+    """
+
+    kind, extensions = "image", EXTENSIONS
+
+    def __init__(self, root: str | Path, *, seed: int, decoding: Decoding = DEFAULT):
+        self.root = ImageRoot(root, decoding)
+        super().__init__(root, self.root.root, seed=seed)
+
+    def read(self, path: str) -> Any:
+        return self.root.load(path)
+
+
+def _captions(folder: Path, paths: Sequence[str], kind: str) -> dict[str, list[str]] | None:
+    """Path -> its captions; None where no item has any."""
     listed = folder / CAPTIONS
     found = _read_listed(listed) if listed.is_file() else {path: captions_beside(folder / path) for path in paths}
     without = [path for path in paths if not found.get(path)]
     if len(without) == len(paths) and not listed.is_file():
         return None
     if without:
-        raise UserError(f"{folder}: {len(without)} of {len(paths)} images have no caption, for example {without[0]}")
+        raise UserError(f"{folder}: {len(without)} of {len(paths)} {kind}s have no caption, for example {without[0]}")
     return found
 
 
@@ -99,16 +115,16 @@ def captions_beside(image: Path) -> list[str]:
 
 
 class Gather:
-    """Items of an `ImageFolder` to {"batch": a batch as the model takes it}, with the samples that were skipped under
+    """Items of an `ItemFolder` to {"batch": a batch as the model takes it}, with the samples that were skipped under
     "skipped", as `SkippedImages.watch` expects them.
 
-    preprocess: (images, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None,
+    preprocess: (contents, captions or None, labels or None) -> batch; its `labels` gives classes their numbers or None,
     its `check` refuses images without captions. unlabelled: why the classes have no labels, where they should; batches
     have none then, which is an error for those alone who need a loss.
     """
 
-    def __init__(self, data: ImageFolder, preprocess: Callable[..., Any]):
-        self.preprocess, self.captioned = preprocess, data.captioned
+    def __init__(self, data: ItemFolder, preprocess: Callable[..., Any]):
+        self.preprocess, self.captioned, self.kind = preprocess, data.captioned, data.kind
         preprocess.check(data.captioned)
         self.unlabelled: UserError | None = None
         labels = None
@@ -125,5 +141,5 @@ class Gather:
         if read:
             captions = [item["caption"] for item in read] if self.captioned else None
             labels = [self.labels[item["class"]] for item in read] if self.labels else None
-            gathered["batch"] = self.preprocess([item["image"] for item in read], captions, labels)
+            gathered["batch"] = self.preprocess([item[self.kind] for item in read], captions, labels)
         return gathered

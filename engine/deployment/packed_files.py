@@ -3,26 +3,24 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from engine.export import save_state
-from sparsity.casting import cast
-from sparsity.packing import pack
+from engine.export import save_packed
+from sparsity.packing import Packed
 
 
-def save_packed(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None, prunable: Iterable[str]) -> str:
+def write_packed(state: Mapping[str, Tensor], path: Path, prunable: Iterable[str] | None = None) -> str:
     """Write a packed file, and return what it takes: of the prunable weights, and of the whole.
 
-    dtype: of floating-point weights; None: as they are. prunable: keys of the weights that are pruned.
+    state: held or made one at a time, see `sparsity.packing.Packed`. prunable: keys of the weights that are pruned;
+    default: those that take less without their zeros.
     """
-    state = cast(state, dtype, allowed=("vanished",)) if dtype else dict(state)
-    save_state(state, path, packed=True)
-    chosen = {name: state[name].cpu() for name in dict.fromkeys(prunable) if name in state}
-    tensors, _ = pack(chosen)
-    shares = (_bytes(tensors) / _bytes(chosen), path.stat().st_size / _bytes(state))
-    return f"{path.stat().st_size / 1e6:.2f} MB; {shares[0]:.3f} of the prunable weights, {shares[1]:.3f} of all"
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    packed = Packed(state)
+    save_packed(packed, path)
+    kind, names = "weights with zeros", list(packed.layouts)
+    if prunable is not None:
+        kind, names = "prunable weights", [name for name in dict.fromkeys(prunable) if name in packed.dense]
+    size, dense = path.stat().st_size, sum(packed.dense.values())
+    own = sum(packed.dense[name] for name in names)
+    share = f"{packed.bytes(names) / own:.3f} of the {own / 1e6:.2f} MB of the {kind}, " if own else ""
+    return f"{size / 1e6:.2f} MB; {share}{size / dense:.3f} of the {dense / 1e6:.2f} MB of all"

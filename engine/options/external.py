@@ -57,7 +57,8 @@ def add_external_options(
     add("--weights_key", help=keys)
     data = "images (captions: captions.json in it, {image: caption}, or 1.txt beside 1.jpg; classes: its folders)"
     own = "package.module:function that returns batches"
-    add("--calibration", help=f"folder of {data}; file of texts, .txt or .jsonl; or {own} (default: none)")
+    folder = f"folder of {data}, or of sounds (.wav, .flac; captions likewise)"
+    add("--calibration", help=f"{folder}; file of texts, .txt or .jsonl; or {own} (default: none)")
     add("--max_tokens", type=positive_int, help="tokens of a row of texts (default: the model's, at most 2048)")
     tokens = "tokens of a language model that are counted: all, those of the text, or those of the images"
     add("--calibrate_on", choices=TOKENS, help=f"{tokens} (default: all)")

@@ -72,7 +72,8 @@ class External:
         config, module = self.config, self.module
         if Path(path).is_dir():
             preprocess = module.preprocessing(self.model, config.class_map)
-            return FolderBatches(config, preprocess, folder, num_batches, seed, place, path=path, choose=choose)
+            chosen = {"path": path, "choose": choose, "rate": preprocess.rate}
+            return FolderBatches(config, preprocess, folder, num_batches, seed, place, **chosen)
         if Path(path).is_file():
             packing = module.packing(self.model, config.max_tokens)
             return TextBatches(config, packing, folder, num_batches, seed, place, path=path, choose=choose)

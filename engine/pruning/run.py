@@ -25,12 +25,12 @@ from engine.export import save_model
 from engine.pruning.facts import write_facts
 from engine.pruning.free_memory import free_memory, free_on_host
 from engine.pruning.recovering import Recovering
-from engine.pruning.tensor_stream import stream_tensors
 from engine.ranks import on_leader, summed
 from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
 from engine.reports.report import DENSE, Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
+from engine.tensor_stream import stream_tensors
 from sparsity.allocation.given import to_rules
 from sparsity.bits import shape_in
 from sparsity.errors import UserError

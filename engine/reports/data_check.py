@@ -15,8 +15,10 @@ from datasets.annotations import HOW_TO_GET, ImageRoot, read_by_folder
 from datasets.bundled.glyphs import load_glyphs
 from datasets.calibration.texts import read_texts
 from datasets.collate import Skipped
+from datasets.labelled.class_folders import images_below
 from datasets.labelled.image_folder import ImageFolder
 from datasets.labelled.public import labelled
+from datasets.labelled.sound_folder import SOUNDS
 from datasets.pairs.pretraining import EXPECTED as PAIRS
 from datasets.pairs.pretraining import parse_pair
 from datasets.pairs.regions import EXPECTED as REGIONS
@@ -88,6 +90,8 @@ def _external(config: ExternalPruneConfig) -> list[Finding]:
             return [*weights, Finding("calibration", config.calibration, True, told)]
         if not Path(config.calibration).is_dir():
             return [*weights, Finding("calibration", config.calibration, True, "a function, which was not called")]
+        if not images_below(Path(config.calibration)) and (sounds := images_below(Path(config.calibration), SOUNDS)):
+            return [*weights, Finding("calibration", config.calibration, True, f"{len(sounds):,} sounds")]
         data = ImageFolder(config.calibration, seed=0, decoding=config.decoding)
     except (OSError, ValueError) as error:
         return [*weights, Finding("calibration", config.calibration or "none", False, str(error))]

@@ -1,11 +1,13 @@
-"""Images, captions and classes to batches of a model, by the model's own preprocessing (timm's data configuration, the
-processor of transformers).
+"""Images or sounds, captions and classes to batches of a model, by the model's own preprocessing (timm's data
+configuration, the processor of transformers).
 
-`preprocessing(model)` is a callable: a list of B RGB images, B captions or None, B labels or None -> batch. Its
-`labels(names)` are the labels of class folders with these names, its `check(captioned)` refuses images without captions
-where a model needs them.
+`preprocessing(model)` is a callable: a list of B RGB images or sounds (samples,), B captions or None, B labels or None
+-> batch. Its `labels(names)` are the labels of class folders with these names, its `check(captioned)` refuses items
+without captions where a model needs them. rate: samples a second of the sounds; None: it takes images.
 """
 
+import contextlib
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +28,11 @@ PROMPT = "Describe the image."  # what a generative model is asked
 CAPTIONS = "put captions.json in it, {image: caption}, or 1.txt beside 1.jpg"  # how to give captions
 
 
-class _Classified:
+class _Items:
+    rate: int | None = None
+
+
+class _Classified(_Items):
     """What is calibrated on images, and on their classes where it has a loss. class_map: see `read_map`."""
 
     def __init__(self, classes: Classes, class_map: str):
@@ -68,7 +74,7 @@ class Images(_Classified):
         return batch if labels is None else batch | {"labels": torch.tensor(labels)}
 
 
-class Pairs:
+class Pairs(_Items):
     """Models that compare images and texts (CLIP, SigLIP); their loss needs captions."""
 
     def __init__(self, model: nn.Module, processor: Any):
@@ -106,7 +112,7 @@ class Pairs:
         return dict(self.processor(text=list(texts), **self._options()))
 
 
-class Generative:
+class Generative(_Items):
     """Models that write a text about an image (BLIP-2, LLaVA, Qwen-VL): asked `PROMPT`, they answer the caption, and
     the loss is that of the answer's tokens.
     """
@@ -159,7 +165,7 @@ class Generative:
         texts = [self.text(answer) for answer in answers]
         batch = dict(self.processor(images=list(images), text=texts, padding=True, return_tensors="pt"))
         if self.encoder_decoder:
-            return batch | self._decoded(captions)
+            return batch | _decoded(self.processor.tokenizer, captions)
         prompt = self._tokens(self.text(None))
         length = torch.tensor([max(1, self._tokens(text) - prompt) for text in texts])  # of each answer
         real = batch["attention_mask"]
@@ -170,16 +176,62 @@ class Generative:
     def _tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text)["input_ids"])
 
-    def _decoded(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return what a decoder beside an encoder reads: the captions."""
-        texts = self.processor.tokenizer(list(captions), padding=True, return_tensors="pt")
-        real = texts["attention_mask"]
-        shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
-        return {"labels": texts["input_ids"].masked_fill(real == 0, IGNORED), "decoder_attention_mask": shifted}
+
+class Sounds(_Classified):
+    """Models that hear (Whisper, wav2vec 2.0 and their like): what the feature extractor makes of the samples; labels
+    are the tokens of what is said, or the classes of a model without a tokenizer.
+
+    A decoder beside an encoder reads what is said: such a model needs texts.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, class_map: str = ""):
+        super().__init__(classes_of_transformers(model.config), class_map)
+        self.extract = getattr(processor, "feature_extractor", processor)
+        self.tokenizer, self.kind = getattr(processor, "tokenizer", None), type(model).__name__
+        self.rate, config = int(self.extract.sampling_rate), model.config
+        self.written = takes(model, "labels") and self.tokenizer is not None
+        self.decodes, self.start = bool(config.is_encoder_decoder), getattr(config, "decoder_start_token_id", None)
+        self.most = getattr(config, "max_target_positions", None)
+        own = inspect.signature(type(self.extract).__call__).parameters["padding"].default
+        self.padding = own or "longest"  # Whisper reads 30 seconds, always
+
+    def check(self, captioned: bool) -> None:
+        """UserError without texts where the model has a decoder, which would read nothing."""
+        if self.decodes and not captioned:
+            how = "put captions.json in it, {sound: text}, or 1.txt beside 1.wav"
+            raise UserError(f"--calibration: {self.kind} writes texts, and the folder has none: {how}")
+
+    def labels(self, names: Sequence[str]) -> list[int] | None:
+        return None if self.tokenizer is not None else super().labels(names)
+
+    def __call__(self, sounds: Sequence[Any], captions: Sequence[str] | None, labels: Sequence[int] | None) -> Any:
+        heard = self.extract(list(sounds), sampling_rate=self.rate, padding=self.padding, return_tensors="pt")
+        batch = dict(heard)
+        if self.tokenizer is None:
+            return batch if labels is None else batch | {"labels": torch.tensor(labels)}
+        if captions is None or not self.written:
+            return batch
+        written = _decoded(self.tokenizer, captions, self.start if self.decodes else None, self.most)
+        return batch | (written if self.decodes else {"labels": written["labels"]})
 
 
-def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images | Pairs | Generative:
-    """UserError where a model has no preprocessing of its own, or none for images.
+def _decoded(
+    tokenizer: Any, captions: Sequence[str], start: int | None = None, most: int | None = None
+) -> dict[str, Tensor]:
+    """Return what a decoder beside an encoder reads: the captions, of at most so many tokens. start: the token that the
+    model itself puts in front, which is left out where the tokenizer does so, too.
+    """
+    cut = {} if most is None else {"truncation": True, "max_length": most}
+    texts = tokenizer(list(captions), padding=True, return_tensors="pt", **cut)
+    ids, real = texts["input_ids"], texts["attention_mask"]
+    if start is not None and ids.shape[1] > 1 and bool((ids[:, 0] == start).all()):
+        ids, real = ids[:, 1:], real[:, 1:]
+    shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
+    return {"labels": ids.masked_fill(real == 0, IGNORED), "decoder_attention_mask": shifted}
+
+
+def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images | Pairs | Generative | Sounds:
+    """UserError where a model has no preprocessing of its own, or none for images or sounds.
 
     class_map: a JSON file, {folder: class}, for models with classes; by default their names say which they are.
     """
@@ -188,7 +240,10 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
         return TimmImages(model, class_map)
     if not isinstance(library, Transformers):
         raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
-    processor = load_processor(model.name_or_path)
+    hears = model.main_input_name in ("input_features", "input_values")
+    processor = load_processor(model.name_or_path, hears)
+    if hears:
+        return Sounds(model, processor, class_map)
     if not takes(model, "pixel_values"):
         texts = "give a file of texts, .txt or .jsonl" if model.main_input_name == "input_ids" else OWN_LOADER
         raise UserError(f"--calibration: {type(model).__name__} takes no images; {texts}")
@@ -199,14 +254,19 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
-def load_processor(name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER) -> Any:
-    """The processor that belongs to a model of transformers; UserError, which begins and ends as is said, where it is
-    not to be had.
+def load_processor(
+    name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER, hears: bool = False
+) -> Any:
+    """The processor that belongs to a model of transformers, of one that hears and has no tokenizer its feature
+    extractor; UserError, which begins and ends as is said, where it is not to be had.
     """
     import transformers
 
+    options = {"trust_remote_code": False, "local_files_only": local_only(name)}
     try:
-        options = {"trust_remote_code": False, "local_files_only": local_only(name)}
         return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
+        with contextlib.suppress(Exception):
+            if hears:
+                return transformers.AutoFeatureExtractor.from_pretrained(name, **options)
         raise UserError(f"{told}{name!r} has no processor: {first_line(error)}; {way_out}") from error

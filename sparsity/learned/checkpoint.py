@@ -1,11 +1,13 @@
 """Checkpoints with gates or masks beside the weights, folded into those of the dense model."""
 
 from collections.abc import Mapping
+from functools import partial
 from math import comb
 from typing import Any
 
 from torch import Tensor
 
+from sparsity.bits import MadeTensors, Recipe, recipes_of
 from sparsity.errors import UserError
 from sparsity.learned.gates import choose
 from sparsity.pattern import NM
@@ -30,19 +32,30 @@ def fold(
 
     Raises UserError, naming the layer, for shapes that do not fit.
     """
-    state = _tensors(state_dict)
+    return dict(folding(state_dict, N, M))
+
+
+def folding(state_dict: Mapping[str, Any], N: int | None = None, M: int | None = None) -> MadeTensors:
+    """Return what `fold` does, each tensor made when it is asked for, when it is seen whether its mask fits."""
+    recipes = _recipes(state_dict)
+    state = MadeTensors(recipes)
     layers = {key.removesuffix(kind): None for kind in (GATE, MASK) for key in state if key.endswith(kind)}
     layers = dict.fromkeys(layer.removesuffix(_NESTED) for layer in layers)
     extra = tuple(f"{layer}{nested}." for layer in layers for nested in ("", _NESTED))
     beside = ("gate", "mask", "mask_options", "_mask_options", "_extra_state")
     dropped = {prefix + name for prefix in extra for name in beside}
-    result = {key: value for key, value in state.items() if key not in dropped}
+    result = {key: recipe for key, recipe in recipes.items() if key not in dropped}
+
+    def masked(layer: str) -> Tensor:
+        weight = state[f"{layer}.weight"]
+        return weight * _mask_of(state, layer, weight, N, M).to(weight.device)
+
     for layer in layers:
-        weight = state.get(f"{layer}.weight")
-        if weight is None:
-            raise UserError(f"the checkpoint has a mask of {layer!r}, but no {layer}.weight")
-        result[f"{layer}.weight"] = weight * _mask_of(state, layer, weight, N, M).to(weight.device)
-    return result
+        key = f"{layer}.weight"
+        if key not in recipes:
+            raise UserError(f"the checkpoint has a mask of {layer!r}, but no {key}")
+        result[key] = Recipe(recipes[key].dtype, recipes[key].shape, partial(masked, layer))
+    return MadeTensors(result)
 
 
 def _mask_of(state: Mapping[str, Tensor], layer: str, weight: Tensor, n: int | None, m: int | None) -> Tensor:
@@ -73,11 +86,12 @@ def _mask_of(state: Mapping[str, Tensor], layer: str, weight: Tensor, n: int | N
     return choose(gate, NM(fitting[0], size)).view(weight.shape)
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The innermost mapping of names to tensors, without what wrappers put in front of every name."""
-    while not any(isinstance(value, Tensor) for value in state.values()):
+def _recipes(state: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return those of the innermost mapping of names to tensors, without what wrappers put in front of every name."""
+    while not isinstance(state, MadeTensors) and not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[key] for key in _STATE if isinstance(state.get(key), Mapping)), None)
         if inner is None:
             raise UserError("the checkpoint holds no tensors; expected a state dict, bare or under 'state_dict'")
         state = inner
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    own = state if isinstance(state, MadeTensors) else {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return {key.removeprefix("module."): recipe for key, recipe in recipes_of(own).items()}

@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-from engine.pruning.tensor_stream import stream_tensors
+from engine.tensor_stream import stream_tensors
 
 
 def test_safetensors_reads_them_in_float32(tmp_path):
