@@ -241,7 +241,7 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     if not isinstance(library, Transformers):
         raise UserError(f"--calibration: only models of timm and transformers bring their preprocessing; {OWN_LOADER}")
     hears = model.main_input_name in ("input_features", "input_values")
-    processor = load_processor(model.name_or_path, hears)
+    processor = load_processor(model.name_or_path, hears=hears)
     if hears:
         return Sounds(model, processor, class_map)
     if not takes(model, "pixel_values"):
@@ -254,9 +254,7 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
-def load_processor(
-    name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER, hears: bool = False
-) -> Any:
+def load_processor(name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER, hears: bool = False) -> Any:
     """The processor that belongs to a model of transformers, of one that hears and has no tokenizer its feature
     extractor; UserError, which begins and ends as is said, where it is not to be had.
     """
