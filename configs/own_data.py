@@ -1,7 +1,7 @@
 """A user's own data in the place of what a configuration names. Needs no torch: checked at once."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,11 +40,7 @@ class OwnDataConfig(TaskConfig):
         return replace(config, **config._unset()) if config.data else config
 
     def _unset(self) -> dict[str, Any]:
-        return {
-            f.name: f.default if f.default is not MISSING else f.default_factory()
-            for f in fields(self)
-            if f.name in self.PUBLIC
-        }
+        return {f.name: _default(f) for f in fields(self) if f.name in self.PUBLIC}
 
     def check_own(self) -> None:
         """Raises FileNotFoundError or UserError where the user's data is not there."""
@@ -59,3 +55,9 @@ def check_path(option: str, path: str) -> None:
         shard_paths(path)
     elif not Path(path).exists():
         raise MissingFileError(f"{option} {path}: there is no such file or folder; {HOW}")
+
+
+def _default(option: Field[Any]) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return option.default

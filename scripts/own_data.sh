@@ -112,5 +112,5 @@ fi
 "$python" -c '
 import sys
 from pathlib import Path
-from engine.reports.finetuning_table import write_ways
+from engine.finished.finetuning_table import write_ways
 print(write_ways(Path(sys.argv[1]))[1])' "$output"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from engine.reports.finetuning_table import read_metrics, table
+from engine.finished.finetuning_table import read_metrics, table
 from tests.processes import PATIENCE, PLAIN
 from tests.test_scripts import CONFIGS, refused
 

@@ -14,7 +14,7 @@ import compare
 import maskllm_train
 import oneshot_pruning_timm
 import timm_validate
-from engine.reports.nm_table import METHODS, read_results, table
+from engine.finished.nm_table import METHODS, read_results, table
 from tests.processes import PLAIN
 from tests.test_scripts import refused
 

@@ -14,7 +14,7 @@ import pytest
 
 import compare
 from configs.loading import read_yaml
-from engine.reports.quality_table import difference, read_studies, verdict
+from engine.finished.quality_table import difference, read_studies, verdict
 from tests.processes import PLAIN
 from tests.test_scripts import refused
 

@@ -11,7 +11,7 @@ from datasets.annotations import Records
 from datasets.collate import Skipped
 from datasets.own.questions import OwnQuestions, Question
 from datasets.sampler import sample_generator
-from datasets.tasks.vqa_accuracy import Asked
+from datasets.vqa_accuracy import Asked
 
 
 class OwnAnswers(Dataset):

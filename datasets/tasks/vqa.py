@@ -36,9 +36,9 @@ from datasets.collate import Skipped, collate
 from datasets.images import DEFAULT
 from datasets.own.questions import OwnQuestions, own_questions
 from datasets.sampler import sample_generator
-from datasets.tasks.vqa_accuracy import Asked
 from datasets.text import Tokenizer, clean_question, mentions_side
 from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
+from datasets.vqa_accuracy import Asked
 from sparsity.errors import UserError
 
 EXPECTED = '{"image": path, "question": text, "answer": text or [text], "dataset": "vqa" or "vg"}'

@@ -14,7 +14,7 @@ from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages
 from datasets.own.question_sets import OwnAsked
 from datasets.tasks.vqa import Questions
-from datasets.tasks.vqa_accuracy import Asked, accuracies, exact_match
+from datasets.vqa_accuracy import Asked, accuracies, exact_match
 from engine.evaluation.watched import watched
 from engine.evaluation.written import Written
 from engine.ranks import on_leader, summed

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.reports.quality_table import MEASURES
+from engine.finished.quality_table import MEASURES
 from engine.reports.report import DENSE, FACTS, markdown_table
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic

@@ -2,9 +2,9 @@
 
 from argparse import Namespace
 
+from engine.finished import finetuning_table, nm_table, quality_table
 from engine.finished.page import write_page
 from engine.finished.records import write_records
-from engine.reports import finetuning_table, nm_table, quality_table
 
 
 def finished_table(args: Namespace) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from datasets.collate import Skipped, collate
 from datasets.tasks.captioning_metrics import CaptionScorer
 from datasets.tasks.retrieval import recall
-from datasets.tasks.vqa_accuracy import Asked
+from datasets.vqa_accuracy import Asked
 from engine.evaluation.captioning import Captions
 from engine.evaluation.classification import Accuracy
 from engine.evaluation.vqa import Answers

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from datasets.tasks.vqa_accuracy import Asked, accuracies, answer_accuracy, normalise
+from datasets.vqa_accuracy import Asked, accuracies, answer_accuracy, normalise
 
 
 @pytest.mark.parametrize(
