@@ -87,10 +87,13 @@ def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
 @pytest.mark.parametrize("path", [*PAGES, *(ROOT / f"{script}.py" for script in sorted(SCRIPTS))], ids=name)
 def test_scripts_take_the_commands(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()  # of the reader's
     for command in documented(path):
         if ".py" not in command or "pytest" in command:
             continue
         script, given = arguments(command)
+        if path.name == "migrating.md" and script not in SCRIPTS:  # of another tool
+            continue
         assert script in SCRIPTS, f"{command}: there is no such script"
         if not given or given == ["--help"] or "..." in given:
             continue
