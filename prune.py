@@ -1,7 +1,6 @@
 """Prune a vision-language model once, at several sparsities, without training.
 
-    python prune.py -m xvlm -p multiflow
-    python prune.py -m xvlm -p omp -s 50,75 --pool layer --evaluate
+    python prune.py -m xvlm -p multiflow -s 63,75 --evaluate
     python prune.py -m xvlm -p wanda --reconstruct sparsegpt --pattern 2:4
     python prune.py -m xvlm -p wanda --allocation error:output -s 75 --save_allocation errors.yaml
     python prune.py -m xvlm --variant base --check_data
@@ -33,13 +32,14 @@ SPARSITIES = "63,75,90"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__, "prune")
-    add = parser.add_argument
+    add = parser.add_argument_group("model, method and sparsity").add_argument
     add("-p", "--pruner", metavar="PRUNER", help=pruners.listed())
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", help=f"comma separated list of sparsities to prune at (default: {SPARSITIES})")
     add("--num_batches", type=options.positive_int, default=3000, help="calibration batches (default: %(default)s)")
-    add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     options.add_targets(add)
+    add = parser.add_argument_group("results").add_argument
+    add("--output_dir", type=Path, default=Path("pruned_weights"), help="default: ./%(default)s")
     add("--evaluate", action="store_true", help="measure quality, dense and at every sparsity (default: no)")
     add("--save_scores", action="store_true", help="write the pruner's scores (default: no)")
     add("--save_model", action="store_true", help="write the pruned model at every sparsity, too (default: no)")

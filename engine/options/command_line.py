@@ -75,6 +75,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized argument {given}" + (f", did you mean {near[0]}?" if near else ""))
         return parsed
 
+    def _parse_optional(self, arg_string: str) -> Any:
+        """Take - and _ between the words of a long option as the same."""
+        name, *value = arg_string.split("=", 1)
+        words = name.removeprefix("--")
+        spelt = [name, *(f"--{words.replace(*pair)}" for pair in ("-_", "_-") if name.startswith("--"))]
+        known = next((option for option in spelt if option in self._option_string_actions), name)
+        return super()._parse_optional("=".join([known, *value]))
+
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"error: {message} (python {self.prog} --help lists all options)\n")
 

@@ -31,10 +31,12 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
     add("--model", default=BUNDLED, help=forms)
     published = f"the official ones of {' and '.join(OFFICIAL.values())}, downloaded once to {DOWNLOADED}/"
     add("--ckpt", help=f"weights file, or 'random'; default: those of {BUNDLED}, or {published}")
-    add("--no-ema", action="store_true", help="of a checkpoint with both, the last weights, not their moving average")
+    last = "take the last weights of a checkpoint, not their moving average (default: no)"
+    add("--no-ema", action="store_true", help=last)
     add("--image-size", type=positive_int, help=f"pixels, of a published model (default: {PIXELS})")
     add("--num-classes", type=positive_int, help=f"of a published model (default: {CLASSES})")
-    add("--vae", help="folder or name on the hub of a VAE that makes images of latents, e.g. stabilityai/sd-vae-ft-ema")
+    vae = "folder or name on the hub of a VAE that makes images of latents, e.g. stabilityai/sd-vae-ft-ema"
+    add("--vae", help=f"{vae} (default: none, latents are saved)")
 
 
 def choose(args: argparse.Namespace, sizes: ModuleType) -> tuple[Any, str | None]:

@@ -43,7 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def add_learning_options(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
     """What is learned, how it is sampled, and from what it begins."""
     add = parser.add_argument_group("masks").add_argument
-    add("--sparsity-mode", choices=MODES, default="maskllm", help="learn masks, or train under one, or without")
+    mode = "learn masks, or train under one, or without (default: %(default)s)"
+    add("--sparsity-mode", choices=MODES, default="maskllm", help=mode)
     add("--N", type=positive_int, default=2, help="weights kept (default: %(default)s)")
     add("--M", type=positive_int, default=4, help="of so many (default: %(default)s)")
     add("--mask-only", action="store_true", help="the weights stay as they are (default: they are trained, too)")
@@ -124,7 +125,7 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     add("--min-lr", type=float, help=of_preset)
     add("--warmup-epochs", type=count, default=0, help="default: %(default)s")
     add("--warmup-lr", type=float, default=1e-5, help="default: %(default)s")
-    add("--decay-epochs", type=positive_float, help="of --sched step")
+    add("--decay-epochs", type=positive_float, help="of --sched step (default: none)")
     add("--decay-rate", type=share, default=0.1, help="of --sched step (default: %(default)s)")
     add("--epochs", type=positive_int, help=of_preset)
     add("--steps", type=positive_int, help="in place of --epochs (default: none)")

@@ -45,15 +45,16 @@ def add_oneshot_options(parser: argparse.ArgumentParser, nsamples: int) -> None:
     add("--pruner", default="sparsegpt", choices=PRUNERS, help="default: %(default)s")
     add("--N", type=positive_int, help=f"weights kept of every M (default: {USUAL[0]})")
     add("--M", type=positive_int, help=f"consecutive weights of a row (default: {USUAL[1]})")
-    add("--sparsity", help="per cent of the weights that go, anywhere, instead of N:M (default: N:M)")
+    add("--sparsity", help="per cent of the weights that are pruned, anywhere, instead of N:M (default: N:M)")
     add("--nsamples", type=positive_int, default=nsamples, help="calibration samples (default: %(default)s)")
-    update = "SparseGPT makes up for what goes in the other weights of the layer (default: no)"
+    update = "SparseGPT compensates for pruned weights in the kept ones of the layer (default: no)"
     add("--enable-update", action="store_true", help=update)
     mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: dense for Wanda, sequential for the others)"
     add("--calibration-mode", choices=CALIBRATIONS, help=given)
     add("--offload", action="store_true", help=OFFLOAD)
-    add("--save-model", type=Path, help="file for the pruned weights, .safetensors, or as torch.save writes them")
+    saved = "file for the pruned weights, .safetensors, or as torch.save writes them (default: none)"
+    add("--save-model", type=Path, help=saved)
 
 
 def plan_of(args: argparse.Namespace, target: Target) -> dict[str, Any]:
