@@ -137,6 +137,10 @@ def test_the_page_has_the_tools():
     [
         ({"sparsity_level": 0.5, "sparse_block_shape": (1, 1), "zeros_per_block": 1}, {"sparsity": 0.5}),
         ({"sparsity_level": 1.0, "sparse_block_shape": (1, 4), "zeros_per_block": 2}, {"pattern": "2:4"}),
+        (
+            {"sparsity_level": 0.5, "sparse_block_shape": (1, 4), "zeros_per_block": 4, "norm": 1},
+            {"sparsity": 0.5, "pattern": "block1x4"},
+        ),
     ],
 )
 def test_masks_are_those_of_torch_ao_pruning(theirs, ours):
