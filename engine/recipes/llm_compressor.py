@@ -7,7 +7,7 @@ sparsity_stage:
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -194,7 +194,7 @@ def _constant(arguments: Arguments) -> Held:
     return Held(arguments.document.where(arguments.node), arguments.name)
 
 
-READERS: dict[str, Callable[[Arguments], Modifier]] = {
+READERS: Mapping[str, Callable[[Arguments], Modifier]] = {
     "SparseGPTModifier": _sparsegpt,
     "WandaPruningModifier": _wanda,
     "MagnitudePruningModifier": _magnitude,
