@@ -140,7 +140,7 @@ BAD_VALUES = {
         "README.md": "README.md: expected a recipe between two lines ---",
         "data/xvlm_mini.safetensors": "data/xvlm_mini.safetensors: not valid YAML",
         "LICENSE": "LICENSE",
-        "": "--recipe : there is no such file",
+        "": "--recipe .: there is no such file",
     },
     "finetuned": {"absent": "give one of -m/--model"},
     "nm": {"absent": "give one of -m/--model"},

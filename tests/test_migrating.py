@@ -12,6 +12,7 @@ from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import prune as torch_prune
 
+import image_classification
 import pack
 import prune
 import pruners
@@ -23,8 +24,14 @@ from sparsity.run.generic import generic_view
 from tests import tiny_models
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating.md"
-SCRIPTS = {"prune.py": prune.main, "pack.py": pack.main}
-QUICK = {"prune.py": ["--accelerator", "cpu", "--num_batches", "2", "--batch_size", "3"]}
+ROOT = PAGE.parent.parent
+SCRIPTS = {"prune.py": prune.main, "pack.py": pack.main, "image_classification.py": image_classification.main}
+QUICK = {  # what makes them small, by script, and for the bundled DINO
+    "prune.py": ["--accelerator", "cpu", "--num_batches", "2"],
+    "image_classification.py": ["--accelerator", "cpu", "--precision", "32-true"],
+    "prune.py dino": ["--config", str(ROOT / "tests/data/configs/dino_prune.yaml")],
+    "image_classification.py dino": ["--config", str(ROOT / "tests/data/configs/dino_image_classification.yaml")],
+}
 
 
 def sections() -> dict[str, list[str]]:
@@ -79,14 +86,14 @@ def command(text: str) -> None:
     python, script, *arguments = shlex.split(text)
     assert python == "python"
     before = times()
-    SCRIPTS[script]([*arguments, *QUICK.get(script, [])])
+    small = [f"{script} dino"] if "dino" in arguments else []
+    SCRIPTS[script]([*arguments, *(option for name in (script, *small) for option in QUICK.get(name, []))])
     written = [path for path, time in times().items() if before.get(path) != time]
     assert written
-    if script == "prune.py":
-        masks = [Masks.load(path) for path in written if path.name.endswith("_pruning_masks.safetensors")]
-        assert masks
-        for each in masks:
-            check(each, prune.parse(arguments).pattern)
+    masks = [Masks.load(path) for path in written if re.search(r"^mask|_pruning_masks", path.name)]
+    assert masks or script == "pack.py"
+    for each in masks:
+        check(each, prune.parse(arguments).pattern if script == "prune.py" else None)
 
 
 def check(masks: Masks, pattern: str | None) -> None:
@@ -106,6 +113,7 @@ def test_every_line_runs(tool, language_model, tmp_path, monkeypatch):
     monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
     for name in ("MODEL", "texts.txt"):
         (tmp_path / name).symlink_to(language_model / name)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     for name, text in recipes().items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -137,6 +145,10 @@ def test_the_page_has_the_tools():
     [
         ({"sparsity_level": 0.5, "sparse_block_shape": (1, 1), "zeros_per_block": 1}, {"sparsity": 0.5}),
         ({"sparsity_level": 1.0, "sparse_block_shape": (1, 4), "zeros_per_block": 2}, {"pattern": "2:4"}),
+        (
+            {"sparsity_level": 0.5, "sparse_block_shape": (1, 4), "zeros_per_block": 4, "norm": 1},
+            {"sparsity": 0.5, "pattern": "block1x4"},
+        ),
     ],
 )
 def test_masks_are_those_of_torch_ao_pruning(theirs, ours):

@@ -6,7 +6,8 @@ sparsity_stage:
     SparseGPTModifier: {sparsity: 0.5, mask_structure: "2:4", ignore: ["re:.*lm_head"]}
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -163,7 +164,7 @@ def _magnitude(arguments: Arguments) -> Pruning:
     first, sparsity = document.number(arguments.need("init_sparsity")), arguments.share("final_sparsity")
     targets, start, end = (arguments.take(key) for key in ("targets", "start", "end"))
     arguments.only("update_scheduler", ("cubic",), "sparsity rises as a cubic: cubic")
-    arguments.only("mask_structure", ("unstructured",), "unstructured here; N:M is --pattern")
+    pattern = _blocks(arguments)
     arguments.only("leave_enabled", ("true",), "masks are held to the end: leave it out")
     arguments.only("apply_globally", ("false",), "that is GlobalMagnitudePruningModifier, or -p omp")
     arguments.note("update", "how often masks are made is --prune_every STEPS, in steps; by default there are 20")
@@ -171,8 +172,20 @@ def _magnitude(arguments: Arguments) -> Pruning:
     schedule = Schedule(begins or Fraction(0), ends, first)
     return Pruning(
         document.where(arguments.node), arguments.name, "magnitude", sparsity=sparsity,
-        layers=() if targets is None else selected(document, targets), schedule=schedule,
+        pattern=pattern, layers=() if targets is None else selected(document, targets), schedule=schedule,
     )  # fmt: skip
+
+
+def _blocks(arguments: Arguments) -> str | None:
+    """Return the pattern of "block_R,C", whose scores are sums over the block there, too; None where there is none."""
+    node = arguments.take("mask_structure")
+    text = "unstructured" if node is None else arguments.document.text(node)
+    if node is None or text == "unstructured":
+        return None
+    match = re.fullmatch(r"block_(\d{1,6}),(\d{1,6})", text)
+    if match is None:
+        raise arguments.document.refuse(node, "mask_structure: unstructured, or block_R,C; N:M is --pattern")
+    return f"block{match[1]}x{match[2]}"
 
 
 def _constant(arguments: Arguments) -> Held:
@@ -181,7 +194,7 @@ def _constant(arguments: Arguments) -> Held:
     return Held(arguments.document.where(arguments.node), arguments.name)
 
 
-READERS: dict[str, Callable[[Arguments], Modifier]] = {
+READERS: Mapping[str, Callable[[Arguments], Modifier]] = {
     "SparseGPTModifier": _sparsegpt,
     "WandaPruningModifier": _wanda,
     "MagnitudePruningModifier": _magnitude,

@@ -26,7 +26,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Pruning:
-    """A modifier that prunes. where: file:line. run: ONESHOT or TRAIN where its stage says so. layers, others: names or
+    """A modifier that prunes.
+
+    where: file:line. run: ONESHOT or TRAIN where its stage says so. sparsity: None with N:M. layers, others: names or
     "re:" patterns of what is pruned (none: all) and kept dense. schedule: None for what prunes in one shot only.
     """
 
@@ -99,7 +101,7 @@ def _options(pruning: Pruning) -> list[Option]:
         "pruner": pruning.pruner,
         "enable_update": pruning.pruner == "sparsegpt",
         "pattern": pruning.pattern,
-        "sparsities": None if pruning.pattern else pruning.sparsity,
+        "sparsities": pruning.sparsity,
         "include": ",".join(pruning.layers),
         "exclude": ",".join(pruning.others),
     }
@@ -136,6 +138,8 @@ def _gradual(pruning: Pruning, typed: Fraction | None) -> list[Option]:
         raise UserError(
             f"{where}: {pruning.name}: pruning begins with what --mask has: {begin} makes one; write 0 here"
         )
+    if pruning.pattern:
+        raise UserError(f"{where}: {pruning.name}: --gradual prunes single weights, not {pruning.pattern}")
     epochs = schedule.epochs or typed
     if schedule.end is None:
         raise UserError(f"{where}: {pruning.name} does not say in which epoch pruning ends: add its end")
@@ -144,7 +148,7 @@ def _gradual(pruning: Pruning, typed: Fraction | None) -> list[Option]:
     if not 0 <= schedule.begin <= schedule.end <= epochs:
         raise UserError(f"{where}: {pruning.name}: it must begin before it ends, within {float(epochs):g} epochs")
     values = {
-        "gradual": pruning.pattern or pruning.sparsity,
+        "gradual": pruning.sparsity,
         "gradual_score": "omp" if pruning.pruner == "omp" else "localmp",
         "prune_from": f"{float(schedule.begin / epochs):.12g}",
         "prune_until": f"{float(schedule.end / epochs):.12g}",

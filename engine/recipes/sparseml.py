@@ -1,6 +1,6 @@
 """Recipes of SparseML for training: lists of `- !GMPruningModifier` and the like, in YAML or in a Markdown file."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -95,4 +95,4 @@ def _constant(arguments: Arguments) -> Held:
     return Held(arguments.document.where(arguments.node), arguments.name)
 
 
-READERS: dict[str, Callable[[Arguments], Modifier]] = {name: _magnitude for name in PRUNERS} | {CONSTANT: _constant}
+READERS: Mapping[str, Callable[[Arguments], Modifier]] = {name: _magnitude for name in PRUNERS} | {CONSTANT: _constant}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pruners
+from pruners.l2 import LayerWiseL2Norm
 from sparsity.allocation.budget import step_sparsity
 from sparsity.errors import UserError
 from sparsity.masks import Masks
@@ -57,14 +58,33 @@ def test_a_shared_weight_has_one_mask_and_counts_once(pruner):
     assert (masks.total, masks.kept) == (9, 4)
 
 
-def test_ties_at_the_threshold():
-    """The 10 nines of 26 weights go, from both layers, and no ten does."""
+def nines_and_tens() -> nn.Sequential:
+    """A layer of 8 weights and one of 18, half and a third of which are 9, the others 10."""
     model = nn.Sequential(nn.Linear(8, 1, bias=False), nn.Linear(9, 2, bias=False))
     model[0].weight.data = torch.tensor([[10.0, 9.0, 9.0, 10.0, 10.0, 9.0, 9.0, 10.0]])
     model[1].weight.data = -torch.tensor([[9.0, 10.0, 10.0, 10.0, 9.0, 10.0, 10.0, 10.0, 9.0]] * 2)
+    return model
+
+
+def test_ties_at_the_threshold():
+    """The 10 nines of 26 weights go, from both layers, and no ten does."""
+    model = nines_and_tens()
     masks = pruners.prune(model, "omp", sparsity=Fraction(10, 26))
     for layer, mask in zip(model, masks.values(), strict=True):
         assert torch.equal(mask, layer.weight.abs() == 10)
+
+
+def test_magnitudes_over_the_norm_of_their_layer():
+    """Thresholds are 0.219 at 10 %, 0.243 at 50 % and 0.371 at 90 %; up to the first two are the nines of the second
+    layer, and all of that layer.
+    """
+    model = nines_and_tens()
+    generator = torch.Generator()
+    first, second = (LayerWiseL2Norm().score(layer.weight.detach(), None, generator) for layer in model)
+    assert [float(x) for x in (second.min(), second.max(), first.max())] == pytest.approx([0.219, 0.243, 0.371], 0.01)
+    nines, all_of_it = pruners.prune(model, "l2", sparsity=[Fraction(6, 26), Fraction(18, 26)])
+    assert bool(nines["0.weight"].all()) and torch.equal(nines["1.weight"], model[1].weight.abs() == 10)
+    assert bool(all_of_it["0.weight"].all()) and not bool(all_of_it["1.weight"].any())
 
 
 def ramp() -> nn.Linear:

@@ -203,6 +203,15 @@ def test_magnitude_takes_the_epochs_of_the_command_line(tmp_path):
     assert (args.gradual, args.gradual_score, args.prune_from, args.prune_until) == ("0.8", "localmp", "0", "0.5")
 
 
+def test_blocks_of_weights(tmp_path):
+    text = "MagnitudePruningModifier: {init_sparsity: 0, final_sparsity: 0.8, end: 2, mask_structure: 'block_4,2'}"
+    assert options(tmp_path, text) == {"pruner": "magnitude", "pattern": "block4x2", "sparsities": "0.8"}
+    with pytest.raises(UserError, match=r"r\.yaml:1: .* prunes single weights, not block4x2"):
+        options(tmp_path, text, "retrieval", epochs="4")
+    with pytest.raises(UserError, match=r"r\.yaml:1: mask_structure: unstructured, or block_R,C"):
+        options(tmp_path, text.replace("block_4,2", "channel"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
