@@ -140,6 +140,15 @@ def test_what_the_task_alone_reads_gets_no_gradient_on_two_processes(tmp_path):
     assert float(last["model"]["temp"]) == pytest.approx(0.07)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("method", ["regrow", "all"])
+def test_on_an_accelerator(tmp_path, method, precision):
+    result = tuned(tmp_path, method, "--accelerator", "gpu", "--precision", precision, "--skip_eval")
+    check_zeros(result / "model.safetensors", Masks.load(result / "mask.safetensors"))
+
+
 def test_a_run_of_another_kind_is_not_gone_on_with(tmp_path):
     tuned(tmp_path, "gradual", "--incremental")
     with pytest.raises(ValueError, match="another configuration .*sparse training"):
