@@ -1,6 +1,9 @@
 """retrieval.py, captioning.py and vqa.py on a user's own data: tiny models of transformers and the project's own."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tests import tiny_models
 from tests.models.external.test_preprocessing import processor_of
 from tests.models.foreign.test_writing import blip_for_questions
 from tests.own_data import captioned, questioned
+from tests.processes import PATIENCE, PLAIN, ROOT
 from tests.tiny_models import image_processor, tokenizer
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
@@ -139,3 +143,46 @@ def test_our_own_models_answer_own_questions(tmp_path, name):
     answers = json.loads((tmp_path / "out/result/answers_val.json").read_text())
     known = {text for record in json.loads((tmp_path / "own/questions.json").read_text()) for text in record["answers"]}
     assert len(answers) == 4 and all(found["answer"] in known | {"w"} or found["answer"] for found in answers)
+
+
+STEPS = ["--batch_size", "4", "--epochs", "2", "--lr", "1e-2", "--workers", "0", "--val_fraction", "0.2"]
+
+
+def trained(folder, name="model.safetensors"):
+    return load_file(folder / "result" / name)
+
+
+@pytest.mark.parametrize("kind", ["clip"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, kind):
+    model, data = f"hf:{folder_of(kind, tmp_path)}", captioned(tmp_path / "own", 10)
+    options = ["--model", model, "--mask", str(mask_of(model, tmp_path / "mask.safetensors")), "--data", str(data)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    retrieval.main([*options, *STEPS, *CPU, "--output_dir", str(whole)])
+    for _ in range(2):  # an epoch each
+        retrieval.main([*options, *STEPS, *CPU, "--output_dir", str(parts), "--incremental"])
+    assert trained(whole).keys() == trained(parts).keys()
+    assert all(torch.equal(tensor, trained(parts)[name]) for name, tensor in trained(whole).items())
+    assert (whole / "result/metrics.json").read_bytes() == (parts / "result/metrics.json").read_bytes()
+    data.write_text(data.read_text().replace("photo", "dog"))
+    with pytest.raises(UserError, match="another"):  # other captions under the same name are another run
+        retrieval.main([*options, *STEPS, *CPU, "--output_dir", str(parts), "--evaluate"])
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_as_one(tmp_path):
+    """The same batches, contrasted over both processes: the same weights within the order of additions."""
+    model, data = f"hf:{folder_of('clip', tmp_path)}", captioned(tmp_path / "own", 10)
+    options = ["--model", model, "--mask", str(mask_of(model, tmp_path / "mask.safetensors")), "--data", str(data)]
+    options += [*STEPS, *CPU, "--optimizer", "sgd"]
+    retrieval.main([*options, "--output_dir", str(tmp_path / "one")])
+    command = [sys.executable, "retrieval.py", *options, "--devices", "2", "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, env=PLAIN, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    two, before = trained(tmp_path / "two"), load_file(Path(model.removeprefix("hf:")) / "model.safetensors")
+    moved = 0.0
+    for name, tensor in trained(tmp_path / "one").items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+        moved += float((tensor - before[name]).abs().max())
+    assert moved > 1e-3
+    metrics = [json.loads((tmp_path / folder / "result/metrics.json").read_text()) for folder in ("one", "two")]
+    assert metrics[0] == metrics[1]
