@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.locations import located
+from configs.own_data import OwnDataConfig
 from configs.pruning import BUNDLED_SPLITS, Evaluation
 from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
 from configs.task import DEBUG_IMAGES, TaskConfig
@@ -41,8 +42,12 @@ class CaptionedScenes(BundledSplits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedConfig(TaskConfig):
-    """A task on images with captions: files in the COCO layout (Karpathy's split), or the bundled scenes."""
+class CaptionedConfig(OwnDataConfig):
+    """A task on images with captions: the user's, files in the COCO layout (Karpathy's split), or the bundled
+    scenes.
+    """
+
+    PUBLIC = ("train_file", "val_file", "test_file", "image_root", "bundled", "val_gt_file", "test_gt_file")
 
     train_file: list[str] = field(default_factory=list)
     val_file: str | None = None
@@ -56,11 +61,12 @@ class CaptionedConfig(TaskConfig):
             raise UserError("set bundled, or train_file, val_file, test_file and image_root, not both")
 
     def check_data(self, where: str) -> None:
-        if self.bundled:
+        self.check_own()
+        if self.data or self.bundled:
             return
         for name in ("train_file", "val_file", "test_file", "image_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         for annotations in (*self.train_file, self.val_file, self.test_file):
             self.files(annotations).check()
 
@@ -87,9 +93,13 @@ class RetrievalConfig(CaptionedConfig):
         at_least(self, 0, "k_test")
 
     def evaluations(self, debug: bool = False) -> dict[str, Evaluation]:
-        """By name: "val", by which the best weights are chosen, then what they are tested on."""
+        """By name: "val", by which the best weights are chosen, then what they are tested on. The user's data is
+        handed on beside them.
+        """
         limit = DEBUG_IMAGES if debug else None
         options = {"k_test": self.k_test, "half_tokens": self.half_tokens, "limit": limit}
+        if self.data:
+            return {"val": Evaluation(**options)} if self.val_data or self.val_fraction else {}
         if not self.bundled:
             files = {"val": self.val_file, "test": self.test_file}
             return {name: Evaluation(files=self.files(file), **options) for name, file in files.items()}
@@ -110,13 +120,16 @@ class BundledVQA(BundledSplits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQAConfig(TaskConfig):
-    """Visual question answering, on files in the layouts of VQA2 and Visual Genome or on the bundled scenes.
+class VQAConfig(OwnDataConfig):
+    """Visual question answering, on the user's questions, on files in the layouts of VQA2 and Visual Genome or on the
+    bundled scenes.
 
     val_file: whose questions, with known answers, are answered after each epoch, to choose the best weights; the last
     ones are the result without one. answer_list: the answers that there are to choose from, but for the bundled scenes.
     k_test: those that are scored for each question. batch_size_test: images whose questions are answered together.
     """
+
+    PUBLIC = ("train_file", "val_file", "test_file", "answer_list", "vqa_root", "vg_root", "bundled")
 
     train_file: list[str] = field(default_factory=list)
     val_file: list[str] = field(default_factory=list)
@@ -135,11 +148,12 @@ class VQAConfig(TaskConfig):
             raise UserError("set bundled, or train_file, val_file, test_file and answer_list, not both")
 
     def check_data(self, where: str) -> None:
-        if self.bundled:
+        self.check_own()
+        if self.data or self.bundled:
             return
         for name in ("train_file", "test_file", "answer_list", "vqa_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         assert self.answer_list and self.vqa_root
         for annotations in (*self.train_file, *self.val_file, *self.test_file, self.answer_list):
             Files(annotations, self.vqa_root).check()
@@ -174,8 +188,8 @@ class CaptioningConfig(CaptionedConfig):
 
     def check_data(self, where: str) -> None:
         super().check_data(where)
-        for annotations in (self.val_gt_file, self.test_gt_file) if not self.bundled else ():
-            if annotations:
+        for annotations in (self.val_gt_file, self.test_gt_file):
+            if annotations and not (self.data or self.bundled):
                 self.files(annotations).check()
 
     @property

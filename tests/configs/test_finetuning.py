@@ -1,11 +1,13 @@
 """Configurations of the fine-tuning scripts: what they compute, and that every file in configs/ is one."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
+from configs.foreign_pairs import ForeignCaptioningConfig, ForeignRetrievalConfig, ForeignVQAConfig
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
 from engine.options.finetuning import refuse_nlvr2
@@ -61,7 +63,28 @@ def test_evaluation_on_scenes_and_on_files():
     assert all(found.limit == DEBUG_IMAGES and found.k_test == 256 for found in files.values())
 
 
-RETRIEVAL = sorted(Path("configs").glob("*/retrieval*.yaml"))
+RETRIEVAL = [path for path in sorted(Path("configs").glob("*/retrieval*.yaml")) if path.parent.name != "external"]
+FOREIGN = {"retrieval": ForeignRetrievalConfig, "captioning": ForeignCaptioningConfig, "vqa": ForeignVQAConfig}
+
+
+@pytest.mark.parametrize("task", FOREIGN)
+def test_models_of_other_libraries_need_data_of_the_users(tmp_path, task):
+    found = load_config(f"configs/external/{task}.yaml", FOREIGN[task])
+    assert found.accumulation(1) >= 1
+    with pytest.raises(UserError, match="give --data "):
+        found.check_data("here")
+    with pytest.raises(FileNotFoundError, match="--data gone.json: there is no such file"):
+        replace(found, data="gone.json").check_data("here")
+
+
+def test_data_of_the_users_takes_the_place_of_the_configurations():
+    options = {"devices": 1, "num_nodes": 1}
+    for other in (BUNDLED, FILES):
+        own = config(**other, data="captions.json").overridden(options)
+        assert own == config(data="captions.json") and own.evaluations().keys() == {"val"}
+    assert config(data="captions.json", val_fraction=0).evaluations() == {}
+    with pytest.raises(UserError, match="val_data is for data of one's own"):
+        config(val_data="captions.json")
 
 
 @pytest.mark.parametrize("path", RETRIEVAL, ids=str)
