@@ -17,7 +17,7 @@ from typing import Any
 
 import models
 from configs.finetuning import CaptioningConfig
-from configs.foreign_pairs import ForeignCaptioningConfig
+from configs.foreign import ForeignCaptioningConfig
 from configs.task import DEBUG_IMAGES
 from datasets.tasks.captioning_metrics import check_package
 from engine.launch import launch, run, script

@@ -16,7 +16,7 @@ from typing import Any
 
 import models
 from configs.finetuning import RetrievalConfig
-from configs.foreign_pairs import ForeignRetrievalConfig
+from configs.foreign import ForeignRetrievalConfig
 from configs.task import DEBUG_IMAGES
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
