@@ -188,3 +188,22 @@ def test_two_processes_train_as_one(tmp_path):
     assert moved > 1e-3
     metrics = [json.loads((tmp_path / folder / "result/metrics.json").read_text()) for folder in ("one", "two")]
     assert metrics[0] == metrics[1]
+
+
+SPARSE = {"gradual": ["--gradual", "75", "--dense"], "distill": ["--distill", "0.5"], "lora": ["--lora", "4"]}
+
+
+@pytest.mark.parametrize("way", SPARSE)
+@pytest.mark.parametrize("kind", ["clip", "siglip", "blip2", "llava"])
+def test_ways_of_sparse_training(tmp_path, kind, way):
+    """The result loads with transformers, and is zero wherever its mask is."""
+    two = kind in ("clip", "siglip")
+    model, run = f"hf:{(folder_of if two else writer)(kind, tmp_path)}", retrieval if two else captioning
+    mask = [] if way == "gradual" else ["--mask", str(mask_of(model, tmp_path / "mask.safetensors"))]
+    options = ["--data", str(captioned(tmp_path / "own", 4)), "--val_fraction", "0", "--batch_size", "4", *mask]
+    options += ["--model", model, "--output_dir", str(tmp_path / "out"), *CPU, *SPARSE[way], "--skip_eval"]
+    run.main([*options, "--epochs", "2", "--lr", "1e-3", "--workers", "0"])
+    result = tmp_path / "out/result"
+    again = external.build(f"hf:{result}").state_dict()
+    masks = Masks.load(result / "mask.safetensors")
+    assert masks and all(not again[name][~kept].any() for name, kept in masks.items())
