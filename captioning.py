@@ -17,7 +17,7 @@ from typing import Any
 
 import models
 from configs.finetuning import CaptioningConfig
-from configs.foreign_pairs import ForeignCaptioningConfig
+from configs.foreign import ForeignCaptioningConfig
 from configs.task import DEBUG_IMAGES
 from datasets.tasks.captioning_metrics import check_package
 from engine.launch import launch, run, script
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
     if args.check_data:
-        from engine.reports.own_data import report_own_data
+        from engine.reports.data_check import report_own_data
 
         return report_own_data(args, "captions")
     config = check(args, arguments)

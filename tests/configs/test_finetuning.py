@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
-from configs.foreign_pairs import ForeignCaptioningConfig, ForeignRetrievalConfig, ForeignVQAConfig
+from configs.foreign import ForeignCaptioningConfig, ForeignRetrievalConfig, ForeignVQAConfig
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
 from engine.options.finetuning import refuse_nlvr2

@@ -9,7 +9,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 
-from configs.foreign_pairs import ForeignCaptioningConfig
+from configs.foreign import ForeignCaptioningConfig
 from configs.task import OptimizerConfig, SchedulerConfig
 from models.foreign import captioning, vqa
 from sparsity.errors import UserError
