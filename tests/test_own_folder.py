@@ -166,6 +166,8 @@ def test_the_result_is_a_model_of_transformers(vit, folder, tmp_path):
     model = transformers.AutoModelForImageClassification.from_pretrained(still)
     assert [model.config.id2label[i] for i in range(3)] == CLASSES
     assert torch.equal(model.classifier.weight, before.classifier.weight.flip(0))
+    again = tuned(folder, tmp_path / "file", "--weights", str(still / "model.safetensors"), model=f"hf:{vit}", epochs=0)
+    assert (again / "model.safetensors").read_bytes() == (still / "model.safetensors").read_bytes()
     result = tuned(folder, tmp_path / "out", model=f"hf:{vit}", epochs=8)
     model = transformers.AutoModelForImageClassification.from_pretrained(result).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(result)
@@ -270,6 +272,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(vit, folder, tmp_path):
     ("given", "told"),
     [
         (["--model", "timm:x"], "give --dataset FOLDER"),
+        (["--model", "timm:x", "--dataset", "imagenet"], "got 'data/imagenet', which is no folder"),
         (["--model", "timm:x", "--dataset", "absent"], "--dataset: invalid choice: 'absent'"),
         (["--model", "timm:x", "--dataset", "cifar10", "--val_fraction", "0.1"], "leave it out with cifar10"),
         (["--model", "timm:x", "--dataset", ".", "--val_fraction", "1.5"], "--val_fraction: expected a fraction"),
