@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
     if args.check_data:
-        from engine.reports.own_data import report_own_data
+        from engine.reports.data_check import report_own_data
 
         return report_own_data(args, "captions")
     config = check(args, arguments)

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
     if args.check_data:
-        from engine.reports.own_data import report_own_data
+        from engine.reports.data_check import report_own_data
 
         return report_own_data(args, "captions")
     check_own_data_options(args, is_foreign(args.model))

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
     if args.check_data:
-        from engine.reports.own_data import report_own_data
+        from engine.reports.data_check import report_own_data
 
         return report_own_data(args, "questions")
     check_own_data_options(args, is_foreign(args.model))
@@ -80,9 +80,9 @@ def own(args: argparse.Namespace, config: VQAConfig) -> tuple[Any, dict[str, Any
 
 def foreign(args: argparse.Namespace, config: ForeignVQAConfig) -> tuple[Any, dict[str, Any], Any]:
     """A model of transformers that writes answers, on the user's questions, which it preprocesses itself."""
-    from datasets.own.question_sets import OwnAnswers, OwnAsked
     from datasets.own.questions import own_questions
     from datasets.own.sets import Gather
+    from datasets.tasks.own_questions import OwnAnswers, OwnAsked
     from engine.evaluation.vqa import WrittenAnswers
     from engine.training.finetuning import Finetuning
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.locations import located
-from configs.own_data import OwnDataConfig
 from configs.pruning import BUNDLED_SPLITS, Evaluation
 from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
-from configs.task import DEBUG_IMAGES, TaskConfig
+from configs.task import DEBUG_IMAGES, OwnDataConfig, TaskConfig
 from sparsity.errors import MissingFileError, UserError
 
 

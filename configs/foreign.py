@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from configs.finetuning import CaptioningConfig, ClassificationConfig, RetrievalConfig, VQAConfig
-from configs.own_data import OwnDataConfig
 from configs.sources import at_least
-from configs.task import OptimizerConfig, TaskConfig
+from configs.task import OptimizerConfig, OwnDataConfig, TaskConfig
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import weights_files
 
@@ -97,7 +96,9 @@ class ForeignClassificationConfig(ForeignConfig, ClassificationConfig):
     def overridden(self, options: Mapping[str, Any]) -> Self:
         named = {f.name: options.get(f.name) for f in fields(Augmentation)}
         given = {name: tuple(v) if isinstance(v, list) else v for name, v in named.items() if v is not None}
-        return replace(super().overridden(options), augmentation=replace(self.augmentation, **given))
+        config = replace(super().overridden(options), augmentation=replace(self.augmentation, **given))
+        # By its synsets: two classes of ImageNet are called "crane".
+        return replace(config, dataset=config.folder) if config.dataset == "imagenet" else config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Sparse training on one's own data, from a folder of class folders and a captions.json that it draws itself: a tiny ViT
-# of timm is trained dense, pruned at 75 % and recovered in several ways, the bundled XVLM learns the captions. Prints
-# what each way is worth, which is in output/own_data/table.md too. Stopped, it goes on when it is started again.
+# Sparse training on one's own data, from a folder of class folders and a captions.json that it draws itself: the
+# bundled ViT, as a model of timm, is trained dense, pruned at 75 % and recovered in several ways, and the bundled XVLM
+# learns the captions. Prints what each way is worth, which is in output/own_data/table.md too. Stopped, it goes on when
+# it is started again.
 # Hardware: 2 CPU cores. Time: at most 40 minutes with one seed.
 #   --seeds 3  means over so many seeds       SEEDS="42 43"  these           SPARSITY=75  in per cent
-#   EPOCHS=24  of the dense model             TUNED=8  of each other way     CAPTIONED=320  images with captions; 0: none
-#   JOBS=2  runs at a time, on one core each  DEBUG=1  a few steps of each   OUTPUT, PYTHON
+#   EPOCHS=6  of the dense model              TUNED=4  of each other way     IMAGES=80  to train on, of each class
+#   CAPTIONED=320  images with captions; 0: no XVLM   JOBS=2  runs at a time, on one core each
+#   DEBUG=1  a few steps of each              OUTPUT, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export python=${PYTHON:-python} output=${OUTPUT:-output/own_data} sparsity=${SPARSITY:-75} tuned=${TUNED:-8}
-export epochs=${EPOCHS:-24} debug=${DEBUG:+--debug} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export python=${PYTHON:-python} output=${OUTPUT:-output/own_data} sparsity=${SPARSITY:-75} tuned=${TUNED:-4}
+export epochs=${EPOCHS:-6} debug=${DEBUG:+--debug} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 captioned=${CAPTIONED:-320}
 [ -z "${DEBUG:-}" ] || tuned=1 epochs=1
 seeds=${SEEDS:-42}
 [ "${1:-}" != --seeds ] || seeds=$(seq -s ' ' 42 $((41 + $2)))
 export images=$output/data/images captions=$output/data/captions.json
-export tiny=configs/external/image_classification_tiny.yaml
+export mini=configs/external/image_classification_mini.yaml
 
 mask() { # MODEL SEED
     find "$output/masks/$1/$2" -name '*_pruning_masks.safetensors' 2>/dev/null | head -n 1
@@ -45,9 +47,8 @@ prune() { # MODEL SEED NAME OPTIONS...: by magnitude over all weights, as --grad
 
 begin() { # SEED: the dense classifier, and its mask
     local seed=$1
-    run images dense "$seed" image_classification.py --model timm:vit_tiny_patch16_224 --weights random --dense \
-        --model_kwargs depth=4,embed_dim=96,num_heads=3,img_size=48,patch_size=8 \
-        --dataset "$images" --config "$tiny" --epochs "$epochs" --seed "$seed"
+    run images dense "$seed" image_classification.py --model timm:vit_mini --pretrained --dense \
+        --dataset "$images" --config "$mini" --epochs "$epochs" --seed "$seed"
     prune images "$seed" "timm:local-dir:$output/runs/images/dense/$seed/result"
 }
 
@@ -62,7 +63,7 @@ image_way() { # WAY SEED
     gradual_distilled) kind=(--dense --gradual "$sparsity" --distill 0.5) ;;
     esac
     run images "$1" "$seed" image_classification.py --model "timm:local-dir:$output/runs/images/dense/$seed/result" \
-        "${kind[@]}" --dataset "$images" --config "$tiny" --epochs "$count" --lr 1e-3 --seed "$seed"
+        "${kind[@]}" --dataset "$images" --config "$mini" --epochs "$count" --seed "$seed"
 }
 
 caption_way() { # WAY SEED
@@ -90,7 +91,8 @@ if [ ! -f "$output/data/done" ]; then
     "$python" -c '
 import sys
 from datasets.bundled.own_style import write_own_data
-write_own_data(sys.argv[1], train=80, val=60, captioned=int(sys.argv[2]))' "$output/data" "$captioned"
+write_own_data(sys.argv[1], train=int(sys.argv[2]), val=60, captioned=int(sys.argv[3]))' "$output/data" \
+        "${IMAGES:-80}" "$captioned"
     touch "$output/data/done"
 fi
 tr ' ' '\n' <<<"$seeds" | all begin

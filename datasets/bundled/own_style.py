@@ -17,7 +17,7 @@ from datasets.bundled.scenes import Scene, draw_scene
 from sparsity.files import write_atomic
 
 CLASSES = ("banana", "bicycle", "butterfly", "cactus", "fish", "guitar", "hammer", "key", "penguin", "scissors")
-SIDE = 48  # pixels of an image with a class; 96 of one with a caption, as the bundled models read them
+SIDE, CAPTIONED_SIDE = 72, 96  # pixels of an image with a class, and with a caption, as the bundled models read them
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of RGB
 _HATCHING = ((115, 1), (165, -1))  # tone from which on lines are drawn, and their slope
 _DISTANCE = 4  # pixels from line to line
@@ -60,7 +60,7 @@ def inked(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _captioned(folder: Path, glyphs: Glyphs, vendors: Sequence[str], seed: int, number: int) -> dict[str, str]:
     rng = np.random.default_rng((seed, 2, number))
-    scene: Scene = draw_scene(glyphs, rng, vendors, 2 * SIDE, int(rng.integers(1, 3)), background="plain")
+    scene: Scene = draw_scene(glyphs, rng, vendors, CAPTIONED_SIDE, int(rng.integers(1, 3)), background="plain")
     path = f"scenes/{number:05d}.png"
     _save(inked(scene.image, rng), folder / path)
     return {"image": path, "caption": scene.caption}

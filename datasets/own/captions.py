@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.decoding import Decoding
-from configs.own_data import OwnDataConfig
 from configs.shard_names import is_pattern, shard_paths
+from configs.task import OwnDataConfig
 from datasets.annotations import ImageRoot, get_path, get_texts
 from datasets.images import DEFAULT
 from datasets.labelled.class_folders import images_below

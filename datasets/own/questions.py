@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.decoding import Decoding
-from configs.own_data import OwnDataConfig
+from configs.task import OwnDataConfig
 from datasets.annotations import ImageRoot, get_id, get_path, get_text, get_texts
 from datasets.images import DEFAULT
 from datasets.own.records import Fault, parsed, rows, whole

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages
-from datasets.own.question_sets import OwnAsked
+from datasets.tasks.own_questions import OwnAsked
 from datasets.tasks.vqa import Questions
 from datasets.vqa_accuracy import Asked, accuracies, exact_match
 from engine.evaluation.watched import watched

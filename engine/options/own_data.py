@@ -1,4 +1,4 @@
-"""Options of scripts that fine-tune on a user's own data, named as the keys of `configs.own_data.OwnDataConfig`."""
+"""Options of scripts that fine-tune on a user's own data, named as the keys of `configs.task.OwnDataConfig`."""
 
 import argparse
 

@@ -25,7 +25,7 @@ from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.hub import first_line, local_only
 from sparsity.errors import UserError
-from sparsity.files import writing
+from sparsity.files import SAVED, writing
 from sparsity.view import Output, Outputs
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,8 @@ def _of_transformers(name: str, config: Asked, class_names: Sequence[str]) -> Tr
     import transformers
 
     path = Path(config.checkpoint) if config.checkpoint else None
+    if path is not None and path.name in SAVED and (path.parent / "config.json").is_file():
+        path = path.parent  # names in a file that transformers wrote are not those of the modules
     folder = path if path is not None and path.is_dir() and not config.weights_key else None
     where, kind = str(folder or name), transformers.AutoModelForImageClassification
     settings, processor = _settings(transformers, name)

@@ -177,9 +177,11 @@ def end_of(model: nn.Module, tokenizer: Any) -> int:
         known = model.config.get_text_config(decoder=True).to_dict().get("eos_token_id")
     stops = [known] if isinstance(known, int) else list(known or ())
     own = tokenizer.eos_token_id
-    if own is None and not stops:
+    if own is not None and (own in stops or not stops):
+        return own
+    if not stops:
         raise UserError(f"--model hf:{model.name_or_path}: neither model nor tokenizer say what ends a text")
-    return own if own in stops or not stops else stops[0]
+    return stops[0]
 
 
 def check_writes(model: nn.Module, name: str, task: str) -> None:

@@ -70,7 +70,7 @@ FOREIGN = {"retrieval": ForeignRetrievalConfig, "captioning": ForeignCaptioningC
 @pytest.mark.parametrize("task", FOREIGN)
 def test_models_of_other_libraries_need_data_of_the_users(tmp_path, task):
     found = load_config(f"configs/external/{task}.yaml", FOREIGN[task])
-    assert found.accumulation(1) >= found.accumulation(2) >= 1
+    assert found.accumulation(1) >= 1
     with pytest.raises(UserError, match="give --data "):
         found.check_data("here")
     with pytest.raises(FileNotFoundError, match="--data gone.json: there is no such file"):
