@@ -301,3 +301,30 @@ def test_models_and_weights_that_are_not_to_be_had(folder, tmp_path, capsys):
     assert "weights of another model" in told(
         "timm:vit_tiny_patch16_224", *NEW[2:], "--weights", str(tmp_path / "w.pt")
     )
+
+
+# Sparse training
+
+
+@pytest.mark.parametrize("library", ["timm", "hf"])
+@pytest.mark.parametrize("way", ["gradual", "distill", "lora"])
+def test_sparse_training(library, way, dense, vit, folder, tmp_path):
+    """Pruned on the way, taught by the dense model, by adapters: zeros are where the mask of the result is."""
+    if library == "timm":
+        model, shapes = f"timm:local-dir:{dense}", prunable(dense, "blocks.")
+    else:
+        model, names = f"hf:{vit}", transformers.ViTForImageClassification.from_pretrained(vit).named_modules()
+        shapes = {f"{n}.weight": m.weight.shape for n, m in names if isinstance(m, torch.nn.Linear)}
+        del shapes["classifier.weight"]
+    mask = toss(shapes, tmp_path / "mask.safetensors")
+    kind = {"gradual": ["--gradual", "75"], "distill": ["--distill", "0.5"], "lora": ["--lora", "2"]}[way]
+    result = tuned(folder, tmp_path / "out", *kind, model=model, mask=None if way == "gradual" else mask, epochs=4)
+    held = Masks.load(result / "mask.safetensors")
+    if library == "timm":
+        weights = timm.create_model(f"local-dir:{result}", pretrained=True).state_dict()
+    else:
+        weights = transformers.AutoModelForImageClassification.from_pretrained(result).state_dict()
+    assert set(held) == set(shapes)
+    assert all(bool((weights[name][~kept] == 0).all()) for name, kept in held.items())
+    pruned = sum(int((~kept).sum()) for kept in held.values()) / held.total
+    assert pruned == pytest.approx(0.75, abs=1e-3) if way == "gradual" else 0.4 < pruned < 0.6

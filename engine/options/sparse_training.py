@@ -43,7 +43,7 @@ class GradualOptions:
     @property
     def label(self) -> str:
         """Return the target as a part of the name of a folder: in per cent, or N and M."""
-        return f"{self.target.n}of{self.target.m}" if isinstance(self.target, NM) else f"{100 * self.target:g}"
+        return f"{self.target.n}of{self.target.m}" if isinstance(self.target, NM) else f"{float(100 * self.target):g}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +80,9 @@ class Gradual:
         for name, (kept,) in select([(part, [sparsity])], ALLOCATIONS.find(SCORES[self.options.score])(), "layer"):
             yield name, kept
 
-    def _provenance(self) -> dict[str, object]:
+    def _provenance(self) -> dict[str, Any]:
         target, course = self.options.target, self.schedule
         kind = {"pattern": str(target)} if isinstance(target, NM) else {"sparsity": str(target)}
-        known = {"pruner": self.options.score, **kind, "seed": self._seed}
-        known["gradual"] = {"first": course.first, "last": course.last, "every": course.every}
-        known["gradual"] |= {"regrow": self.options.regrow, "before": float(self.before)}
-        return known | ({} if self._start is None else {"start": self._start.provenance})
+        way = vars(course) | {"regrow": self.options.regrow, "before": float(self.before)}
+        start = {} if self._start is None else {"start": self._start.provenance}
+        return {"pruner": self.options.score, **kind, "seed": self._seed, "gradual": way, **start}

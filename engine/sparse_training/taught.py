@@ -39,7 +39,8 @@ class Taught(nn.Module):
         if self.weight == 1:
             match = distillation(self._taught(self._view.outputs(batch)), wanted)["loss"]
             return {"loss": match, "distill": match}
-        losses, own = self.model.taught(batch, epoch, self._view.outputs)
+        task_model: Any = self.model  # of models/parts/task_model.py
+        losses, own = task_model.taught(batch, epoch, self._view.outputs)
         match = distillation(self._taught(own), wanted)["loss"]
         loss = (1 - self.weight) * losses["loss"] + self.weight * match
         return losses | {"loss": loss, "task": losses["loss"], "distill": match}

@@ -57,7 +57,8 @@ class SparseTraining:
         """Return what is called with a batch: the model, or the model beside its teacher."""
         if self._teacher is None or self.options.distill is None:
             return self.model
-        untaught = () if self.options.teacher else self.model.untaught
+        task_model: Any = self.model  # of models/parts/task_model.py
+        untaught = () if self.options.teacher else task_model.untaught
         if untaught and self.options.distill == 1:
             raise UserError(
                 f"--distill 1: the weights that the run starts from have no {', '.join(untaught)} to teach: the head is"
