@@ -14,13 +14,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 
 .PHONY: demo test test-fast test-all test-newest lint format docs lock
 
-# Prune the bundled model with MULTIFLOW and with the best plan, evaluate it, measure the sensitivity of its layers, and
-# put all of it into one file, output/demo/report.html.
+# Prune the bundled model with MULTIFLOW and with the best plan, which measures how sensitive its layers are, evaluate it,
+# and put all of it into one file, output/demo/report.html.
 DEMO := $(BIN)/python prune.py -m xvlm --output_dir output/demo
 demo: $(VENV)/.installed
 	$(DEMO) -p multiflow -s 63,75 --num_batches 500 --evaluate
-	$(DEMO) -p best -s 63,75 --num_batches 32 --evaluate
-	$(DEMO) -p wanda -s 75 --allocation error --num_batches 8
+	$(DEMO) -p best -s 63,75 --num_batches 16 --evaluate
 	$(BIN)/python compare.py --pruned output/demo
 
 # All tests but the slow ones: with lint, what must pass before a change is accepted.

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import prune
+import pruners
 from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
 from sparsity.errors import UserError
+from sparsity.run.generic import generic_view
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -127,6 +130,19 @@ def test_no_command_is_calibrated_on_the_figures_of_the_repository():
 def test_the_code_of_extending_runs():
     code = "\n".join(body for language, body in _FENCE.findall((ROOT / "docs/extending.md").read_text()) if language)
     exec(code, {"__name__": "extending"})
+
+
+def test_the_mask_of_the_quickstart_is_held():
+    (code,) = [body for _, body in _FENCE.findall((ROOT / "docs/quickstart.md").read_text()) if "hold =" in body]
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    masks, view = pruners.prune(model, "magnitude", sparsity=0.5), generic_view(model)
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    names = {"masks": masks, "view": view, "model": model, "loader": [torch.randn(6, 8) for _ in range(3)]}
+    names |= {"optimizer": torch.optim.AdamW(model.parameters(), lr=0.1), "loss": lambda m, x: m(x).square().mean()}
+    exec(code, names)
+    for name, mask in masks.items():
+        weight = model.state_dict()[name]
+        assert not weight[~mask].any() and (weight[mask] != before[name][mask]).all()
 
 
 @pytest.mark.script
