@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     only = f"comma separated list of {pruners.listed()} (default: all of one pass at most), or of plans of --plans"
     add("-p", "--pruners", help=only)
     add("--plans", type=Path, metavar="FILE", help="YAML, {name: {pruner: NAME, pattern: '2:4', ...}} (default: none)")
-    add("--pattern", help="N:M of all plans, instead of sparsities (default: unstructured)")
+    add("--pattern", help="N:M of all plans, instead of sparsities, or blockRxC (default: unstructured)")
     add("-m", "--model", metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("-s", "--sparsities", default="63,75,90", help="comma separated list (default: %(default)s)")
     add("--seeds", type=options.seeds, default="42,43,44", help="comma separated list (default: %(default)s)")

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if list_data(args) else 1)
     config = check(args)
     engine = pruners.build(args.pruner, pattern=args.pattern, sparsities=args.sparsities or (), **args.plan)
-    request = Request(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
+    request = Request.of(args.sparsities or (), args.pattern, args.seed, args.group_sparsity)
     engine.plan.check(request)
     if args.save_scores and not engine.plan.scored:
         raise UserError(f"--save_scores: {args.pruner} has no scores that serve all sparsities; leave it out")

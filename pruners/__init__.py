@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pruners.presets import PRESETS, record, resolve
 from sparsity.errors import UserError
-from sparsity.pattern import NM, parse_pattern
+from sparsity.pattern import NM, Block, pattern_of
 from sparsity.run.axes import AXES, BOUNDS
 from sparsity.run.registry import Registry
 
@@ -53,7 +53,7 @@ def build(
     pruner: "str | type[Pruner]",
     *,
     enable_update: bool = False,
-    pattern: "NM | None" = None,
+    pattern: "NM | Block | None" = None,
     sparsities: "Sequence[Sparsity]" = (),
     **options: Any,
 ) -> "Engine":
@@ -92,7 +92,7 @@ def updates(pruner: "str | type[Pruner]") -> bool:
 
 
 def own_options(
-    name: str, given: Mapping[str, Any], pattern: "NM | None" = None, sparsities: "Sequence[Sparsity]" = ()
+    name: str, given: Mapping[str, Any], pattern: "NM | Block | None" = None, sparsities: "Sequence[Sparsity]" = ()
 ) -> dict[str, Any]:
     """Return those of the given options which a pruner reads that is otherwise as it is published; steps are for those
     that are published with several. pattern, sparsities: as of `build`.
@@ -128,7 +128,7 @@ def prune(
     pruner: str = "wanda",
     *,
     sparsity: "Sparsity | list[Sparsity] | tuple[Sparsity, ...] | None" = None,
-    pattern: "str | NM | None" = None,
+    pattern: "str | NM | Block | None" = None,
     group_sparsity: "Mapping[str, Sparsity] | None" = None,
     data: "Iterable[Any] | None" = None,
     start: "Masks | None" = None,
@@ -142,13 +142,13 @@ def prune(
         masks.apply(sparsity.PrunableView(model, ...))
 
     model: a view of it, or any module, of which every linear layer is pruned and each batch is its arguments (a dict, a
-    tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead.
-    start: masks that are there already, whose zeros stay and count. options: as `build`. The model itself is not
-    changed. Raises UserError for what cannot be.
+    tuple, or the one argument). sparsity: a fraction, or several, for which a list is returned. pattern: N:M instead,
+    or "block4x4" beside it. start: masks that are there already, whose zeros stay and count. options: as `build`. The
+    model itself is not changed. Raises UserError for what cannot be.
     """
     views = importlib.import_module("sparsity.run.generic")
     wanted = sparsity if isinstance(sparsity, list | tuple) else [] if sparsity is None else [sparsity]
-    chosen = parse_pattern(pattern) if pattern is None or isinstance(pattern, str) else pattern
+    chosen = pattern_of(pattern) if pattern is None or isinstance(pattern, str) else pattern
     built = build(pruner, pattern=chosen, sparsities=wanted, **options)
     view = views.generic_view(model)
     asked = {"pattern": chosen, "seed": seed, "groups": group_sparsity, "start": start}

@@ -119,7 +119,8 @@ def parse_pattern(text: str | None) -> NM | None:
     pattern = NM(int(match[1]), int(match[2])) if match else None
     if pattern is None or not 1 <= pattern.n < pattern.m:
         raise UserError(
-            f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, got {text!r:.60}"
+            f"pattern must be N:M with N weights kept of every M, 1 <= N < M, such as 2:4, or blockRxC, got"
+            f" {text!r:.60}"
         )
     return pattern
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 
 Name = TypeVar("Name")  # of a weight, or of a part of one
 Named = Iterable[tuple[str, Tensor]]
@@ -198,26 +198,33 @@ class GroupChoice:
 
 
 class BlockChoice:
-    """Prunes one block of columns after the other: as many of its n lowest scores as `lost` says of n."""
+    """Prunes one block of columns after the other: as many of its n lowest scores as `lost` says of n. pattern: blocks
+    of weights, whose columns divide its own, are pruned as one, those with the least sum of squared scores.
+    """
 
-    def __init__(self, name: str, lost: Lost):
-        self._name, self._lost = name, lost
+    def __init__(self, name: str, lost: Lost, pattern: Block | None = None):
+        self._name, self._lost, self._pattern = name, lost, pattern
 
     def __call__(self, scores: Tensor, gone: Tensor) -> None:
         """Fills `gone`, 1 where a weight goes and 0 elsewhere, from scores (columns, out)."""
-        gone.copy_(~_keep_lowest(self._name, scores.t(), self._lost(scores.numel())).t())
+        if self._pattern:
+            blocks = self._pattern.reduce(scores.t().square())
+            kept = self._pattern.expand(_keep_lowest(self._name, blocks, self._lost(blocks.numel())))
+        else:
+            kept = _keep_lowest(self._name, scores.t(), self._lost(scores.numel()))
+        gone.copy_(~kept.t())
 
 
-def keep_within(name: str, score: Tensor, scope: str, lost: Lost) -> Tensor:
+def keep_within(name: str, score: Tensor, scope: str, lost: Lost, width: int = SELECTION) -> Tensor:
     """Return what is kept, bool (out, in), of a layer in which weights compete within a scope: of each unit (the layer,
-    a row, a block) of n weights the lost(n) lowest are pruned.
+    a row, a block of `width` columns) of n weights the lost(n) lowest are pruned.
     """
     if scope == "row":
         return keep_rows(name, score, lost(score.shape[1]))
-    return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in units_of(score, scope)], dim=1)
+    return torch.cat([_keep_lowest(name, unit, lost(unit.numel())) for unit in units_of(score, scope, width)], dim=1)
 
 
-def keep_exactly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
+def keep_exactly(name: str, score: Tensor, scope: str, count: int, width: int = SELECTION) -> Tensor:
     """Return what is kept, bool (out, in), of a layer that loses exactly `count` weights, shared out evenly over the
     units of its scope; what is left over goes to the first of them.
     """
@@ -225,23 +232,24 @@ def keep_exactly(name: str, score: Tensor, scope: str, count: int) -> Tensor:
         each, more = divmod(count, score.shape[0])
         counts = [each + (row < more) for row in range(score.shape[0])]
         return keep_units(name, score, scope, counts) if more else keep_rows(name, score, each)
-    return keep_units(name, score, scope, _shared(count, [unit.numel() for unit in units_of(score, scope)]))
+    sizes = [unit.numel() for unit in units_of(score, scope, width)]
+    return keep_units(name, score, scope, _shared(count, sizes), width)
 
 
-def keep_units(name: str, score: Tensor, scope: str, counts: Sequence[int]) -> Tensor:
+def keep_units(name: str, score: Tensor, scope: str, counts: Sequence[int], width: int = SELECTION) -> Tensor:
     """Return what is kept, bool (out, in), of a layer whose units of a scope lose so many weights each."""
     if scope == "row":
         wide = score.to(torch.promote_types(score.dtype, torch.float32))
         return keep_rows(name, wide, torch.tensor(counts, device=score.device))
-    units = zip(units_of(score, scope), counts, strict=True)
+    units = zip(units_of(score, scope, width), counts, strict=True)
     return torch.cat([_keep_lowest(name, unit, count) for unit, count in units], dim=1)
 
 
-def units_of(score: Tensor, scope: str) -> Sequence[Tensor]:
+def units_of(score: Tensor, scope: str, width: int = SELECTION) -> Sequence[Tensor]:
     """Return the parts of a layer within which weights compete: its rows, its blocks of columns, or itself."""
     if scope == "row":
         return score.split(1)
-    return score.split(SELECTION, dim=1) if scope == "block" else (score,)
+    return score.split(width, dim=1) if scope == "block" else (score,)
 
 
 def _shared(count: int, sizes: Sequence[int]) -> list[int]:

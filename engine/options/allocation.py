@@ -54,7 +54,7 @@ def resolved(value: Any) -> Any:
 
 def check_mask_options(args: argparse.Namespace) -> None:
     """Raise UserError for options of `add_mask_options` that cannot be, before anything is loaded."""
-    if args.save_allocation and not args.pattern and len(args.sparsities) > 1:
+    if args.save_allocation and len(args.sparsities or ()) > 1:
         raise UserError("--save_allocation writes what one sparsity takes from each layer: give one to --sparsities")
     if args.save_allocation and args.save_allocation.suffix not in ENDINGS:
         raise UserError(f"--save_allocation {args.save_allocation}: its name must end in .yaml, to be read again")

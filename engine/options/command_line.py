@@ -16,7 +16,7 @@ from engine.exit_codes import BAD_INPUT
 from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
-from sparsity.pattern import parse_pattern
+from sparsity.pattern import NM, pattern_of
 from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
 
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
@@ -172,22 +172,24 @@ def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
 
 def add_targets(add: Callable[..., Any]) -> None:
     """`--pattern`, `--group_sparsity`, and the masks that a run begins with."""
-    add("--pattern", help="N:M, N weights kept of every M, instead of sparsities; e.g. 2:4 (default: unstructured)")
+    both = "N:M, N weights kept of every M, instead of sparsities, e.g. 2:4; or blockRxC, R x C weights as one"
+    add("--pattern", help=f"{both} (default: unstructured)")
     groups = "group=sparsity,...: these groups lose that, the others what is left of -s (default: none)"
     add("--group_sparsity", type=group_sparsity, default={}, metavar="GROUPS", help=groups)
     add_mask_options(add)
 
 
 def resolve_targets(args: argparse.Namespace, usual: str) -> None:
-    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where there is a pattern.
+    """Parse `pattern` and `sparsities` of the arguments in place; the latter are None where N:M decides.
 
-    usual: sparsities where neither is given. UserError for options that a pattern leaves nothing to decide.
+    usual: sparsities where neither is given. UserError for options that N:M leaves nothing to decide.
     """
-    args.pattern = parse_pattern(args.pattern)
+    args.pattern = pattern_of(args.pattern)
+    decided = isinstance(args.pattern, NM)
     for option in ("sparsities", "pool", "allocation", "scope"):
-        if args.pattern and getattr(args, option) is not None:
+        if decided and getattr(args, option) is not None:
             raise UserError(f"--pattern decides which weights are pruned and how many: leave --{option} out")
-    args.sparsities = None if args.pattern else parse_sparsities(usual if args.sparsities is None else args.sparsities)
+    args.sparsities = None if decided else parse_sparsities(usual if args.sparsities is None else args.sparsities)
     check_mask_options(args)
 
 

@@ -10,7 +10,7 @@ from engine.options.allocation import resolved
 from engine.options.command_line import PLAN
 from sparsity.allocation.budget import Sparsity, parse_sparsities
 from sparsity.errors import UserError
-from sparsity.pattern import NM, parse_pattern
+from sparsity.pattern import NM, Block, pattern_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PlanFile:
 
     pruner: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    pattern: NM | None = None
+    pattern: NM | Block | None = None
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
 
     def build(self, name: str, build: Callable[..., Any]) -> Any:
@@ -52,7 +52,7 @@ def plans_of(
         if unknown := [name for name in names or () if name not in plans]:
             raise UserError(f"{file}: there is no plan {unknown[0]!r}; there are: {', '.join(plans)}")
         return {name: plans[name] for name in names or plans}
-    kept = parse_pattern(pattern)
+    kept = pattern_of(pattern)
     read = {name: own(name, options, pattern=kept) for name in names or usual()}
     for option in options:
         if not any(option in each for each in read.values()):
@@ -88,6 +88,6 @@ def _plan(where: str, entry: Any) -> PlanFile:
             raise UserError(f"pattern: write it in quotes, '2:4', got {pattern}")
         options |= {"allocation": resolved(options["allocation"])} if "allocation" in options else {}
         groups = {str(group): parse_sparsities(str(share))[0] for group, share in shares.items()}
-        return PlanFile(entry["pruner"], options, parse_pattern(pattern), groups)
+        return PlanFile(entry["pruner"], options, pattern_of(pattern), groups)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -27,7 +27,7 @@ from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks, state_digest
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
@@ -42,7 +42,7 @@ class Entry:
     """A plan of a comparison; pattern, groups: of its own, see `sparsity.run.request.Request`."""
 
     engine: Engine
-    pattern: NM | None = None
+    pattern: NM | Block | None = None
     groups: Mapping[str, Sparsity] = field(default_factory=dict)
 
     @property
@@ -52,11 +52,11 @@ class Entry:
 
     def request(self, sparsities: Sequence[Sparsity], seed: int) -> Request:
         """Return what is asked of the engine: the pattern, or these sparsities."""
-        return Request(() if self.pattern else sparsities, self.pattern, seed, self.groups)
+        return Request.of(() if isinstance(self.pattern, NM) else sparsities, self.pattern, seed, self.groups)
 
     def targets(self, sparsities: Sequence[Sparsity]) -> dict[str, Sparsity]:
         """Return the name in the table of each target -> its sparsity."""
-        if self.pattern:
+        if isinstance(self.pattern, NM):
             return {str(self.pattern): self.pattern.sparsity}
         return {percent(sparsity): sparsity for sparsity in sparsities}
 
@@ -97,7 +97,7 @@ def digests(
     data |= {"num_batches": options["num_batches"], **_held(data)}
     result = {DENSE: _digest(common), INT8: _digest(common | {"rounding": INT8})}
     for name, entry in plans.items():
-        own = entry.plan.facts(Request(pattern=entry.pattern, groups=entry.groups, seed=0))
+        own = entry.plan.facts(entry.request((), 0))
         result[name] = _digest(common | own | (data if entry.plan.statistics else {}))
     return result
 

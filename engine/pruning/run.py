@@ -34,6 +34,7 @@ from sparsity.bits import shape_in
 from sparsity.errors import UserError
 from sparsity.files import write_atomic
 from sparsity.masks import Masks
+from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
 from sparsity.run.request import Request
 from sparsity.solvers.share import check_same
@@ -194,7 +195,8 @@ class Results:
         self.fabric, self.writes = fabric, fabric.is_global_zero
         self.columns = columns
         model = file_name(options["model"])
-        self.stem = f"{model}_{options['pruner']}"
+        block = f"_{options['pattern']}" if isinstance(options["pattern"], Block) else ""
+        self.stem = f"{model}_{options['pruner']}{block}"
         self.calibration_seconds, self.read = 0.0, ""
         self.rows: list[dict[str, Any]] = []
         self.times: list[dict[str, Any]] = []
@@ -223,7 +225,8 @@ class Results:
 
     def add(self, sparsity: Any, masks: Masks, seconds: float, evaluate: Callable[[], Metrics] | None) -> None:
         """Save one set of masks and measure the model under it. seconds: what selecting the masks took."""
-        label = str(self.options["pattern"] or percent(sparsity))
+        pattern = self.options["pattern"]
+        label = str(pattern) if isinstance(pattern, NM) else percent(sparsity)
         path = self.path(f"{self.stem}_{label.replace(':', 'of')}_seed{self.options['seed']}_pruning_masks.safetensors")
         masks.provenance["config"] = dataclasses.asdict(self.config) | {name: self.options[name] for name in RECORDED}
         self.preset = {"preset": masks.provenance["preset"]} if "preset" in masks.provenance else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity
 from sparsity.errors import UserError
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
 
@@ -24,7 +24,8 @@ class Problem:
     pattern), scope and pattern say what is legal. count: how many weights are pruned, in place of a sparsity that each
     unit of the scope loses. alive: (out, in), bool, the mask within which it has to find its own. dense_share: a of
     `--target dense:a`, the share of the wanted output that is the dense model's on the dense inputs; then `statistics`
-    has "cross" too. 0: the output of W on the inputs that the layer gets.
+    has "cross" too. 0: the output of W on the inputs that the layer gets. block: a mask that is found prunes whole
+    blocks of weights; sparsity and count are then those of blocks.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Problem:
     dense_share: float = 0.0
     count: int | None = None
     alive: Tensor | None = None
+    block: Block | None = None
 
 
 class Reconstruction:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsity.allocation.budget import Sparsity, budget
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.reconstruction.base import Problem, Reconstruction, check_problem
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.selection import SELECTION, BlockChoice, GroupChoice, check_finite
@@ -45,19 +45,21 @@ def reconstruct(
     sparsity: Sparsity | None,
     pattern: NM | None = None,
     *,
+    block: Block | None = None,
     computed: int = _COMPUTED,
 ) -> tuple[Tensor, Tensor]:
     """Which weights (out, in) are kept, bool, and what they become, in the weight's own dtype.
 
-    sparsity: of each `SELECTION` columns over all rows; or a pattern, whose M divides the columns. computed: columns of
-    a compute block, which changes nothing but rounding.
+    sparsity: of each `SELECTION` columns over all rows; or a pattern, whose M divides the columns. block: weights
+    are pruned in blocks, by their sums of saliencies; sparsity is that of blocks, whose columns divide `SELECTION`.
+    computed: columns of a compute block, which changes nothing but rounding.
     """
     if pattern:
         choice: _Choice = GroupChoice(pattern, factor.turned)
         sweep = _Sweep(weight, factor, choice, pattern.m, pattern.m - pattern.n)
     else:
         assert sparsity is not None, "without a pattern there is a sparsity"
-        sweep = _Sweep(weight, factor, BlockChoice(factor.name, partial(budget, sparsity)), SELECTION, SELECTION)
+        sweep = _Sweep(weight, factor, BlockChoice(factor.name, partial(budget, sparsity), block), SELECTION, SELECTION)
     kept, updated = sweep.run(computed)
     check_finite(factor.name, updated)
     return kept, updated
@@ -101,7 +103,7 @@ class SparseGPT(Reconstruction):
         found = factor(hessian, weight.shape[1], problem.name, dtype, damping(self.damp, problem))
         if problem.kept is None:
             sparsity = None if problem.pattern else problem.sparsity
-            return reconstruct(weight, found, sparsity, problem.pattern)
+            return reconstruct(weight, found, sparsity, problem.pattern, block=problem.block)
         return problem.kept, reconstruct_given(weight, found, problem.kept, problem.pattern)
 
 

@@ -22,17 +22,17 @@ from sparsity.allocation.budget import Sparsity, budget, step_sparsity
 from sparsity.bits import Bits
 from sparsity.errors import UserError
 from sparsity.masks import Masks, model_digest
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.reconstruction.base import WholeModel
 from sparsity.resume.start import begun, check_pattern, check_start, lost, nested
 from sparsity.resume.steps import Trail
 from sparsity.run.layers import Layers
 from sparsity.run.memory import Memory, check_memory, demand_of, preflight_bytes
-from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, packed, versions
+from sparsity.run.outcome import alive_of, as_masks, check_fits, dense_layers, fits, packed, versions
 from sparsity.run.plan import Plan
 from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
-from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen, follow, parts_of, quotas, select, shared
+from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen_of, follow, parts_of, quotas, shared
 from sparsity.run.sequential import Blocks, Solved, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.sensitivity.measured import Measured as Measured
@@ -59,7 +59,7 @@ class Engine:
         batches: Iterable[Any] | None,
         sparsities: Sequence[Sparsity] | None,
         *,
-        pattern: NM | None = None,
+        pattern: NM | Block | None = None,
         seed: int = 42,
         groups: Mapping[str, Sparsity] | None = None,
         start: Masks | None = None,
@@ -72,7 +72,7 @@ class Engine:
         batches: a list, or a loader with a length, where they are read more than once; each step of a plan with several
         reads the same. start: masks that are there already. UserError, before any data is read, for what cannot be.
         """
-        request = Request(sparsities or (), pattern, seed, groups or {}, start and begun(view, start))
+        request = Request.of(sparsities or (), pattern, seed, groups, start and begun(view, start))
         reading = CalibrationPass(batches, progress, reduce, generators)
         self.preflight(view, request)
         if not (reading.rereadable or self.plan.one_pass):
@@ -96,8 +96,9 @@ class Engine:
         plan, held = self.plan, 0
         plan.check(request)
         check_weights(view)
+        if found := request.pattern or request.block:
+            check_fits(view, found)
         if request.pattern:
-            check_fits(view, request.pattern)
             if request.start:
                 check_pattern(view, request.start, request.pattern)
         else:
@@ -150,7 +151,7 @@ class Engine:
         found = Measured(self._collect(view, wanted, reading), origin=origin)
         if plan.probes and not request.pattern:
             parts, score = self._parts(view, request, before=before), partial(self._score, view, seed=request.seed)
-            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before)
+            probing = Probing(plan, view, reading, parts, found.statistics, score, request.seed, before, request.block)
             found.sensitivity = probing.run(origin)
             found.statistics |= found.sensitivity.statistics
         return found
@@ -203,8 +204,8 @@ class Engine:
         plan = self.plan
         plan.check(request)
         record = {"model": model_digest(view), "versions": versions(), **plan.facts(request)}
-        if request.pattern:
-            record["dense_layers"] = dense_layers(view, request.pattern)
+        if found := request.pattern or request.block:
+            record["dense_layers"] = dense_layers(view, found)
         if plan.scored and not plan.refines and request.start is None:
             yield from self._at_once(view, measured, request, record)
             return
@@ -257,7 +258,8 @@ class Engine:
         if request.pattern:
             return ((name, [kept]) for name, kept in follow(request.pattern, scores(list(view.weights))))
         parts = self._parts(view, request, scores, measured, before)
-        return select(parts, self.plan.allocation, self.plan.scope)
+        contests = shared(parts, self.plan.allocation)
+        return chosen_of(view, contests, self.plan.scope, request.block, len(request.sparsities))
 
     def _parts(
         self,
@@ -267,13 +269,16 @@ class Engine:
         measured: Measured | None = None,
         before: Masks | None = None,
     ) -> list[Budget]:
-        """Return the parts that have budgets, with the sparsities of each, at least what is pruned before."""
+        """Return the parts that have budgets, with the sparsities of each, at least what is pruned before. Layers that
+        do not divide into the blocks that are pruned are in none.
+        """
         plan, found = self.plan, measured or Measured()
         pruned = {name: lost(mask) for name, mask in (before or {}).items()}
         error = found.sensitivity.error if found.sensitivity.errors else None
         moved = found.sensitivity.output if found.sensitivity.outputs else None
         facts = (found.statistics, error, moved, pruned, plan.min_keep, plan.max_keep)
-        whole = Part(view, list(view.weights), scores or self._no_scores, *facts)
+        names = [name for name, weight in view.weights.items() if fits(request.block, weight.shape)]
+        whole = Part(view, names, scores or self._no_scores, *facts)
         return parts_of(whole, request.sparsities, request.groups, within_groups=plan.within == "group")
 
     @staticmethod
@@ -328,13 +333,15 @@ class Engine:
             measured = replace(measured, statistics=self._learned(view, measured, statistic, target, reading, before))
         layers = Layers(plan, view, target, reading, measured.origin, facts, before)
         if plan.allocation.local and not target.pattern:
-            layers.quotas = quotas(self._parts(view, target, None, measured, before), plan.allocation, plan.scope)
+            contests = shared(self._parts(view, target, None, measured, before), plan.allocation)
+            layers.quotas = quotas(contests, plan.scope, target.block)
         if plan.by_blocks(target) or (plan.joint(target) and plan.local(target)):
             return layers.run(lambda name, found: self._score(view, name, found, target.seed))
         scores = self._scores_of(view, measured, target.seed, before)
         selected = self._select(view, scores, target, measured, before)
         if plan.joint(target):  # scores say how many weights each layer loses, the reconstruction which
-            counts = ((name, kept.numel() - int(kept.count_nonzero())) for name, (kept,) in selected)
+            unit = target.block.numel if target.block else 1
+            counts = ((name, lost(kept) // unit) for name, (kept,) in selected)
             layers.quotas = {name: Quota(count, None, plan.scope) for name, count in counts}
             return layers.run(None)
         masks = as_masks(view, {name: packed(view, name, kept) for name, (kept,) in selected}, facts)
@@ -359,7 +366,7 @@ class Engine:
             if target.pattern:
                 return follow(target.pattern, scores(list(view.weights)))
             contested = [(replace(part, scores=scores), contest, shares) for part, contest, shares in contests]
-            return ((name, kept) for name, (kept,) in chosen(contested, self.plan.scope))
+            return ((name, kept) for name, (kept,) in chosen_of(view, contested, self.plan.scope, target.block))
 
         with reading.arithmetic():
             learned = statistic.collect(view, reading, Target(target.target, target.pattern, choose))

@@ -16,7 +16,7 @@ from sparsity.reconstruction.bias import bias_change, centred
 from sparsity.reconstruction.equations import equations
 from sparsity.reconstruction.errors import layer_errors
 from sparsity.replay.replayed import Replayed
-from sparsity.run.outcome import alive_of, as_masks
+from sparsity.run.outcome import alive_of, as_masks, fits
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
@@ -102,7 +102,7 @@ class Layers:
     def _measure(self, replayed: Replayed, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
         pattern = self.target.pattern
-        fitting = [name for name in names if not pattern or pattern.fits(self.view.weights[name].shape[1])]
+        fitting = [name for name in names if fits(pattern or self.target.block, self.view.weights[name].shape)]
         wanted = [statistic for statistic in self.plan.statistics if statistic in OF_INPUTS]
         if not fitting:
             return {}
@@ -114,7 +114,7 @@ class Layers:
     ) -> Solved:
         """Return what a layer becomes: its mask, refined by exchanges, and its updated weights and biases."""
         solver, pattern, weight = self.plan.reconstruction, self.target.pattern, self.view.weights[name].matrix()
-        if pattern and not pattern.fits(weight.shape[1]):
+        if not fits(pattern or self.target.block, weight.shape):
             return Solved(torch.ones_like(weight, dtype=torch.bool), weight.clone() if solver else None)
         kept = alive_of(self.view, chosen, name) if chosen else None
         if kept is None and not self.plan.joint(self.target):
@@ -147,7 +147,8 @@ class Layers:
 
     def _problem(self, name: str, weight: Tensor, statistics: dict[str, Tensor], kept: Tensor | None) -> Problem:
         """Return what the reconstruction solves. kept: (out, in), bool; None where it finds the mask."""
-        known = {"scope": self.plan.scope, "pattern": self.target.pattern, "dense_share": self.plan.dense_share}
+        known = {"scope": self.plan.scope, "dense_share": self.plan.dense_share}
+        known |= {"pattern": self.target.pattern, "block": self.target.block}
         problem = Problem(name, weight, statistics, kept, **known)
         if kept is not None:
             return problem
@@ -167,4 +168,6 @@ class Layers:
             found = lowered(found, alive_of(self.view, self.before, name))
         if self.target.pattern:
             return keep_pattern(self.target.pattern, name, found)
+        if block := self.target.block:
+            return block.expand(self.quotas[name].keep(name, block.reduce(found)))
         return self.quotas[name].keep(name, found)

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsity.bits import Bits
 from sparsity.errors import UserError, listed
 from sparsity.masks import Masks
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
@@ -46,16 +46,29 @@ def alive_of(view: PrunableView, masks: Masks, name: str) -> Tensor:
     return weight.as_matrix(masks[name].to(weight.parameter.device))
 
 
-def dense_layers(view: PrunableView, pattern: NM) -> list[str]:
-    """Return the names of the layers that stay dense because M does not divide their inputs."""
-    return [name for name, weight in view.weights.items() if not pattern.fits(weight.shape[1])]
+def fits(pattern: NM | Block | None, shape: Sequence[int]) -> bool:
+    """Return whether a weight (out, in) divides into what a pattern prunes; one that does not stays dense."""
+    if isinstance(pattern, NM):
+        return pattern.fits(shape[1])
+    return pattern is None or pattern.fits(shape)
 
 
-def check_fits(view: PrunableView, pattern: NM) -> None:
-    """Raise UserError where M divides the inputs of no layer, so that nothing would be pruned; warn of layers that stay
+def dense_layers(view: PrunableView, pattern: NM | Block) -> list[str]:
+    """Return the names of the layers that stay dense because the pattern does not divide them."""
+    return [name for name, weight in view.weights.items() if not fits(pattern, weight.shape)]
+
+
+def check_fits(view: PrunableView, pattern: NM | Block) -> None:
+    """Raise UserError where a pattern divides no layer, so that nothing would be pruned; warn of layers that stay
     dense.
     """
     dense = dense_layers(view, pattern)
+    if isinstance(pattern, Block):
+        if len(dense) == len(view.weights):
+            raise UserError(f"{pattern} divides no layer of the model: choose smaller blocks")
+        if dense:
+            logger.warning("%d layers stay dense, as %s does not divide them: %s", len(dense), pattern, listed(dense))
+        return
     if len(dense) == len(view.weights):
         widths = ", ".join(map(str, sorted({weight.shape[1] for weight in view.weights.values()})))
         raise UserError(f"{pattern}: {pattern.m} divides the inputs of no layer, which are {widths}: choose another M")

@@ -21,6 +21,7 @@ from sparsity.reconstruction.base import Reconstruction
 from sparsity.reconstruction.damping import AUTO, Damp
 from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN, dense_share
 from sparsity.run.request import Request
+from sparsity.run.select import check_blocks
 from sparsity.solvers.swaps import check_swaps
 from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
@@ -208,6 +209,7 @@ class Plan:
             raise UserError(f"{self.name} prunes in steps to a sparsity: a pattern needs epochs = 1, not {self.steps}")
         for sparsity in (*request.sparsities, *request.groups.values()):
             fraction(sparsity)
+        check_blocks(self, request)
         if self.whole and request.start and request.pattern:
             raise UserError(f"--from_mask: {self.name} makes {request.pattern} of a dense model: leave it out")
         if self.whole and request.groups:
@@ -229,6 +231,7 @@ class Plan:
             pool = next((pool for pool, both in POOLS.items() if both == (self.allocation.name, self.scope)), None)
             found |= {**self.allocation.facts(), "scope": self.scope} | ({"pool": pool} if pool else {})
             found |= {option: str(value) for option, value in self.bounds.items()}
+        found |= {"pattern": str(request.block)} if request.block else {}
         if request.groups:
             found["group_sparsity"] = {group: str(sparsity) for group, sparsity in request.groups.items()}
         if request.start:

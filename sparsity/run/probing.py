@@ -23,13 +23,14 @@ from sparsity.allocation.ecoflap import zeroth_order
 from sparsity.allocation.error import ladder
 from sparsity.errors import UserError
 from sparsity.masks import Masks
+from sparsity.pattern import Block
 from sparsity.replay.replayed import Replayed
 from sparsity.resume.kept import load_kept, save_kept
 from sparsity.run.outcome import alive_of
 from sparsity.run.plan import Plan
 from sparsity.run.select import Budget
 from sparsity.run.sequential import stages
-from sparsity.selection import check_finite, keep_exactly, lowered
+from sparsity.selection import SELECTION, check_finite, keep_exactly, lowered
 from sparsity.sensitivity.ladder import LayerError
 from sparsity.sensitivity.measured import Sensitivity
 from sparsity.sensitivity.outputs import Outputs
@@ -54,7 +55,8 @@ class Probing:
     """Measure what the allocation of a plan reads.
 
     parts: the budgets, whose sparsities are asked for. statistics: of the first pass. before: the masks of the step
-    before, which the model has.
+    before, which the model has. block: of weights that are pruned as one; layers that it does not divide are in no part
+    and are not measured.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Probing:
     score: Scorer
     seed: int
     before: Masks | None = None
+    block: Block | None = None
 
     @property
     def wanted(self) -> list[str]:
@@ -75,7 +78,7 @@ class Probing:
     def targets(self) -> dict[str, list[Fraction]]:
         """Return name -> the sparsities that are asked of its part, each once."""
         given = {name: shares for part, shares in self.parts for name in part.names}
-        return {name: list(dict.fromkeys(map(fraction, given[name]))) for name in self.view.weights}
+        return {name: list(dict.fromkeys(map(fraction, given[name]))) for name in self.view.weights if name in given}
 
     def run(self, origin: Scratch | None) -> Sensitivity:
         """Return what is measured, or what a run that was killed has kept of it beside `origin`."""
@@ -87,7 +90,8 @@ class Probing:
         steps = {name: _steps(own) if LAYER_ERRORS in self.wanted else [] for name, own in targets.items()}
         moved = {name: own if OUTPUT_SENSITIVITY in self.wanted else [] for name, own in targets.items()}
         important = list(targets) if ZEROTH_ORDER in self.wanted else []
-        store = _Store(origin, json.dumps([self.wanted, self.plan.name, steps, moved], default=str), self)
+        asked = [self.wanted, self.plan.name, steps, moved, *([str(self.block)] if self.block else [])]
+        store = _Store(origin, json.dumps(asked, default=str), self)
         values = store.load()
         if values is None:
             found = self._measure(targets)
@@ -121,13 +125,15 @@ class Probing:
                 before = Outputs(self.view, few)
         batches = max(self._total(len(few)), 1)
         for name, statistics in self._inputs():
+            if name not in targets:  # stays dense
+                continue
             weight = self.view.weights[name]
             matrix = weight.matrix()
             score = self._scores(name, statistics)
             error = LayerError(name, matrix, statistics["hessian"], solved=self._solved, damp=self._damp)
 
             def kept(sparsity: Fraction, name: str = name, score: Tensor = score) -> Tensor:
-                return keep_exactly(name, score, self.plan.scope, budget(sparsity, score.numel()))
+                return self._kept(name, score, sparsity)
 
             errors[name] = {step: error.on_few_rows(kept(step)) for step in _steps(targets[name])}
             if before is not None:
@@ -138,6 +144,15 @@ class Probing:
                         moved = self._total(before.change(weight, pruned)) / batches
                     outputs[name][target] = moved / lost if lost > 0 else 0.0
         return errors, outputs
+
+    def _kept(self, name: str, score: Tensor, sparsity: Fraction) -> Tensor:
+        """Return the method's own mask of a layer alone, bool (out, in), from its scores."""
+        block, scope = self.block, self.plan.scope
+        if block is None:
+            return keep_exactly(name, score, scope, budget(sparsity, score.numel()))
+        blocks = block.reduce(score)
+        width = SELECTION // block.columns
+        return block.expand(keep_exactly(name, blocks, scope, budget(sparsity, blocks.numel()), width))
 
     def _scores(self, name: str, statistics: Mapping[str, Tensor]) -> Tensor:
         """Return the scores of a layer, (out, in): what was pruned before lies below all others."""

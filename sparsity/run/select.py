@@ -3,11 +3,13 @@ competes within a layer.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sparsity.allocation.base import Allocation, Contest, Part, by_groups
@@ -15,8 +17,9 @@ from sparsity.allocation.budget import Sparsity, budget, fraction
 from sparsity.allocation.ratios import limits as bounds_of
 from sparsity.allocation.ratios import rounded, spread, total_of
 from sparsity.errors import UserError
-from sparsity.pattern import NM
+from sparsity.pattern import NM, Block
 from sparsity.selection import (
+    SELECTION,
     Keeper,
     Named,
     Scores,
@@ -30,6 +33,11 @@ from sparsity.selection import (
     thresholds,
     units_of,
 )
+from sparsity.view import PrunableView
+
+if TYPE_CHECKING:
+    from sparsity.run.plan import Plan
+    from sparsity.run.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +61,8 @@ def budgets(whole: Part, sparsities: Sequence[Sparsity], groups: Mapping[str, Sp
     rest = replace(whole, names=[name for name in whole.names if name not in inside])
     given: list[Budget] = []
     for group, share in groups.items():
-        given.append((replace(whole, names=members[group]), [share] * len(sparsities)))
+        names = [name for name in members[group] if name in whole.names]
+        given.append((replace(whole, names=names), [share] * len(sparsities)))
     lost = sum(budget(shares[0], part.numel) for part, shares in given)
     if not rest.names:
         return given
@@ -195,11 +204,11 @@ def count_of(true: Tensor) -> int:
     return int(true.count_nonzero())
 
 
-def quotas(parts: Sequence[Budget], allocation: Allocation, scope: str) -> dict[str, Quota]:
-    """Return name -> quota, for one sparsity of an allocation that is local."""
+def quotas(contests: Shared, scope: str, block: Block | None = None) -> dict[str, Quota]:
+    """Return name -> quota, of weights or of blocks, from the contests of a local allocation for one sparsity."""
     return {
         name: Quota(contest.counts[0], shares[0] if contest.even else None, scope)
-        for _, contest, shares in shared(parts, allocation)
+        for _, contest, shares in in_blocks(contests, block)
         for name in contest.names
     }
 
@@ -208,3 +217,88 @@ def follow(pattern: NM, scores: Named) -> Iterator[tuple[str, Tensor]]:
     """Return N:M masks; layers whose inputs M does not divide stay dense."""
     for name, score in scores:
         yield name, keep_pattern(pattern, name, score)
+
+
+# Blocks of weights that are pruned as one: allocations share out weights, selection compares blocks. Layers that
+# compete lose as many blocks as there are in the weights that they are to lose. Where an allocation says what each
+# layer loses, that is rounded to whole blocks so that the layers of a part lose as many as there are in their sum;
+# where every layer loses the same share, it is that share of its blocks, rounded down.
+
+
+def check_blocks(plan: "Plan", request: "Request") -> None:
+    """Raise UserError where blocks of weights are asked for, and a plan cannot prune them."""
+    block = request.block
+    if block is None:
+        return
+    if plan.whole:
+        raise UserError(f"--pattern {block}: {plan.name} chooses single weights of the whole model: leave it out")
+    if plan.swaps:
+        raise UserError(f"--swaps exchanges single weights, and --pattern {block} prunes blocks: leave one out")
+    if plan.scope == "block" and not plan.joint(request):
+        raise UserError(f"--scope block compares single weights: with --pattern {block} take --scope layer or row")
+    if plan.scope == "block" and SELECTION % block.columns:
+        raise UserError(f"--pattern {block}: its columns must divide the {SELECTION} of --scope block")
+
+
+def chosen_of(view: PrunableView, contests: Shared, scope: str, block: Block | None, number: int = 1) -> Kept:
+    """Return the masks of weights, as `sparsity.run.select.chosen` does, of whole blocks where they are asked for.
+    number: of sparsities.
+    """
+    kept = chosen(in_blocks(contests, block), scope)
+    return kept if block is None else _of_weights(view, kept, block, number)
+
+
+def in_blocks(contests: Shared, block: Block | None) -> Shared:
+    """Return the contests with blocks in place of weights, in their counts and in their scores. Every layer divides
+    into blocks. None: of single weights, they stay as they are.
+    """
+    if block is None:
+        return contests
+    alone: dict[int, list[Contest]] = {}  # of each part, the layers that are told what they lose
+    for part, contest, _ in contests:
+        if len(contest.names) == 1 and not contest.even:
+            alone.setdefault(id(part), []).append(contest)
+    rounded: dict[int, list[int]] = {}
+    for each in alone.values():
+        counts = [_whole_blocks(wanted, block) for wanted in zip(*(contest.counts for contest in each), strict=True)]
+        rounded |= {id(contest): list(own) for contest, own in zip(each, zip(*counts, strict=True), strict=True)}
+    found: Shared = []
+    for part, contest, shares in contests:
+        numel = sum(part.view.weights[name].numel for name in contest.names)
+        counts = rounded.get(id(contest)) or [count // block.numel for count in contest.counts]
+        if contest.even:
+            counts = [budget(share, numel // block.numel) for share in shares]
+        scores = _scores_of_blocks(part.scores, block)
+        found.append((replace(part, scores=scores), Contest(contest.names, counts, contest.even), shares))
+    return found
+
+
+def _of_weights(view: PrunableView, kept: Kept, block: Block, number: int) -> Kept:
+    """Return masks of weights, (name, bool (out, in) for each sparsity), from those of blocks; layers that have none
+    stay dense.
+    """
+    left = dict.fromkeys(view.weights)
+    for name, masks in kept:
+        del left[name]
+        yield name, [block.expand(mask) for mask in masks]
+    for name in left:
+        yield name, [torch.ones_like(view.weights[name].matrix(), dtype=torch.bool)] * number
+
+
+def _scores_of_blocks(
+    scores: Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]], block: Block
+) -> Callable[[Sequence[str]], Named]:
+    def reduced(names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, score in scores(names):
+            check_finite(name, score)
+            yield name, block.reduce(score)
+
+    return reduced
+
+
+def _whole_blocks(counts: Sequence[int], block: Block) -> list[int]:
+    """Return counts of weights as counts of blocks, by largest remainder: of equal remainders the first."""
+    parts = [divmod(count, block.numel) for count in counts]
+    left = sum(counts) // block.numel - sum(whole for whole, _ in parts)
+    first = set(sorted(range(len(parts)), key=lambda i: (-parts[i][1], i))[:left])
+    return [whole + (i in first) for i, (whole, _) in enumerate(parts)]
