@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs.loading import configure
+from configs.loading import configure, sizes_beside
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
@@ -55,6 +55,9 @@ def check(args: argparse.Namespace) -> PrunedModel:
     if args.task:
         models.check_task(args.model, args.task)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
+    told = args.config or args.variant != "auto" or not args.task or not args.weights
+    sizes = None if told else sizes_beside(args.weights)
+    config = dataclasses.replace(config, model_config=sizes) if sizes else config
     config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")

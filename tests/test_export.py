@@ -180,16 +180,23 @@ assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) > 100
     foreign(body, out / "dense", tmp_path / "whole.safetensors", output)
 
 
+PARTS = {"captioning": {"vision", "step"}, "vqa": {"vision", "question", "step"}}
+
+
+@pytest.mark.parametrize("task", PARTS)
 @pytest.mark.parametrize("model", ["xvlm", "blip"])
-def test_the_step_of_a_captioning_decoder(tmp_path: Path, graphs: list, model: str) -> None:
+def test_the_step_of_a_decoder(tmp_path: Path, graphs: list, model: str, task: str) -> None:
+    """The sizes of the model are those that the configuration of the run names."""
     prune.main(
         ["-m", model, "-p", "omp", "-s", "50", "--accelerator", "cpu", "--output_dir", str(tmp_path), "--save_model"]
     )
     (weights,) = tmp_path.glob("omp/*_model.safetensors")
-    arguments = ["-m", model, "--variant", "mini", "--task", "captioning", "--weights", str(weights)]
-    export.main([*arguments, "--formats", "onnx", "-o", str(tmp_path / "out")])
-    written = {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")}
-    assert written == {"vision.onnx", "step.onnx"}
+    (tmp_path / "result").mkdir()
+    weights.rename(tmp_path / "result" / "model.safetensors")
+    (tmp_path / "result" / "config.yaml").write_text(f"config:\n  model_config: configs/{model}/model_mini.yaml\n")
+    arguments = ["-m", model, "--task", task, "--weights", str(tmp_path / "result"), "-o", str(tmp_path / "out")]
+    export.main([*arguments, "--formats", "onnx"])
+    assert {path.stem for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == PARTS[task]
     foreign(RUN_ONNX, tmp_path, *(tmp_path / "out" / "onnx" / f"{name}.onnx" for name in expected(tmp_path, graphs)))
 
 
