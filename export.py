@@ -2,13 +2,14 @@
 
     python export.py -m dino --mask output/omp/dino_omp_90_seed42_pruning_masks.safetensors
     python export.py -m xvlm --weights pruned.safetensors --formats dense,packed
-    python export.py -m blip --task captioning --weights output/blip_captioning/result/model.safetensors
+    python export.py -m blip --task captioning --weights output/blip_captioning/result
     python export.py -m timm:vit_base_patch16_224 --mask MASK --formats onnx,int8 --output_dir output/vit_b
 
 dense: a folder that timm or transformers loads (of models of this project: weights and sizes), with a model card.
 packed: without zeros, as pack.py writes it. onnx: each part (classifier, vision and text towers, step of a decoder) for
 any batch size, compared with the model on bundled and random inputs, and the commands for TensorRT. int8: ONNX with
-weights in int8. Weights may be dense ones with a --mask, pruned, fine-tuned or packed ones, or learned masks (MaskLLM).
+weights in int8. Weights may be dense ones with a --mask, pruned, fine-tuned or packed ones, or learned masks (MaskLLM);
+a file, or a folder. --task: fine-tuned ones of a model of this project, for the images that they were tuned on.
 """
 
 import argparse
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs.loading import configure, load_config
+from configs.loading import configure, sizes_beside
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.launch import launch, run, script
 from engine.options import command_line as options
 from engine.options.external import add_external_options, check_external
 from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable, write_atomic
+from sparsity.files import check_writable
 
 FORMATS = ("dense", "packed", "onnx", "int8")
+TASKS = ("retrieval", "captioning", "vqa", "classification")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -35,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
-    add("--task", choices=("captioning",), help="what the weights were fine-tuned for (default: none, or other tasks)")
+    add("--task", choices=TASKS, help="what the weights were fine-tuned for (default: nothing)")
     add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
     some = f"comma separated (default: {','.join(FORMATS)})"
     add("--formats", type=options.among(FORMATS, "format"), default=list(FORMATS), help=some)
@@ -53,6 +55,9 @@ def check(args: argparse.Namespace) -> PrunedModel:
     if args.task:
         models.check_task(args.model, args.task)
     config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
+    told = args.config or args.variant != "auto" or not args.task or not args.weights
+    sizes = None if told else sizes_beside(args.weights)
+    config = dataclasses.replace(config, model_config=sizes) if sizes else config
     config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
@@ -83,35 +88,29 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from engine.deployment.dense_files import save_folder
+    from engine.deployment.dense_files import write_dense
     from engine.deployment.exporting import bundled_inputs, export_onnx
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.packed_files import write_packed
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.reports.model_card import model_card
     from models.checkpoint import read_weights
+    from models.fine_tuned import load_task
     from models.parts.graphs import graphs_of
     from sparsity.casting import casting
 
     fabric, folder = launch(args, args.output_dir), args.output_dir
-    module = models.find(args.model)
-    subject, side = SUBJECTS[models.kind(args.model)](module, config), 0
+    subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
     if args.task:
-        sizes, task = load_config(config.model_config, module.Config), models.find_task(args.model, args.task)
-        words, side = module.tokenizer(sizes), sizes.vision.image_size
-        marks = {"prompt": [words.cls_id], "end": words.sep_id, "pad": words.pad_id}
-        view = task.prunable_view(task.build(sizes, config.checkpoint, **marks).eval())
+        view, sizes, side = load_task(args.model, args.task, subject.sizes, config.checkpoint)
     else:
-        view = subject.load(fabric)
+        view, sizes, side = subject.load(fabric), subject.sizes, 0
     if args.mask:
         masks_of(args.mask, read_weights).apply(view)
     masks, names = zeros_of(view), [key for weight in view.weights.values() for key in weight.aliases]
     if "dense" in args.formats:
-        save_folder(view.model, folder / "dense", view.halves, files_beside(args.model, subject.sizes))
         command = shlex.join(["python", Path(sys.argv[0]).name, *(arguments or sys.argv[1:])])
         facts = {"model": args.model, "weights": config.weights} | ({"mask": str(args.mask)} if args.mask else {})
-        card = model_card(f"{args.model}, pruned", facts, masks, view, {}, command)
-        write_atomic(folder / "dense" / "README.md", card.encode())
+        write_dense(view, folder / "dense", files_beside(args.model, sizes), masks, facts, command)
         print(f"{folder / 'dense'}: {100 * masks.report(view).overall.sparsity:.2f} % of the prunable weights are zero")
     if "packed" in args.formats:
         state, path = view.model.state_dict(), folder / "model.packed.safetensors"

@@ -115,6 +115,17 @@ def configure(args: Namespace, task: str, schema: type[T], base: str = "_base") 
     return path, dataclasses.replace(load_config(path, schema) if path else schema(), **given)
 
 
+def sizes_beside(weights: str | Path) -> str | None:
+    """Return the file of a model's sizes that the `config.yaml` of a run names, which lies beside its weights; None
+    where there is none. weights: a file, or its folder.
+    """
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    saved = folder / "config.yaml"
+    content = read_yaml(saved).get("config") if saved.is_file() else None
+    named = content.get("model_config") if isinstance(content, dict) else None
+    return located(named) if isinstance(named, str) and named else None
+
+
 def find_variant(folder: Path, task: str, variant: str, weights: str | None, base: str = "_base") -> Path:
     """`<folder>/<task>_mini.yaml`, or <task> + base for "base", which "auto" is where weights are given or its own are
     there.

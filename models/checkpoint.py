@@ -230,6 +230,16 @@ def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequ
     return {"misshapen": misshapen, "missing": missing, "unexpected": unexpected, "different though tied": tied}
 
 
+def image_size_of(path: str | Path, positions: Sequence[str], patch_size: int) -> int | None:
+    """Return the side in pixels of the images that a checkpoint's position table is for; None where it has none.
+
+    positions: names that the table may have.
+    """
+    stored = stored_weights(path)
+    table = next((stored.shape(name) for name in positions if name in stored), (0, 0))
+    return _grid(table[-2]) * patch_size or None
+
+
 def fit_positions(table: Tensor, expected: Tensor) -> Tensor:
     """A position table (1 + grid^2, width), or (1, 1 + grid^2, width), for the grid of another; as it is where it is
     none, or of another width.

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import export
 import prune
 from engine.deployment import onnx_files
 from models.checkpoint import read_weights
+from models.external import model as external
 from sparsity.errors import UserError
+from sparsity.masks import Masks
 from tests import tiny_models
 from tests.processes import PATIENCE
 
@@ -65,20 +68,25 @@ def expected(folder: Path, graphs, batch: int = 3) -> list[str]:
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Return the parts of models that are written as ONNX in the test."""
+    kept, original = [], onnx_files.write_onnx
+
+    def write(graph, path):
+        kept.append(graph)
+        return original(graph, path)
+
+    monkeypatch.setattr("engine.deployment.exporting.write_onnx", write)
+    return kept
+
+
+@pytest.fixture
+def exported(tmp_path: Path, graphs: list):
     """Prune a model, export it, and return the folder; what was exported is run again by onnxruntime elsewhere."""
 
     def run(model: str, *options: str, pruning: tuple[str, ...] = ("-p", "omp", "-s", "90"), onnx: bool = True) -> Path:
         prune.main(["-m", model, *pruning, "--accelerator", "cpu", "--output_dir", str(tmp_path), *options])
         (mask,) = tmp_path.glob("*/*_pruning_masks.safetensors")
-        graphs = []
-        original = onnx_files.write_onnx
-
-        def kept(graph, path):
-            graphs.append(graph)
-            return original(graph, path)
-
-        monkeypatch.setattr("engine.deployment.exporting.write_onnx", kept)
         formats = "dense,packed,onnx" if onnx else "dense,packed"
         export.main(["-m", model, "--mask", str(mask), "--formats", formats, "-o", str(tmp_path / "out"), *options])
         if onnx:
@@ -137,34 +145,59 @@ assert error < 1e-4, error
     foreign(body, out / "dense", tmp_path / "classifier.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["clip", "llava"])
-def test_models_of_transformers_load_there(exported, tmp_path: Path, kind: str) -> None:
+def processor(kind: str):
+    images, words = tiny_models.image_processor(), tiny_models.tokenizer()
+    if kind == "clip":
+        return transformers.CLIPProcessor(images, words)
+    return transformers.LlavaProcessor(images, words, patch_size=8, vision_feature_select_strategy="default")
+
+
+@pytest.mark.parametrize(("kind", "output"), [("clip", "logits_per_image"), ("llava", "logits")])
+def test_models_of_transformers_load_there(exported, tmp_path: Path, kind: str, output: str) -> None:
     torch.manual_seed(0)
-    tiny_models.TRANSFORMERS[kind]().save_pretrained(tmp_path / "source")
-    out = exported(f"hf:{tmp_path / 'source'}", pruning=("-p", "omp", "-s", "90"))
+    source = tiny_models.save(tiny_models.TRANSFORMERS[kind](), tmp_path / "source", processor(kind))
+    out = exported(f"hf:{source}", pruning=("-p", "omp", "-s", "90"))
+    model = external.build(f"hf:{source}")
+    (mask,) = tmp_path.glob("*/*_pruning_masks.safetensors")
+    Masks.load(mask).apply(external.prunable_view(model))
+    batch = {name: value for name, value in tiny_models.batch_for(kind).items() if isinstance(value, torch.Tensor)}
+    batch.pop("labels", None)
+    with torch.no_grad():
+        found = model(**batch)[output]
+    save_file({**batch, "out": found.contiguous()}, tmp_path / "whole.safetensors")
     body = """
 import transformers
 config = transformers.AutoConfig.from_pretrained(sys.argv[1])
 model = getattr(transformers, config.architectures[0]).from_pretrained(sys.argv[1]).eval()
-packed = load_file(sys.argv[2])
-for name, value in model.state_dict().items():
-    if name in packed and packed[name].ndim > 1:
-        assert torch.equal(value, packed[name]), name
-zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2)
-assert zeros > 10000
+assert transformers.AutoProcessor.from_pretrained(sys.argv[1]).tokenizer("a red cat")["input_ids"]
+given = load_file(sys.argv[2])
+expected = given.pop("out")
+with torch.no_grad():
+    error = (model(**given)[sys.argv[3]] - expected).abs().max()
+assert error < 1e-4, error
+assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) > 10000
 """
-    foreign(body, out / "dense", out / "dense" / "model.safetensors")
+    foreign(body, out / "dense", tmp_path / "whole.safetensors", output)
 
 
+PARTS = {"captioning": {"vision", "step"}, "vqa": {"vision", "question", "step"}}
+
+
+@pytest.mark.parametrize("task", PARTS)
 @pytest.mark.parametrize("model", ["xvlm", "blip"])
-def test_the_step_of_a_captioning_decoder(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_of_a_decoder(tmp_path: Path, graphs: list, model: str, task: str) -> None:
+    """The sizes of the model are those that the configuration of the run names."""
     prune.main(
         ["-m", model, "-p", "omp", "-s", "50", "--accelerator", "cpu", "--output_dir", str(tmp_path), "--save_model"]
     )
     (weights,) = tmp_path.glob("omp/*_model.safetensors")
-    arguments = ["-m", model, "--variant", "mini", "--task", "captioning", "--weights", str(weights)]
-    export.main([*arguments, "--formats", "onnx", "-o", str(tmp_path / "out")])
-    assert {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == {"vision.onnx", "step.onnx"}
+    (tmp_path / "result").mkdir()
+    weights.rename(tmp_path / "result" / "model.safetensors")
+    (tmp_path / "result" / "config.yaml").write_text(f"config:\n  model_config: configs/{model}/model_mini.yaml\n")
+    arguments = ["-m", model, "--task", task, "--weights", str(tmp_path / "result"), "-o", str(tmp_path / "out")]
+    export.main([*arguments, "--formats", "onnx"])
+    assert {path.stem for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == PARTS[task]
+    foreign(RUN_ONNX, tmp_path, *(tmp_path / "out" / "onnx" / f"{name}.onnx" for name in expected(tmp_path, graphs)))
 
 
 def test_learned_masks_become_zeros(tmp_path: Path) -> None:

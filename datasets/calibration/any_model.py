@@ -1,6 +1,5 @@
 """Calibration batches of any model: from a folder of images, or from a function of the user's."""
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -10,7 +9,7 @@ from typing import Any
 
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.held_out import places
-from datasets.calibration.own_data import OwnData
+from datasets.calibration.own_data import Numbered, OwnData
 from datasets.labelled.image_folder import Gather, ImageFolder
 from datasets.labelled.sound_folder import SoundFolder
 from datasets.place import ALONE, Place
@@ -51,7 +50,7 @@ class FolderBatches(OwnData):
         self.unlabelled = gather.unlabelled
 
 
-class LoaderBatches:
+class LoaderBatches(Numbered):
     """At most `num_batches` batches an epoch of what a function of the user's returns; batch b goes to rank
     b % world_size. The same attributes as `Lockstep`.
 
@@ -81,22 +80,6 @@ class LoaderBatches:
             log.info("%s has %d batches, fewer than the %d asked for", name, self.batches, num_batches)
         self.told = f"{name}: {self.batches} of the {length} batches that the function returns in an epoch"
 
-    def at(self, epoch: int) -> "LoaderBatches":
-        later = copy.copy(self)
-        later.epoch = epoch
-        return later
-
-    @property
-    def rounds(self) -> list[int]:
-        return [int(self.place.has(number)) for number in self._numbers()]
-
-    @property
-    def numbers(self) -> list[int]:
-        return [number for number, own in zip(self._numbers(), self.rounds, strict=True) if own]
-
-    def __len__(self) -> int:
-        return sum(self.rounds)
-
     def __iter__(self) -> Iterator[Any]:
         found, places = 0, {place: own for place, own in zip(self.chosen, self.rounds, strict=True)}
         for batch in islice(self._made(), self.chosen[-1] + 1):
@@ -111,9 +94,6 @@ class LoaderBatches:
         """Return the batches of epoch 0 without a tenth of them, and that tenth, of which at most `most` are read."""
         rest, held = places(self.batches, seed, "batch")
         return SomeBatches(self.at(0), rest.tolist()), SomeBatches(self.at(0), held[:most].tolist())
-
-    def _numbers(self) -> range:
-        return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
 
     def _made(self) -> Iterable[Any]:
         known = {"seed": self.seed, "epoch": self.epoch}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -57,7 +57,37 @@ class Items(Protocol):
     def __getitem__(self, n: int) -> Any: ...
 
 
-class OwnData:
+class Numbered:
+    """Batches that are counted from the first epoch on, `batches` an epoch; batch b goes to rank b % world_size."""
+
+    place: Place
+    epoch: int
+    batches: int
+
+    def at(self, epoch: int) -> Self:
+        """Return the same data with the batches that follow those of the epochs before; this one is epoch 0."""
+        later = copy.copy(self)
+        later.epoch = epoch
+        return later
+
+    @property
+    def rounds(self) -> list[int]:
+        """How many batches of each round, of one batch, this rank reads."""
+        return [int(self.place.has(number)) for number in self._numbers()]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of this rank's batches."""
+        return [number for number in self._numbers() if self.place.has(number)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def _numbers(self) -> range:
+        return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
+
+
+class OwnData(Numbered):
     """At most `num_batches` batches an epoch, in the same order for the same seed; batch b goes to rank
     b % world_size. The same attributes as `datasets.calibration.data_kinds.Lockstep`.
 
@@ -128,23 +158,6 @@ class OwnData:
         part.batches = min(num_batches, part.in_a_pass)
         return part
 
-    def at(self, epoch: int) -> OwnData:
-        """Return the same data with the batches that follow those of the epochs before; this one is epoch 0."""
-        later = copy.copy(self)
-        later.epoch = epoch
-        return later
-
-    @property
-    def rounds(self) -> list[int]:
-        return [int(self.place.has(number)) for number in self._numbers()]
-
-    @property
-    def numbers(self) -> list[int]:
-        return [number for number in self._numbers() if self.place.has(number)]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def __iter__(self) -> Iterator[Any]:
         wanted = [self.items_of(number) for number in self.numbers[self.passed :]]
         self.skipped.count = 0  # in each pass the same items
@@ -158,9 +171,6 @@ class OwnData:
         turn, place = divmod(number, self.in_a_pass)
         order, size = _order(self.seed, turn, len(self.chosen)), self.config.batch_size
         return [turn * len(self.data) + self.chosen[i] for i in order[place * size : (place + 1) * size]]
-
-    def _numbers(self) -> range:
-        return range(self.epoch * self.batches, (self.epoch + 1) * self.batches)
 
 
 @lru_cache(maxsize=2)

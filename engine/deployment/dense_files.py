@@ -11,9 +11,28 @@ import torch
 from torch import nn
 
 from engine.export import save_model, save_weights
+from engine.reports.model_card import model_card
 from sparsity.files import write_atomic
+from sparsity.masks import Masks
+from sparsity.view import PrunableView
 
 FILE = "model.safetensors"
+
+
+def write_dense(
+    view: PrunableView,
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    masks: Masks,
+    facts: Mapping[str, str],
+    command: str,
+) -> None:
+    """Write a pruned model as `save_folder` does, with a model card. facts: lines of it, "model" among them. command:
+    what made this.
+    """
+    save_folder(view.model, folder, view.halves, files)
+    card = model_card(f"{facts['model']}, pruned", facts, masks, view, {}, command)
+    write_atomic(folder / "README.md", card.encode())
 
 
 def save_folder(

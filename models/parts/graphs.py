@@ -1,5 +1,5 @@
 """The parts of a model that are exported one by one, as modules from tensors to tensors: a classifier, the towers of a
-vision-language model, the step of a captioning decoder.
+vision-language model, the step of a decoder that writes captions or answers.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.parts.captioning import Captioner
 from models.parts.similarity import head
+from models.parts.vqa import Answering
 from sparsity.errors import UserError
 from sparsity.view import bare
 
@@ -161,6 +162,8 @@ def graphs_of(model: nn.Module, side: int = 0) -> list[Graph]:
     model = bare(model)
     if isinstance(model, Captioner):
         return _captioning(model, side)
+    if isinstance(model, Answering):
+        return _answering(model)
     kind, config = type(model), getattr(model, "config", None)
     own = {name for each in kind.__mro__ for name in vars(each)}
     if {"encode_image", "encode_text"} <= own and not kind.__module__.startswith("transformers."):
@@ -203,7 +206,7 @@ def _towers(model: Any) -> list[Graph]:
 
 
 class _Tokens(nn.Module):
-    def __init__(self, model: Captioner):
+    def __init__(self, model: Captioner | Answering):
         super().__init__()
         self.model = model
 
@@ -220,6 +223,44 @@ def _captioning(model: Any, side: int) -> list[Graph]:
     return [
         Graph("vision", _Tokens(model), images, ("tokens",)),
         Graph("step", _Step(model), step, ("logits",), lengths=("ids",), highest={"ids": words}),
+    ]
+
+
+class _Ask(nn.Module):
+    """States (B, T, D) of questions, from image tokens (B, L, V), ids and padding mask (B, T)."""
+
+    def __init__(self, model: Answering):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, ids: Tensor, atts: Tensor) -> Tensor:
+        return self.model.ask(tokens, ids, atts)
+
+
+class _Answer(nn.Module):
+    """Logits (B, vocab) of the token that follows the ids (B, A) of an answer, from the states of its question."""
+
+    def __init__(self, model: Answering):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, states: Tensor, atts: Tensor) -> Tensor:
+        decoder = self.model.text_decoder
+        hidden = decoder.bert(self.model.begun(ids), torch.ones_like(ids), states, atts)
+        return head(decoder.cls, hidden[:, -1])
+
+
+@torch.no_grad()
+def _answering(model: Any) -> list[Graph]:
+    config = model.eval().config
+    words, images = config.text.vocab_size, _images(config.vision.image_size)
+    tokens, question = model.encode_image(images[IMAGE]), _texts(config.max_tokens, words)
+    states = model.ask(tokens, question["ids"], question["atts"])
+    answer = {"ids": _texts(5, words)["ids"], "states": states, "atts": question["atts"]}
+    return [
+        Graph("vision", _Tokens(model), images, ("tokens",)),
+        Graph("question", _Ask(model), {"tokens": tokens, **question}, ("states",), highest={"ids": words}),
+        Graph("step", _Answer(model), answer, ("logits",), lengths=("ids",), highest={"ids": words}),
     ]
 
 

@@ -1,6 +1,7 @@
 """Repositories of a hub whose weights are sharded, from a small hub of the tests' own."""
 
 import hashlib
+import json
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answer GET and HEAD of /owner/name/resolve/revision/file with the files of a folder."""
+    """Answer GET and HEAD of /owner/name/resolve/revision/file with the files of a folder, and say which there are."""
 
     def __init__(self, folder: Path, asked: list[str], *args):
         self.folder, self.asked = folder, asked
@@ -38,6 +39,16 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(path.read_bytes())
 
     def _answer(self) -> Path | None:
+        if self.path.startswith("/api/models/me/tiny/"):
+            files = sorted(self.folder.iterdir())
+            there = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": COMMIT} for f in files]
+            told = {"id": "me/tiny", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]}
+            content = json.dumps(there if "/tree/" in self.path else told).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            return None
         repository, found, rest = self.path.partition("/resolve/")
         file = rest.partition("/")[2]  # of any revision
         path = self.folder / file if found else None
