@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -190,11 +190,7 @@ class OwnDataConfig(TaskConfig):
         return replace(config, **config._unset()) if config.data else config
 
     def _unset(self) -> dict[str, Any]:
-        return {
-            f.name: f.default if f.default is not MISSING else f.default_factory()
-            for f in fields(self)
-            if f.name in self.PUBLIC
-        }
+        return {option.name: _default(option) for option in fields(self) if option.name in self.PUBLIC}
 
     def check_own(self) -> None:
         """Raises FileNotFoundError or UserError where the user's data is not there."""
@@ -209,3 +205,10 @@ def check_path(option: str, path: str) -> None:
         shard_paths(path)
     elif not Path(path).exists():
         raise MissingFileError(f"{option} {path}: there is no such file or folder; {OWN_DATA}")
+
+
+def _default(option: Field[Any]) -> Any:
+    """Return what an option of a dataclass is where nothing is given."""
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return option.default
