@@ -194,11 +194,8 @@ class OwnDataConfig(TaskConfig):
         return replace(config, **config._unset(), **named)
 
     def _unset(self) -> dict[str, Any]:
-        return {
-            f.name: f.default if f.default is not MISSING else f.default_factory()
-            for f in fields(self)
-            if f.name in self.PUBLIC
-        }
+        """Return the defaults of the keys in PUBLIC: lists are empty, all else is None."""
+        return {f.name: None if f.default_factory is MISSING else [] for f in fields(self) if f.name in self.PUBLIC}
 
     def check_own(self) -> None:
         """Raises FileNotFoundError or UserError where the user's data is not there."""
