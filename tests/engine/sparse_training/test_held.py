@@ -286,3 +286,28 @@ def test_few_numbers_are_trained_at_the_shapes_of_vit_b():
     trained = sum(parameter.numel() for _, parameter in adapters.named_parameters())
     assert trained == adapters.numel == 12 * 16 * (8 * 768 + 2 * (768 + 3072)) + 1000 * 769
     assert trained <= 0.05 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_step_that_the_loss_scale_skips_moves_nothing(adapters):
+    """The gradients overflow in the first step: the optimizer, and what follows its steps, is not called."""
+    own = view()
+    masks = random_masks(own)
+    dense = {name: weight.parameter.detach().clone() for name, weight in own.weights.items()}
+    if adapters:
+        _, hold = adapted(own, masks, kind="sgd")
+    else:
+        optimizer = optimizers(own.model.parameters(), "sgd")
+        hold = Shadowed(own, optimizer, masks, gradual(own, masks, regrow=True), dense=dense)
+    scaler = torch.amp.GradScaler("cpu")
+    before = {name: tensor.clone() for name, tensor in own.model.state_dict().items()}
+    for factor, moves in ((1e36, False), (1.0, True)):
+        scaler.scale(factor * loss_of(own.model, 0)).backward()
+        hold.before_step()
+        scaler.step(hold.optimizer)
+        scaler.update()
+        hold.after_step()
+        hold.optimizer.zero_grad()
+        after = own.model.state_dict()
+        assert all(bool((after[name][~mask] == 0).all()) for name, mask in masks.items())
+        assert any(not torch.equal(after[name], tensor) for name, tensor in before.items()) == moves

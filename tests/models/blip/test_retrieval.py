@@ -38,6 +38,14 @@ def test_keys_and_shapes_are_the_published_ones():
     assert {name: list(tensor.shape) for name, tensor in full.state_dict().items()} == KEYS
 
 
+def test_outputs_are_those_of_the_pretrained_model(model, batch):
+    pretrained = blip.prunable_view(blip.build(BLIP_CONFIG, FILE).eval()).outputs(batch)
+    own = blip_retrieval.prunable_view(model).outputs(batch)
+    assert set(own) == set(pretrained) - {"words"}
+    for name, output in own.items():
+        torch.testing.assert_close(output.tensor, pretrained[name].tensor)
+
+
 def test_the_pretrained_weights_and_copies_are_taken_over(model):
     published = load_file(FILE)
     for name, tensor in model.state_dict().items():

@@ -64,6 +64,14 @@ def batch(name):
     return {"image": inputs["image"], "text_ids": ids, "text_atts": inputs["attention_mask"]}
 
 
+def test_it_is_taught_in_the_pass_of_its_loss(name, model, batch):
+    view = TASKS[name].prunable_view(model)
+    losses, own = model.taught(batch, 0.0, view.outputs)
+    assert losses["loss"].item() == pytest.approx(model(batch)["loss"].item(), rel=1e-5)
+    assert own["words"].real.sum() == batch["text_atts"].sum() - len(PROMPT) * len(batch["image"])
+    torch.testing.assert_close(own["words"].tensor, view.outputs(batch)["words"].tensor)
+
+
 # Known answers
 
 

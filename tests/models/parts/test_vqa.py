@@ -99,6 +99,15 @@ def batch():
     }
 
 
+def test_it_is_taught_in_the_pass_of_its_loss(name, model, batch):
+    view = TASKS[name].prunable_view(model)
+    losses, own = model.taught(batch, 0.0, view.outputs)
+    assert losses["loss"].item() == pytest.approx(model(batch)["loss"].item(), rel=1e-6)
+    found, expected = own["answers"], view.outputs(batch)["answers"]
+    torch.testing.assert_close(found.tensor, expected.tensor)
+    assert found.real.sum(1).tolist() == [1 + 2, 4, 2 + 3 + 1], "the tokens of each question's answers after the first"
+
+
 def test_keys_and_shapes_are_the_published_ones(name):
     file, kind, side = FULL[name]
     config = models.find(name).Config()

@@ -35,6 +35,16 @@ def batch():
     return {name: inputs[name] for name in ("image", "text_ids", "text_atts")} | {"sample_ids": inputs["idx"]}
 
 
+def test_outputs_are_those_of_the_pretrained_model(batch):
+    small = batch | {"image": batch["image"][:, :, :48, :48]}
+    both = (module.build(CONFIG, SMALL / "state_dict.safetensors").eval() for module in (xvlm_retrieval, xvlm))
+    views = xvlm_retrieval.prunable_view(next(both)), xvlm.prunable_view(next(both))
+    own, pretrained = (view.outputs(small) for view in views)
+    assert set(own) == set(pretrained)
+    for name, output in own.items():
+        torch.testing.assert_close(output.tensor, pretrained[name].tensor)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_known_answers(model, batch, named):
     """From the pretrained checkpoint, its positions interpolated, pruned at 75 %."""
