@@ -15,6 +15,7 @@ from sparsity.files import weights_files
 OPTIMIZERS = ("adamW", "sgd")
 SCHEDULES = ("linear", "cosine")
 DEBUG_STEPS = 4  # of an epoch
+OWN_FILES = ("captions.json", "captions.jsonl", "questions.json", "questions.jsonl")  # in a folder of the user's
 OWN_DATA = "docs/data.md shows what it may be"
 DEBUG_IMAGES = 32  # that are evaluated
 
@@ -187,7 +188,10 @@ class OwnDataConfig(TaskConfig):
     def overridden(self, options: Mapping[str, Any]) -> Self:
         """Return it without what the user's data takes the place of, too."""
         config = super().overridden(options)
-        return replace(config, **config._unset()) if config.data else config
+        if not config.data:
+            return config
+        named = {"data": _listed(config.data), "val_data": config.val_data and _listed(config.val_data)}
+        return replace(config, **config._unset(), **named)
 
     def _unset(self) -> dict[str, Any]:
         return {
@@ -201,6 +205,14 @@ class OwnDataConfig(TaskConfig):
         for option, path in (("--data", self.data), ("--val_data", self.val_data)):
             if path:
                 check_path(option, path)
+
+
+def _listed(path: str) -> str:
+    """Return the file in a folder that lists what is in it, so that its content decides which run is the same; else the
+    path as it is.
+    """
+    files = (Path(path, name) for name in OWN_FILES)
+    return next((str(file) for file in files if file.is_file()), path)
 
 
 def check_path(option: str, path: str) -> None:

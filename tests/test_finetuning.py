@@ -438,7 +438,7 @@ def write(folder, name, **change):
         (["--dense", "--output_dir", "README.md"], "--output_dir README.md: "),
         (["--dense", "--snapshot", "README.md/last.pt"], "--snapshot README.md: "),
         (["--dense", "--precision", "16"], "--precision: invalid choice: '16'"),
-        (["--dense", "--weights", "w"], "unrecognized argument --weights"),
+        (["--dense", "--weights", "w"], "w: weights file not found"),
         (["--dense", "--seed", "-1"], "--seed: expected an integer from 0 to 2^32 - 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

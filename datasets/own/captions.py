@@ -39,6 +39,12 @@ class CaptionedImages:
     records: Sequence[Captioned]
     images: Source
 
+    @property
+    def names(self) -> list[str]:
+        """What the images are called in results."""
+        images = [record.image for record in self.records]
+        return list(map(ShardImages.name, images)) if isinstance(self.images, ShardImages) else images
+
 
 def captioned_rows(path: str, decoding: Decoding = DEFAULT) -> tuple[Iterator[Captioned | Fault], Source]:
     """Return the records of a file, a folder or shards as they are read, and where their images are.

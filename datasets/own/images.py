@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from datasets.images import decode_image
 from datasets.own.records import Fault
 from datasets.pairs.tars import IMAGES, caption_of, check_shard
 from sparsity.errors import UserError
+
+
+_PLACE = re.compile(r"(.+)#(\d+)\+(\d+) (.+)", re.DOTALL)
 
 
 class Source(Protocol):
@@ -39,11 +43,15 @@ class ShardImages:
     def __init__(self, decoding: Decoding):
         self.decoding = decoding
 
+    @staticmethod
+    def name(image: str) -> str:
+        """Return `SHARD/KEY.jpg`."""
+        shard, _, _, key = _place(image)
+        return f"{shard}/{key}"
+
     def load(self, image: str) -> Image.Image | Skipped:
         """Return the image as RGB, or why it cannot be read."""
-        place, _, key = image.partition(" ")
-        shard, _, numbers = place.rpartition("#")
-        offset, size = map(int, numbers.split("+"))
+        shard, offset, size, key = _place(image)
         try:
             with open(shard, "rb") as file:
                 file.seek(offset)
@@ -51,6 +59,13 @@ class ShardImages:
         except OSError as error:
             return Skipped(f"{shard}/{key}", str(error))
         return decode_image(io.BytesIO(content), f"{shard}/{key}", self.decoding)
+
+
+def _place(image: str) -> tuple[str, int, int, str]:
+    """Return shard, first byte, bytes and key of a packed image."""
+    found = _PLACE.fullmatch(image)
+    assert found, f"{image} was made by `packed`"
+    return found[1], int(found[2]), int(found[3]), found[4]
 
 
 def packed(shard: Path) -> Iterator[Packed | Fault]:

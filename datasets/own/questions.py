@@ -49,7 +49,8 @@ def question_rows(path: str, decoding: Decoding = DEFAULT) -> tuple[Iterator[Que
     """Return the records of a file as they are read, and where their images are: paths are relative to its folder."""
     where = Path(path)
     if where.is_dir():
-        where = where / "questions.json"
+        listed = (where / name for name in ("questions.json", "questions.jsonl"))
+        where = next((file for file in listed if file.is_file()), where / "questions.json")
     return parsed(rows(where, EXPECTED), _question, EXPECTED), ImageRoot(where.parent, decoding)
 
 

@@ -67,7 +67,8 @@ class OwnImages(Dataset):
     ):
         records = data.records[:limit]
         self.images, self.transform = data.images, transform
-        self.ids: Sequence[int | str] = [record.image for record in records]
+        self.ids: Sequence[int | str] = data.names[:limit]
+        self.places = [record.image for record in records]
         self.references = [record.captions for record in records]
         self.texts = [caption for captions in self.references for caption in captions]
         self.txt2img = [i for i, captions in enumerate(self.references) for _ in captions]
@@ -79,7 +80,7 @@ class OwnImages(Dataset):
         return len(self.ids)
 
     def __getitem__(self, i: int) -> dict[str, Any] | Skipped:
-        image = self.images.load(str(self.ids[i]))
+        image = self.images.load(self.places[i])
         if isinstance(image, Skipped):
             return image
         return {"image": self.transform(image), "index": torch.tensor(i)}

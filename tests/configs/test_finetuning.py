@@ -142,3 +142,11 @@ def test_nlvr2_is_refused_by_name():
     refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/itr/coco_train.json")
     with pytest.raises(UserError, match="nlvr2_train.json: NLVR2, a sentence that is true or false of two images"):
         refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/nlvr2_train.json")
+
+
+def test_a_folder_of_the_users_is_the_file_that_lists_it(tmp_path):
+    """Its content is compared when a run goes on."""
+    options = {"devices": 1, "num_nodes": 1}
+    assert config(data=str(tmp_path)).overridden(options).data == str(tmp_path)
+    (tmp_path / "captions.json").touch()
+    assert config(data=str(tmp_path)).overridden(options).data == str(tmp_path / "captions.json")
