@@ -20,7 +20,6 @@ from datasets.own.records import Fault
 from datasets.pairs.tars import IMAGES, caption_of, check_shard
 from sparsity.errors import UserError
 
-
 _PLACE = re.compile(r"(.+)#(\d+)\+(\d+) (.+)", re.DOTALL)
 
 
