@@ -15,6 +15,7 @@ from configs.finetuning import CaptioningPretrainConfig
 from engine.launch import launch, run, script
 from engine.options.command_line import Parser, add_finetuning_options
 from engine.options.finetuning import prepare
+from engine.options.recipe_values import add_recipe_options
 
 TASK = "captioning_pretrain"
 
@@ -22,6 +23,7 @@ TASK = "captioning_pretrain"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, TASK, models.of_task(TASK), measures=False)
+    add_recipe_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,24 +1,34 @@
-"""Fine-tune a pruned or dense DINO for image classification, and measure its accuracy.
+"""Fine-tune a pruned or dense classifier of images, and measure its accuracy: DINO, or any of timm and transformers.
 
     python image_classification.py --mask pruned_weights/multiflow/dino_multiflow_63_seed42_pruning_masks.safetensors
     python image_classification.py --dense --output_dir output/classification_dense
     python image_classification.py --mask MASK --variant base --dataset flowers102 --epochs 100 --lr 1e-4
     python image_classification.py --dense -pre facebook/dino-vitb16 --dataset cifar100 --batch_size 256 --devices 2
+    python image_classification.py --model timm:vit_base_patch16_224.augreg_in21k --dense --dataset FOLDER --mixup 0.8
+    python image_classification.py --model hf:google/vit-base-patch16-224 --mask MASK --dataset FOLDER --epochs 10
 
-CIFAR-10 and CIFAR-100 are downloaded; Flowers102 and ImageNet lie in data/flowers102 and data/imagenet. Weights, mask,
-metrics and a model card are written to <output_dir>/result/. A run that was stopped goes on from its snapshot when the
-same command is given again.
+FOLDER has train/ and val/ with a folder of images for each class, or these folders themselves. The head is a new one
+unless its classes are those of the folder, by name. CIFAR-10 and CIFAR-100 are downloaded; Flowers102 and ImageNet lie
+in data/flowers102 and data/imagenet. Weights, mask, metrics and a model card are written to <output_dir>/result/, as
+timm or transformers load them. A run that was stopped goes on from its snapshot when the same command is given again.
 """
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import models
 from configs.finetuning import CLASSIFICATION, ClassificationConfig
-from configs.task import SCHEDULES
+from configs.foreign import ForeignClassificationConfig
 from engine.launch import launch, run, script
-from engine.options.command_line import Parser, add_finetuning_options, count, positive_float, positive_int, share
-from engine.options.finetuning import prepare
+from engine.options.command_line import Parser, add_finetuning_options
+from engine.options.finetuning import is_foreign, prepare
+from engine.options.recipe_values import add_classification_options, add_recipe_options, check_classification
+
+if TYPE_CHECKING:
+    from engine.training.finetuning import Finetuning
 
 SCRIPT, TASK = "image_classification", "classification"
 
@@ -26,39 +36,75 @@ SCRIPT, TASK = "image_classification", "classification"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_finetuning_options(parser, SCRIPT, models.of_task(TASK))
-    add = parser.add_argument_group("data and training; default: the configuration's").add_argument
-    add("--dataset", choices=CLASSIFICATION, help="what is learned; default of the bundled model: bundled")
-    add("--image_size", type=positive_int, help="side of the images in pixels; default: the configuration's")
-    batch = "images in a step, of all devices together; default: the configuration's"
-    add("--batch_size", type=positive_int, help=batch)
-    add("--epochs", type=count, help="default: the configuration's")
-    add("--lr", type=positive_float, help="peak learning rate; default: the configuration's")
-    add("--warmup_frac", type=share, help="share of all steps in which the rate rises; default: the configuration's")
-    add("--sched_type", choices=SCHEDULES, help="how the rate falls after that; default: the configuration's")
+    add_recipe_options(parser)
+    add_classification_options(parser, CLASSIFICATION)
     return parser.parse_args(arguments)
+
+
+def own(args: argparse.Namespace, config: ClassificationConfig, task: ModuleType) -> "tuple[Finetuning, dict]":
+    """Return a model of this project in training, and what it is tested on."""
+    from configs.loading import load_config
+    from datasets.tasks.image_classification import evaluation_sets, training_set
+    from engine.training.finetuning import Finetuning, save_task_weights
+    from models.external.labels import classes_beside, save_classes
+
+    sizes = config.sizes(load_config(config.model_config, models.find(args.model).Config))
+    train = training_set(config, sizes.image_size, args.seed)
+    sets = evaluation_sets(config, sizes.image_size, args.debug)
+    names = train.class_names
+    sizes = replace(sizes, classes=len(names))
+    fabric = launch(args, args.output_dir)
+    beside = classes_beside(Path(config.weights)) if config.own else None
+    same = beside is not None and beside.order(names) == list(range(len(names)))
+    model = task.build(sizes, config.checkpoint, label_smoothing=config.label_smoothing, keep=same or not config.own)
+
+    def save(model: task.DINOClassification, folder: Path) -> None:
+        save_task_weights(model, folder)
+        if config.own:
+            save_classes(names, folder)
+
+    return Finetuning(args, config, fabric, task, model, sizes, train, save=save), sets
+
+
+def foreign(
+    args: argparse.Namespace, config: ForeignClassificationConfig, task: ModuleType
+) -> "tuple[Finetuning, dict]":
+    """Return a model of timm or transformers in training, and what it is tested on."""
+    from datasets.labelled.data_path import Plain
+    from datasets.labelled.timm_images import augmented
+    from datasets.tasks.image_classification import class_names, evaluation_sets, training_set
+    from engine.training.finetuning import Finetuning
+    from engine.training.timm_training import Labelled
+
+    names, augmentation = class_names(config), config.augmentation
+    fabric = launch(args, args.output_dir, unused_parameters=True)
+    mixing = {"smoothing": config.label_smoothing, "seed": args.seed}
+    labelled = Labelled(argparse.Namespace(**asdict(augmentation), **mixing), len(names))
+    drop_path = augmentation.drop_path
+    model = task.build(args.model, config, names, loss=labelled.loss, seed=args.seed, drop_path=drop_path)
+    images = model.preparation
+    train = training_set(config, images.side, args.seed, augmented(images.settings, augmentation))
+    sets = evaluation_sets(config, images.side, args.debug, Plain(images.evaluate))
+    how = {"read": labelled.read, "save": task.save}
+    return Finetuning(args, config, fabric, task, model, model.sizes(), train, **how), sets
 
 
 @script
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     models.check_task(args.model, TASK)
-    config = prepare(args, SCRIPT, ClassificationConfig, arguments)
+    check_classification(args, is_foreign(args.model))
+    schema = ForeignClassificationConfig if is_foreign(args.model) else ClassificationConfig
+    config = prepare(args, SCRIPT, schema, arguments)
 
-    from configs.loading import load_config
-    from datasets.tasks.image_classification import evaluation_sets, training_set
     from engine.evaluation.classification import Accuracy
-    from engine.training.finetuning import Finetuning
 
-    module, task = models.find(args.model), models.find_task(args.model, TASK)
-    sizes = config.sizes(load_config(config.model_config, module.Config))
-    train = training_set(config, sizes.image_size, args.seed)
-    sets = evaluation_sets(config, sizes.image_size, args.debug)
-    sizes = replace(sizes, classes=len(train.class_names))
-    fabric = launch(args, args.output_dir)
-    model = task.build(sizes, config.checkpoint, label_smoothing=config.label_smoothing)
-    tuning = Finetuning(args, config, fabric, task, model, sizes, train)
+    task = models.find_task(args.model, TASK)
+    tuning, sets = (foreign if is_foreign(args.model) else own)(args, config, task)
     reading = {"workers": config.workers, "max_skipped": config.max_skipped}
-    tests = {name: Accuracy(model, data, fabric, args.output_dir, **reading) for name, data in sets.items()}
+    tests = {
+        name: Accuracy(tuning.model, data, tuning.fabric, args.output_dir, **reading) for name, data in sets.items()
+    }
     validate = tests.pop("val", None)
     if tuning.fit(validate=validate, select="top1" if validate else None):
         tuning.finish(tests)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from configs.locations import located
 from configs.pruning import BUNDLED_SPLITS, Evaluation
 from configs.sources import HOW_TO_GET, Files, LabelledImages, at_least, is_hosted
-from configs.task import DEBUG_IMAGES, TaskConfig
+from configs.task import DEBUG_IMAGES, OwnDataConfig, TaskConfig
 from sparsity.errors import MissingFileError, UserError
 
 
@@ -41,8 +41,12 @@ class CaptionedScenes(BundledSplits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedConfig(TaskConfig):
-    """A task on images with captions: files in the COCO layout (Karpathy's split), or the bundled scenes."""
+class CaptionedConfig(OwnDataConfig):
+    """A task on images with captions: the user's, files in the COCO layout (Karpathy's split), or the bundled
+    scenes.
+    """
+
+    PUBLIC = ("train_file", "val_file", "test_file", "image_root", "bundled", "val_gt_file", "test_gt_file")
 
     train_file: list[str] = field(default_factory=list)
     val_file: str | None = None
@@ -56,11 +60,12 @@ class CaptionedConfig(TaskConfig):
             raise UserError("set bundled, or train_file, val_file, test_file and image_root, not both")
 
     def check_data(self, where: str) -> None:
-        if self.bundled:
+        self.check_own()
+        if self.data or self.bundled:
             return
         for name in ("train_file", "val_file", "test_file", "image_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         for annotations in (*self.train_file, self.val_file, self.test_file):
             self.files(annotations).check()
 
@@ -87,9 +92,13 @@ class RetrievalConfig(CaptionedConfig):
         at_least(self, 0, "k_test")
 
     def evaluations(self, debug: bool = False) -> dict[str, Evaluation]:
-        """By name: "val", by which the best weights are chosen, then what they are tested on."""
+        """By name: "val", by which the best weights are chosen, then what they are tested on. The user's data is
+        handed on beside them.
+        """
         limit = DEBUG_IMAGES if debug else None
         options = {"k_test": self.k_test, "half_tokens": self.half_tokens, "limit": limit}
+        if self.data:
+            return {"val": Evaluation(**options)} if self.val_data or self.val_fraction else {}
         if not self.bundled:
             files = {"val": self.val_file, "test": self.test_file}
             return {name: Evaluation(files=self.files(file), **options) for name, file in files.items()}
@@ -110,13 +119,16 @@ class BundledVQA(BundledSplits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQAConfig(TaskConfig):
-    """Visual question answering, on files in the layouts of VQA2 and Visual Genome or on the bundled scenes.
+class VQAConfig(OwnDataConfig):
+    """Visual question answering, on the user's questions, on files in the layouts of VQA2 and Visual Genome or on the
+    bundled scenes.
 
     val_file: whose questions, with known answers, are answered after each epoch, to choose the best weights; the last
     ones are the result without one. answer_list: the answers that there are to choose from, but for the bundled scenes.
     k_test: those that are scored for each question. batch_size_test: images whose questions are answered together.
     """
+
+    PUBLIC = ("train_file", "val_file", "test_file", "answer_list", "vqa_root", "vg_root", "bundled")
 
     train_file: list[str] = field(default_factory=list)
     val_file: list[str] = field(default_factory=list)
@@ -135,11 +147,12 @@ class VQAConfig(TaskConfig):
             raise UserError("set bundled, or train_file, val_file, test_file and answer_list, not both")
 
     def check_data(self, where: str) -> None:
-        if self.bundled:
+        self.check_own()
+        if self.data or self.bundled:
             return
         for name in ("train_file", "test_file", "answer_list", "vqa_root"):
             if not getattr(self, name):
-                raise UserError(f"{where}: no data: set {name}, or bundled")
+                raise UserError(f"{where}: no data: set {name}, or bundled, or give --data")
         assert self.answer_list and self.vqa_root
         for annotations in (*self.train_file, *self.val_file, *self.test_file, self.answer_list):
             Files(annotations, self.vqa_root).check()
@@ -174,8 +187,8 @@ class CaptioningConfig(CaptionedConfig):
 
     def check_data(self, where: str) -> None:
         super().check_data(where)
-        for annotations in (self.val_gt_file, self.test_gt_file) if not self.bundled else ():
-            if annotations:
+        for annotations in (self.val_gt_file, self.test_gt_file):
+            if annotations and not (self.data or self.bundled):
                 self.files(annotations).check()
 
     @property
@@ -262,19 +275,27 @@ class BundledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(TaskConfig):
-    """Image classification. dataset: one of CLASSIFICATION. data_root: its folder, default data/<dataset>. `weights`
-    may also name a folder that transformers saved, or a repository on its hub.
+    """Image classification. dataset: one of CLASSIFICATION, whose folder is data_root, default data/<dataset>; or a
+    folder with train/ and val/ of class folders, or one of class folders. val_fraction: share of each class that is
+    held out of a folder without val/. `weights` may also name a folder that transformers saved, or a repository on its
+    hub.
     """
 
     dataset: str = "bundled"
+    val_fraction: float | None = None
     data_root: str | None = None
     bundled: BundledImages = field(default_factory=BundledImages)
     label_smoothing: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset not in CLASSIFICATION:
-            raise UserError(f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}")
+        if self.dataset and self.dataset not in CLASSIFICATION and not Path(self.dataset).is_dir():
+            known = f"dataset must be one of {', '.join(CLASSIFICATION)}, got {self.dataset!r}"
+            raise UserError(f"{known}, which is no folder, either")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction must be above 0 and below 1, got {self.val_fraction!r}")
+        if self.val_fraction is not None and self.dataset in CLASSIFICATION:
+            raise UserError(f"val_fraction is for folders of class folders: leave it out with {self.dataset}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be from 0 to below 1, got {self.label_smoothing!r}")
         if self.max_tokens is not None:
@@ -284,26 +305,24 @@ class ClassificationConfig(TaskConfig):
     def folder(self) -> str:
         return self.data_root or located(f"data/{self.dataset}")
 
-    def overridden(self, options: Mapping[str, Any]) -> "ClassificationConfig":
-        def given(**names: str) -> dict[str, Any]:
-            return {key: options[name] for key, name in names.items() if options[name] is not None}
-
-        sizes = given(image_res="image_size", batch_size_target="batch_size")
-        devices = options["devices"] * options["num_nodes"]
-        if "batch_size_target" in sizes:
-            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
-            if left:
-                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
-        schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
-        optimizer, scheduler = replace(self.optimizer, **given(lr="lr")), replace(self.scheduler, **schedule)
-        return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
-
     def check_weights(self) -> None:
         if not is_hosted(self.weights):
             super().check_weights()
 
+    @property
+    def own(self) -> bool:
+        """Whether the data is a folder of the user's."""
+        return self.dataset not in CLASSIFICATION
+
+    def overridden(self, options: Mapping[str, Any]) -> Self:
+        smoothing = options.get("smoothing")
+        config = super().overridden(options)
+        return config if smoothing is None else replace(config, label_smoothing=smoothing)
+
     def check_data(self, where: str) -> None:
-        for split in CLASSIFICATION[self.dataset]:
+        if not self.dataset:
+            raise UserError("give --dataset FOLDER, with a folder of images for each class, or train/ and val/ of such")
+        for split in CLASSIFICATION.get(self.dataset, ()):
             LabelledImages(self.dataset, split, self.folder).check()
 
     def sizes(self, pretrained: Any) -> Any:

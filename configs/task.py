@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from configs.decoding import Decoding
+from configs.shard_names import is_pattern, shard_paths
 from configs.sources import at_least
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import weights_files
@@ -13,14 +15,17 @@ from sparsity.files import weights_files
 OPTIMIZERS = ("adamW", "sgd")
 SCHEDULES = ("linear", "cosine")
 DEBUG_STEPS = 4  # of an epoch
+OWN_DATA = "docs/data.md shows what it may be"
 DEBUG_IMAGES = 32  # that are evaluated
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have. min_lr: where a
-    cosine ends. betas: of AdamW; the first is the momentum of SGD.
+    """opt: one of KNOWN. lr: peak rate. lr_mult: factor of it for parameters that the pretrained model does not have.
+    min_lr: where a cosine ends. betas: of AdamW; the first is the momentum of SGD.
     """
+
+    KNOWN: ClassVar = OPTIMIZERS
 
     lr: float
     opt: str = "adamW"
@@ -31,8 +36,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         at_least(self, 0, "lr", "weight_decay", "lr_mult", "min_lr")
-        if self.opt not in OPTIMIZERS:
-            raise UserError(f"opt must be one of {', '.join(OPTIMIZERS)}, got {self.opt!r}")
+        if self.KNOWN and self.opt not in self.KNOWN:
+            raise UserError(f"opt must be one of {', '.join(self.KNOWN)}, got {self.opt!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas must be two numbers from 0 to below 1, got {list(self.betas)!r}")
         if self.min_lr > self.lr:
@@ -105,9 +110,24 @@ class TaskConfig:
         """The file with the pretrained weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
-    def overridden(self, options: Mapping[str, Any]) -> "TaskConfig":
-        """With what options of the task's own on the command line say where they are given, that is, not None."""
-        return self
+    def overridden(self, options: Mapping[str, Any]) -> Self:
+        """Return the configuration with what the options of `engine.options.recipe_values` say where they are given,
+        that is, neither absent nor None. UserError where sizes of batches do not go together.
+        """
+
+        def given(**names: str) -> dict[str, Any]:
+            return {key: options[name] for key, name in names.items() if options.get(name) is not None}
+
+        sizes = given(image_res="image_size", batch_size_target="batch_size")
+        devices = options["devices"] * options["num_nodes"]
+        if "batch_size_target" in sizes and options.get("batch_size_train") is None:
+            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
+            if left:
+                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
+        schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
+        rates = given(lr="lr", weight_decay="weight_decay", opt="optimizer_name")
+        optimizer, scheduler = replace(self.optimizer, **rates), replace(self.scheduler, **schedule)
+        return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""
@@ -141,3 +161,51 @@ class TaskConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the result of a run."""
         return {name: value for name, value in asdict(self).items() if name not in self.FREE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDataConfig(TaskConfig):
+    """A task on data of the user's, where `data` is set (`--data`); else on what the other keys name.
+
+    val_data: what the best weights are chosen by; by default `val_fraction` of the images of `data`, 0 for none, when
+    the last weights are the result.
+    """
+
+    PUBLIC: ClassVar[tuple[str, ...]] = ()  # keys whose place the user's data takes
+
+    data: str | None = None
+    val_data: str | None = None
+    val_fraction: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction must be from 0 to below 1, got {self.val_fraction!r}")
+        if self.val_data and not self.data:
+            raise UserError("val_data is for data of one's own: set data, too")
+
+    def overridden(self, options: Mapping[str, Any]) -> Self:
+        """Return it without what the user's data takes the place of, too."""
+        config = super().overridden(options)
+        return replace(config, **config._unset()) if config.data else config
+
+    def _unset(self) -> dict[str, Any]:
+        return {
+            f.name: f.default if f.default is not MISSING else f.default_factory()
+            for f in fields(self)
+            if f.name in self.PUBLIC
+        }
+
+    def check_own(self) -> None:
+        """Raises FileNotFoundError or UserError where the user's data is not there."""
+        for option, path in (("--data", self.data), ("--val_data", self.val_data)):
+            if path:
+                check_path(option, path)
+
+
+def check_path(option: str, path: str) -> None:
+    """Raise FileNotFoundError or UserError unless there is a file, a folder or shards of this name."""
+    if is_pattern(path):
+        shard_paths(path)
+    elif not Path(path).exists():
+        raise MissingFileError(f"{option} {path}: there is no such file or folder; {OWN_DATA}")

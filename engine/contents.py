@@ -25,7 +25,7 @@ def contents(*configs: Any) -> dict[str, Any]:
     for config in configs:
         values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
         read = {key: value for key, value in values.items() if key != "model_config"}
-        for text in sorted(set(_texts(read))):
+        for text in sorted(set(texts(read))):
             if ".tar" in text and is_pattern(text):
                 sizes = [os.stat(path).st_size for path in shard_paths(text)]
                 found[text] = {"files": len(sizes), "bytes": sum(sizes)}
@@ -40,12 +40,13 @@ def classes(names: Sequence[str], samples: int) -> dict[str, Any]:
     return {"samples": samples, "classes": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a configuration as plain values."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts(item)
     elif isinstance(value, str) and value:
         yield value
 

@@ -134,7 +134,8 @@ def launch(
     set_arithmetic(args)
     strategy = "auto"
     if args.strategy == "ddp" or args.devices * args.num_nodes > 1:
-        options = {"find_unused_parameters": unused_parameters}
+        taught_only = getattr(args, "distill", None) == 1  # what the loss of the task alone reads gets no gradient
+        options = {"find_unused_parameters": unused_parameters or taught_only}
         if not sync_buffers:
             options[_sync_option()] = False
         strategy = DDPStrategy(**options)

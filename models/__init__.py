@@ -11,6 +11,8 @@ from sparsity.errors import UserError
 KINDS = {"xvlm": "pairs", "blip": "pairs", "dino": "labels", "dit": "noise"}  # name -> the data that a model takes
 NAMES = tuple(KINDS)
 ANY = "timm:NAME, hf:NAME_OR_FOLDER, package.module:function"  # any other model, of the kind "external"
+LIBRARIES = ("timm:", "hf:")  # what the names of models that can be fine-tuned begin with
+FOREIGN = "timm:NAME, hf:NAME_OR_FOLDER"
 _ANY = re.compile(r"(timm|hf):.+|\w+(\.\w+)*:\w+")
 
 
@@ -43,14 +45,20 @@ def of_task(task: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if importlib.util.find_spec(f"models.{name}.{task}"))
 
 
+def foreign_task(task: str) -> bool:
+    """Return whether there is a task of models of other libraries: a file models/foreign/<task>.py."""
+    return importlib.util.find_spec(f"models.foreign.{task}") is not None
+
+
 def check_task(name: str, task: str) -> None:
     """UserError unless there is this task of this model."""
-    check(name)
-    if name not in of_task(task):
-        raise UserError(f"there is no {task} with the model {name!r}; there is with: {', '.join(of_task(task))}")
+    own = kind(name) != "external"
+    there = (*of_task(task), *((FOREIGN,) if foreign_task(task) else ()))
+    if name not in there and (own or not (foreign_task(task) and name.startswith(LIBRARIES))):
+        raise UserError(f"there is no {task} with the model {name!r}; there is with: {', '.join(there)}")
 
 
 def find_task(name: str, task: str) -> ModuleType:
     """Module of a task model, see models/parts/task_model.py; UserError as `check_task`."""
     check_task(name, task)
-    return importlib.import_module(f"models.{name}.{task}")
+    return importlib.import_module(f"models.{'foreign' if name.startswith(LIBRARIES) else name}.{task}")

@@ -70,7 +70,7 @@ class ImageFolder(Dataset):
 def _captions(folder: Path, paths: Sequence[str]) -> dict[str, list[str]] | None:
     """Path -> its captions; None where no image has any."""
     listed = folder / CAPTIONS
-    found = _read_listed(listed) if listed.is_file() else {path: _read_lines(folder / path) for path in paths}
+    found = _read_listed(listed) if listed.is_file() else {path: captions_beside(folder / path) for path in paths}
     without = [path for path in paths if not found.get(path)]
     if len(without) == len(paths) and not listed.is_file():
         return None
@@ -89,7 +89,7 @@ def _read_listed(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{path}: expected JSON, {{image path: caption or [captions]}}: {error}") from None
 
 
-def _read_lines(image: Path) -> list[str]:
+def captions_beside(image: Path) -> list[str]:
     path = image.with_suffix(".txt")
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -16,6 +16,7 @@ from timm.data import create_transform
 from torch.utils.data import Dataset
 
 from configs.decoding import Decoding
+from configs.foreign import Augmentation
 from configs.locations import located
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
@@ -49,6 +50,13 @@ class TimmTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         with drawing(rng):
             return self.transform(image)
+
+
+def augmented(settings: dict[str, Any], how: Augmentation) -> TimmTransform:
+    """Return how images of training are changed and prepared. settings: of `create_transform`."""
+    options = {"auto_augment": how.aa, "re_prob": how.reprob, "re_mode": how.remode, "hflip": how.hflip}
+    options |= {"color_jitter": how.color_jitter, "scale": how.scale, "ratio": how.ratio}
+    return TimmTransform(create_transform(**settings | options, is_training=True))
 
 
 def open_images(

@@ -133,13 +133,13 @@ def _sample(path: Path, group: dict[str, Any]) -> Sample:
     kind = next((kind for kind in IMAGES if kind in group), None)
     name = f"{path}/{group['__key__']}" + (f".{kind}" if kind else "")
     try:
-        caption, fault = check_text(_caption(group), "caption").strip(), ""
+        caption, fault = check_text(caption_of(group), "caption").strip(), ""
     except ValueError as error:
         caption, fault = None, str(error)
     return Sample(name, group[kind] if kind else None, caption, fault)
 
 
-def _caption(group: dict[str, Any]) -> str:
+def caption_of(group: dict[str, Any]) -> str:
     if "txt" in group:
         try:
             return group["txt"].decode()

@@ -20,8 +20,10 @@ from datasets.bundled.captions import varied_caption
 from datasets.bundled.glyphs import image_tensor, load_glyphs
 from datasets.bundled.scenes import BundledRetrieval, BundledScenes
 from datasets.collate import Skipped
+from datasets.own.captions import own_captions
+from datasets.own.sets import OwnImages, OwnPairs
 from datasets.sampler import sample_generator
-from datasets.tasks.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
+from datasets.tasks.retrieval import RetrievalEvalDataset, RetrievalTrainDataset, as_item
 from datasets.text import TextEncoder
 from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
 from sparsity.errors import UserError
@@ -161,20 +163,27 @@ def prompted(encode: TextEncoder, prompt: str, caption: str, rng: np.random.Gene
 
 
 def training_set(config: CaptioningConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
-    """What the configuration trains on, images of `side` pixels: the bundled scenes, drawn anew in each epoch, or
-    annotated files.
+    """What the configuration trains on, images of `side` pixels: the user's data, the bundled scenes, drawn anew in
+    each epoch, or annotated files.
     """
     fields = partial(prompted, encode, config.prompt)
     if config.bundled:
         return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE)
+    if config.data:
+        return OwnPairs(own_captions(config)[0], partial(as_item, transform, fields), seed=seed)
     reading = {"seed": seed, "decoding": config.decoding}
     return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, **reading)
 
 
 def evaluation_sets(config: CaptioningConfig, side: int, debug: bool = False) -> dict[str, Described]:
-    """ "val", by which the best weights are chosen, then what they are tested on. debug: a few images of each."""
+    """ "val", by which the best weights are chosen, then what they are tested on; of the user's data, those images that
+    are held out. debug: a few images of each.
+    """
     limit = DEBUG_IMAGES if debug else None
+    if config.data:
+        held = own_captions(config)[1]
+        return {} if held is None else {"val": OwnImages(held, EvalTransform(side), limit)}
     if not config.bundled:
         files = {"val": (config.val_file, config.val_gt_file), "test": (config.test_file, config.test_gt_file)}
         reading = {"limit": limit, "decoding": config.decoding}

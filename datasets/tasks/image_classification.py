@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch.utils.data import Dataset, Subset
 
 from configs.finetuning import CLASSIFICATION, ClassificationConfig
@@ -12,36 +10,57 @@ from configs.task import DEBUG_IMAGES
 from datasets.bundled.classification import BundledClassification
 from datasets.bundled.glyphs import load_glyphs
 from datasets.labelled.cifar import READERS, CifarDataset
+from datasets.labelled.own_folder import Transform, own_folder
 from datasets.labelled.public import ClassificationDataset, labelled
 from datasets.transforms import FINETUNING_SCALE, IMAGENET, EvalTransform, TrainTransform
 
 Labelled = BundledClassification | CifarDataset | ClassificationDataset
 
 
-def training_set(config: ClassificationConfig, side: int, seed: int) -> Labelled:
+def class_names(config: ClassificationConfig) -> tuple[str, ...]:
+    """Return the names of the labels 0, 1, ... Raises as `training_set`."""
+    if config.own:
+        return own_folder(config.dataset, config.val_fraction).class_names
+    return tuple(training_set(config, side=1, seed=0).class_names)
+
+
+def training_set(config: ClassificationConfig, side: int, seed: int, transform: Transform | None = None) -> Labelled:
     """What is trained on, indexed by running numbers; `class_names` are those of its labels.
 
-    side: of the images, in pixels. Raises OSError or UserError where the files are not there or not as expected.
+    side: of the images, in pixels. transform: RGB image and generator -> tensor; the bundled glyphs have their own.
+    Raises OSError or UserError where the files are not there or not as expected.
     """
     if config.dataset == "bundled":
         return BundledClassification(load_glyphs(), "train", config.bundled.train_images, side=side, seed=seed)
-    return _public(config, "train", TrainTransform(side, FINETUNING_SCALE, statistics=IMAGENET), seed)
+    transform = transform or TrainTransform(side, FINETUNING_SCALE, statistics=IMAGENET)
+    return _public(config, "train", transform, seed)
 
 
-def evaluation_sets(config: ClassificationConfig, side: int, debug: bool = False) -> dict[str, Dataset]:
-    """By name: "val", by which the best weights are chosen and which only the bundled glyphs have, then what is tested
-    on. debug: a few images of each.
+def evaluation_sets(
+    config: ClassificationConfig, side: int, debug: bool = False, transform: Transform | None = None
+) -> dict[str, Dataset]:
+    """By name: "val", by which the best weights are chosen, then what is tested on. Only the bundled glyphs and folders
+    with test/ have both: elsewhere nothing is chosen by what is tested on. debug: a few images of each.
     """
-    if config.dataset == "bundled":
+    transform = transform or EvalTransform(side, IMAGENET)
+    if config.own:
+        reading = {"transform": transform, "decoding": config.decoding}
+        folder = own_folder(config.dataset, config.val_fraction)
+        names = {"val": "val", "test": "test"} if "test" in folder.parts else {"test": "val"}
+        sets = {name: folder.dataset(part, **reading) for name, part in names.items()}
+    elif config.dataset == "bundled":
         bundled, glyphs = config.bundled, load_glyphs()
         sets = {"val": BundledClassification(glyphs, "seen", bundled.val_images, side=side, seed=1)}
         sets |= {split: BundledClassification(glyphs, split, bundled.test_images, side=side) for split in bundled.test}
     else:
-        sets = {"test": _public(config, "test", EvalTransform(side, IMAGENET), 0)}
+        sets = {"test": _public(config, "test", transform, 0)}
     return {name: Subset(data, range(min(DEBUG_IMAGES, len(data)))) if debug else data for name, data in sets.items()}
 
 
-def _public(config: ClassificationConfig, split: str, transform: Callable, seed: int) -> Labelled:
+def _public(config: ClassificationConfig, split: str, transform: Transform, seed: int) -> Labelled:
+    if config.own:
+        folder = own_folder(config.dataset, config.val_fraction)
+        return folder.dataset(split, transform, seed=seed, decoding=config.decoding)
     if config.dataset in READERS:
         return CifarDataset(config.dataset, split == "train", transform, seed=seed, root=config.folder)
     part = dict(zip(("train", "test"), CLASSIFICATION[config.dataset], strict=True))[split]

@@ -13,14 +13,17 @@ from torch.utils.data import Dataset
 
 from configs.decoding import Decoding
 from configs.finetuning import RetrievalConfig
+from configs.task import DEBUG_IMAGES
 from datasets.annotations import ImageRoot, Records, get_id, get_path, get_texts, read_records
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledScenes
 from datasets.collate import Skipped
 from datasets.images import DEFAULT
+from datasets.own.captions import own_captions
+from datasets.own.sets import OwnImages, OwnPairs
 from datasets.sampler import sample_generator
 from datasets.text import TextEncoder
-from datasets.transforms import FINETUNING_SCALE, TrainTransform
+from datasets.transforms import FINETUNING_SCALE, EvalTransform, TrainTransform
 from sparsity.errors import UserError
 
 EXPECTED = '{"image": path, "caption": [text]}'
@@ -132,13 +135,35 @@ class RetrievalTrainDataset(Dataset):
 
 
 def training_set(config: RetrievalConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
-    """What the configuration trains on, images of `side` pixels: the bundled scenes or annotated files."""
+    """What the configuration trains on, images of `side` pixels: the user's data, the bundled scenes or annotated
+    files.
+    """
     fields = partial(encode, masked=False)
     if config.bundled:
         return BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE)
+    if config.data:
+        return OwnPairs(own_captions(config)[0], partial(as_item, transform, fields), seed=seed)
     reading = {"seed": seed, "decoding": config.decoding}
     return RetrievalTrainDataset(config.train_file, config.image_root, transform, fields, **reading)
+
+
+def as_item(
+    transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+    encode: Callable[[str, np.random.Generator], dict[str, torch.Tensor]],
+    image: Image.Image,
+    caption: str,
+    rng: np.random.Generator,
+) -> dict[str, torch.Tensor]:
+    """Return an image with one of its captions as it is trained on."""
+    fields = encode(caption, rng)
+    return {"image": transform(image, rng), **fields}
+
+
+def own_evaluation(config: RetrievalConfig, side: int, debug: bool = False) -> OwnImages | None:
+    """Return the user's images that are held out, of `side` pixels, with their captions; None without any."""
+    held = own_captions(config)[1] if config.data else None
+    return None if held is None else OwnImages(held, EvalTransform(side), DEBUG_IMAGES if debug else None)
 
 
 def parse_paired(record: dict) -> tuple[str, list[str], str]:

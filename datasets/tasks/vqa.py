@@ -34,6 +34,7 @@ from datasets.bundled.scenes import BundledRetrieval
 from datasets.bundled.vqa import BundledQuestions, answer_list, questions_about
 from datasets.collate import Skipped, collate
 from datasets.images import DEFAULT
+from datasets.own.questions import OwnQuestions, own_questions
 from datasets.sampler import sample_generator
 from datasets.tasks.vqa_accuracy import Asked
 from datasets.text import Tokenizer, clean_question, mentions_side
@@ -45,6 +46,7 @@ EXPECTED_TEST = '{"image": path, "question": text, "question_id": number, "datas
 EXPECTED_VAL = EXPECTED_TEST.replace('"dataset"', '"answer": [text], "dataset"')
 EXPECTED_ANSWERS = "texts, the answers that there are to choose from"
 SOURCES = {"vqa": "vqa_root", "vg": "vg_root"}  # the "dataset" of a record -> the setting with its image folder
+OWN = "vqa"  # the source of a user's own questions: their answers are weighted so
 VG_WEIGHT = 0.5  # of an answer in Visual Genome
 
 
@@ -193,12 +195,7 @@ class VQATrainDataset(Dataset):
         *,
         seed: int,
     ):
-        records: list[Record] = []
-        for file in files:
-            found = read_records(file, partial(parse_question, answered=True, identified=False), EXPECTED)
-            images.check(file, found)
-            records += found
-        self.records = Records(map(tuple, records))
+        self.records = Records(map(tuple, read_answered(files, images)))
         self.images, self.transform, self.words, self.seed = images, transform, words, seed
 
     def __len__(self) -> int:
@@ -219,6 +216,39 @@ class VQATrainDataset(Dataset):
             "answers": [self.words.answer(answer) for answer in weights],
             "weights": list(weights.values()),
         }
+
+
+class OwnVQA(VQATrainDataset):
+    """The same of a user's own questions."""
+
+    def __init__(
+        self,
+        data: OwnQuestions,
+        transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+        words: Words,
+        *,
+        seed: int,
+    ):
+        self.records = Records(map(tuple, _own_records(data)))
+        self.images, self.transform, self.words, self.seed = _own_images(data), transform, words, seed
+
+
+def read_answered(files: Sequence[str | Path], images: Images) -> list[Record]:
+    """Read the questions of annotation files, which must have answers; errors as `VQATrainDataset`."""
+    records: list[Record] = []
+    for file in files:
+        found = read_records(file, partial(parse_question, answered=True, identified=False), EXPECTED)
+        images.check(file, found)
+        records += found
+    return records
+
+
+def _own_records(data: OwnQuestions) -> list[Record]:
+    return [Record(OWN, own.image, own.question, own.answers, own.number) for own in data.records]
+
+
+def _own_images(data: OwnQuestions) -> Images:
+    return Images({OWN: str(data.images.root)}, data.images.decoding)
 
 
 class Questions(Dataset):
@@ -266,6 +296,12 @@ def file_questions(
         found = read_records(file, parse, EXPECTED_VAL if answered else EXPECTED_TEST)
         images.check(file, found)
         records += found
+    return _about_images(records, images, side, words, limit)
+
+
+def _about_images(
+    records: Sequence[Record], images: Images, side: int, words: Words, limit: int | None = None
+) -> Questions:
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.source, record.image), []).append(record)
@@ -310,12 +346,19 @@ def training_set(config: VQAConfig, words: Words, side: int, seed: int) -> Datas
     if config.bundled:
         return BundledQuestions(load_glyphs(), words, config.bundled.train_questions, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE, flip=False)
+    if config.data:
+        return OwnVQA(own_questions(config)[0], transform, words, seed=seed)
     return VQATrainDataset(config.train_file, _images(config), transform, words, seed=seed)
 
 
 def evaluation_sets(config: VQAConfig, words: Words, side: int, debug: bool = False) -> dict[str, Questions]:
-    """ "val", where there is one, by which the best weights are chosen, then what they are tested on."""
+    """ "val", where there is one, by which the best weights are chosen, then what they are tested on; of the user's
+    questions, those about images that are held out.
+    """
     limit = DEBUG_IMAGES if debug else None
+    if config.data:
+        held = own_questions(config)[1]
+        return {"val": _about_images(_own_records(held), _own_images(held), side, words, limit)} if held else {}
     if config.bundled is None:
         files = {"val": config.val_file, "test": config.test_file}
         images = _images(config)
@@ -333,6 +376,10 @@ def evaluation_sets(config: VQAConfig, words: Words, side: int, debug: bool = Fa
 
 def candidates(config: VQAConfig) -> list[str]:
     """The answers that there are to choose from; UserError where their file is not as expected."""
+    if config.data:  # the same for all seeds, as the images that are held out
+        return list(
+            dict.fromkeys(said for own in own_questions(config)[0].records for said in own.answers if said.strip())
+        )
     if config.answer_list is None:
         return answer_list(load_glyphs())
     expected = f"a JSON list of {EXPECTED_ANSWERS}"

@@ -82,3 +82,19 @@ def accuracies(asked: Sequence[Asked], given: Sequence[str]) -> dict[str, float]
                 found.setdefault(name, []).append(right)
     means = {name: 100 * sum(values) / len(values) for name, values in found.items()}
     return means or {"questions": float(len(asked))}
+
+
+def exact_match(asked: Sequence[Asked], given: Sequence[str]) -> float:
+    """Return the share in per cent of answers that are the one that most annotators gave, of equal ones the first, but
+    for upper and lower case and spaces. All questions must have answers.
+    """
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    def most(answers: Sequence[str]) -> str:
+        found = [plain(answer) for answer in answers]
+        return max(found, key=found.count)
+
+    same = [plain(answer) == most(question.answers) for question, answer in zip(asked, given, strict=True)]
+    return 100 * sum(same) / len(same)

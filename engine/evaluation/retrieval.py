@@ -17,6 +17,7 @@ from datasets.bundled.scenes import BundledRetrieval
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import Skipped, SkippedImages, trim_text
 from datasets.images import DEFAULT
+from datasets.own.sets import OwnImages
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
 from datasets.transforms import CLIP, EvalTransform
@@ -34,7 +35,8 @@ class ZeroShot:
 
     encode: of the captions. vision: has the model's `image_size`, in pixels. Images that cannot be read are listed in
     `folder` and count as not found; more than `max_skipped` of them is an error. Encoders run as autocast says, the
-    scores of pairs are float32. decoding: how image files become pictures.
+    scores of pairs are float32. decoding: how image files become pictures. own: the user's images, in place of those
+    that the evaluation names.
 
     Attributes:
         captions: (N,) texts. txt2img: (N,) the image of each.
@@ -53,9 +55,11 @@ class ZeroShot:
         workers: int = 0,
         max_skipped: float = 0.01,
         decoding: Decoding = DEFAULT,
+        own: OwnImages | None = None,
     ):
         self.model, self.evaluation, self.fabric = model, evaluation, fabric
-        self.items, self.captions, self.txt2img, self.img2txt = _open(evaluation, vision.image_size, decoding)
+        opened = _open(evaluation, vision.image_size, decoding) if own is None else _parts(own)
+        self.items, self.captions, self.txt2img, self.img2txt = opened
         self.texts, self.found = trim_text(encode.plain(self.captions)), list[list[int]]()
         gather = partial(_stack, side=vision.image_size)
         # Whole batches to each rank, so that no score depends on how many ranks there are.
@@ -116,13 +120,16 @@ def _open(
     """Images, captions, and which belong together: for each caption its image, for each image its captions."""
     if evaluation.files:
         found = evaluation.files.annotations, evaluation.files.images
-        files = RetrievalEvalDataset(*found, EvalTransform(side), evaluation.limit, decoding)
-        return files, files.texts, files.txt2img, files.img2txt
+        return _parts(RetrievalEvalDataset(*found, EvalTransform(side), evaluation.limit, decoding))
     number = min(evaluation.bundled_scenes, evaluation.limit or evaluation.bundled_scenes)
     split, seed = evaluation.bundled_split, evaluation.bundled_seed
     scenes = BundledRetrieval(load_glyphs(), split, number, side=side, seed=seed)
     own = list(range(len(scenes)))
     return scenes, [scenes.scene(i).caption for i in own], own, [[i] for i in own]
+
+
+def _parts(files: RetrievalEvalDataset | OwnImages) -> tuple[Dataset, list[str], list[int], list[list[int]]]:
+    return files, files.texts, files.txt2img, files.img2txt
 
 
 def _stack(items: Sequence[Mapping[str, Any] | Skipped], side: int) -> dict[str, Any]:

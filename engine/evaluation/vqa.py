@@ -1,7 +1,8 @@
-"""Questions about images answered by a model, from a closed list, and how right its answers are."""
+"""Questions about images answered by a model, from a closed list or in its own words, and how right its answers are."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch.utils.data import DataLoader, Subset
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages
+from datasets.tasks.own_questions import OwnAsked
 from datasets.tasks.vqa import Questions
-from datasets.tasks.vqa_accuracy import accuracies
+from datasets.tasks.vqa_accuracy import Asked, accuracies, exact_match
 from engine.evaluation.watched import watched
-from engine.ranks import summed
+from engine.evaluation.written import Written
+from engine.ranks import on_leader, summed
 from sparsity.files import write_atomic
 
 
@@ -51,9 +54,7 @@ class Answers:
     def __call__(self) -> dict[str, float]:
         given = ["" if number < 0 else self.answers[number] for number in self.choose().tolist()]
         if self.path and self.fabric.is_global_zero:
-            pairs = zip(self.asked, given, strict=True)
-            content = [{"question_id": question.question_id, "answer": answer} for question, answer in pairs]
-            write_atomic(self.path, json.dumps(content).encode())
+            _write(self.path, self.asked, given)
         return accuracies(self.asked, given)
 
     @torch.no_grad()
@@ -75,3 +76,35 @@ class Answers:
         image = self.model.encode_image(batch["image"])[batch["image_of"]]
         states = self.model.ask(image, batch["text_ids"], batch["text_atts"])
         return self.model.rank(states, batch["text_atts"], encoded["answer_ids"], encoded["answer_atts"], self.k_test)
+
+
+class WrittenAnswers(Written):
+    """Accuracies of the answers that a model writes, in per cent, as it is when this is called: by the rules of the VQA
+    challenge, and the share of exact matches. path: where the answers are written. options: of `Written`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        questions: OwnAsked,
+        decode: Callable[[list[int]], str],
+        fabric: Any,
+        folder: Path,
+        *,
+        path: Path | None = None,
+        **options: Any,
+    ):
+        super().__init__(model, questions, decode, fabric, folder, **options)
+        self.asked, self.path = questions.asked, path
+
+    def __call__(self) -> dict[str, float]:
+        given = self.texts()
+        if self.path:
+            on_leader(self.fabric, partial(_write, self.path, self.asked, given))
+        return accuracies(self.asked, given) | {"exact_match": exact_match(self.asked, given)}
+
+
+def _write(path: Path, asked: Sequence[Asked], given: Sequence[str]) -> None:
+    pairs = zip(asked, given, strict=True)
+    content = [{"question_id": question.question_id, "answer": answer} for question, answer in pairs]
+    write_atomic(path, json.dumps(content).encode())

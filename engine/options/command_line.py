@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
 from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
+from engine.options.sparse_training import add_sparse_options
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import NM, pattern_of
@@ -277,8 +278,9 @@ def add_finetuning_options(
     variants = "auto (default): base where its weights are, else mini"
     add("--variant", choices=("auto", "base", "mini"), default="auto", help=variants)
     weights = "pretrained checkpoint file, or 'random'; default: the configuration's"
-    add("-pre", "--pretraining_weights", dest="weights", metavar="WEIGHTS", help=weights)
+    add("-pre", "--pretraining_weights", "--weights", dest="weights", metavar="WEIGHTS", help=weights)
     add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
+    add_sparse_options(parser, positive_int, share)
     add = parser.add_argument_group("logs, besides log.csv in --output_dir").add_argument
     add("-wdb", "--wandb", action="store_true", help="log to Weights & Biases (default: no)")
     add("--wdb_offline", action="store_true", help="keep what --wandb logs, for `wandb sync` (default: no)")

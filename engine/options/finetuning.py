@@ -1,15 +1,20 @@
 """The command line of a task script and its configuration, checked before anything heavy is imported."""
 
+import re
 import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from configs.loading import configure, read_yaml
+from configs.locations import located
 from configs.task import TaskConfig
+from engine.contents import texts
 from engine.options.command_line import check_loggers
+from engine.options.sparse_training import check_sparse_training, sparse_options
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
 
@@ -32,9 +37,15 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
         raise UserError("give --mask FILE to train a pruned model, or --dense to train the dense one")
     elif not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: mask file not found; prune.py writes such files")
+    if is_foreign(args.model):
+        if args.variant != "auto":
+            raise UserError(f"--variant is for models of this project: leave it out with {args.model}")
+        args.config = args.config or located(Path("configs", "external", f"{task}.yaml"))
     args.config, config = configure(args, task, schema, base="")
     config = config.overridden(vars(args))
-    read_yaml(config.model_config)
+    refuse_nlvr2(str(args.config), *texts(asdict(config)))
+    if config.model_config:
+        read_yaml(config.model_config)
     config.check_weights()
     config.check_data(str(args.config))
     try:
@@ -42,18 +53,37 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
     except ValueError as error:
         raise UserError(f"{args.config}: {error}") from error
     check_loggers(vars(args))
-    args.output_dir = args.output_dir or default_folder(args.model, task, args.config, args.mask)
+    sparse = sparse_options(args).name
+    args.output_dir = args.output_dir or default_folder(args.model, task, args.config, args.mask, sparse)
     check_writable(args.output_dir, "--output_dir")
     args.snapshot = args.snapshot or Path(args.output_dir, "last.pt")
     if args.snapshot.is_dir():
         raise UserError(f"--snapshot {args.snapshot}: this is a folder; give the name of a file")
     check_writable(args.snapshot.parent, "--snapshot")
+    check_sparse_training(args)
     args.command = shlex.join(["python", f"{task}.py", *(sys.argv[1:] if arguments is None else arguments)])
     return config
 
 
-def default_folder(model: str, task: str, config: Path, mask: Path | None) -> Path:
-    """Where the results of a run go unless told otherwise: other models, tasks and masks have other folders."""
+def refuse_nlvr2(*names: str) -> None:
+    """UserError where a file is one of NLVR2's, which none of the tasks is."""
+    for name in names:
+        if "nlvr" in Path(name).name.lower():
+            raise UserError(
+                f"{name}: NLVR2, a sentence that is true or false of two images, is none of the tasks here: retrieval, "
+                "captioning, visual question answering and image classification are"
+            )
+
+
+def is_foreign(model: str) -> bool:
+    """Return whether a model is one of another library: timm:NAME, hf:NAME_OR_FOLDER."""
+    return ":" in model
+
+
+def default_folder(model: str, task: str, config: Path, mask: Path | None, sparse: str = "") -> Path:
+    """Where the results of a run go unless told otherwise: other models, tasks, masks and ways of sparse training have
+    other folders.
+    """
     kind = config.stem if config.stem.startswith(task) else f"{task}_{config.stem}"
     name = "dense" if mask is None else mask.stem.removesuffix("_pruning_masks")
-    return Path("output", f"{model}_{kind}", name)
+    return Path("output", f"{re.sub(r'[:/]+', '_', model)}_{kind}", f"{name}_{sparse}" if sparse else name)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from engine.contents import contents
 from engine.options.recovery import RecoveryOptions, recovery_options, usual_lr
 from engine.ranks import on_leader, summed
-from engine.training.distillation import distillation
+from engine.sparse_training.distillation import distillation
+from engine.sparse_training.held import Held
 from engine.training.fit import Run, fit
 from engine.training.optimizer import adamw
 from engine.training.schedule import warmup_cosine
@@ -168,7 +169,7 @@ class Recovery:
             betas=BETAS,
             fused=self._settings["precision"] != "16-mixed",
         )
-        hold = masks.hold(self.view, optimizer)
+        hold = Held(self.view, optimizer, masks)
         identity = self._identity() | {"dense": dense, "pruned": state_digest(self.view.model)}
         if self._student is None:  # once: ranks would else reduce each gradient several times
             self._student = fabric.setup_module(Student(self.view))

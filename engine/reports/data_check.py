@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from datasets.calibration.texts import read_texts
 from datasets.collate import Skipped
 from datasets.labelled.image_folder import ImageFolder
 from datasets.labelled.public import labelled
+from datasets.own.check import check_own
 from datasets.pairs.pretraining import EXPECTED as PAIRS
 from datasets.pairs.pretraining import parse_pair
 from datasets.pairs.regions import EXPECTED as REGIONS
@@ -25,8 +28,12 @@ from datasets.pairs.tars import open_shard
 from datasets.tasks.retrieval import EXPECTED as RETRIEVAL
 from datasets.tasks.retrieval import parse_captioned
 from datasets.transforms import EvalTransform
+from sparsity.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LOOKED_UP = 64  # images of each source that are opened
+SHOWN = 100  # faults of each file of the user's; the others are counted
 BUNDLED = "data/bundled"
 WAYS = {  # to get what is missing, by the beginning of its path
     "data/pretrain": "./download_annots.sh",
@@ -229,3 +236,23 @@ def _without(path: str, error: Exception) -> str:
     """The message without the path that it begins with, and without the way to get it."""
     reason = str(error).removeprefix(f"{path}: ").removesuffix(f"; {HOW_TO_GET}")
     return reason.partition(";")[0] if isinstance(error, FileNotFoundError) else reason
+
+
+def report_own_data(args: Namespace, kind: str) -> None:
+    """Log what `--data` and `--val_data` hold and what is wrong with them. kind: "captions" or "questions".
+
+    Raises UserError where something is, and where there is no `--data`.
+    """
+    if not args.data:
+        raise UserError("--check_data reads what --data names: give it")
+    faults = 0
+    for path in filter(None, (args.data, args.val_data)):
+        checked = check_own(path, kind)
+        log.info("%s", checked)
+        for fault in checked.faults[:SHOWN]:
+            log.info("  %s", fault)
+        if len(checked.faults) > SHOWN:
+            log.info("  and %s more", f"{len(checked.faults) - SHOWN:,}")
+        faults += len(checked.faults)
+    if faults:
+        raise UserError(f"--data: {faults:,} faults, listed above; docs/data.md shows what is expected")

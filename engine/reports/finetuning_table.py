@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from engine.reports.report import markdown_table
@@ -63,6 +64,35 @@ def write_table(folder: Path, wanted: Sequence[str] = ("*",)) -> tuple[Path, str
     text, path = table(folder, wanted), folder / "table.md"
     what = "What fine-tuning makes of the dense model and of the pruned ones, by sparsity."
     write_atomic(path, f"# Fine-tuned models\n\n{what}\n\n{text}\n".encode())
+    return path, text
+
+
+def ways_table(folder: Path) -> str:
+    """Markdown: a row for each data, way of training, test and metric in
+    <folder>/runs/<data>/<way>/<seed>/result/metrics.json, with the mean over the seeds and its standard error.
+
+    Raises MissingFileError where nothing is finished.
+    """
+    values: dict[tuple[str, ...], list[float]] = {}
+    for path in sorted(folder.glob(f"runs/*/*/*/{METRICS}")):
+        data, way, _ = path.relative_to(folder / "runs").parts[:3]
+        for test, own in json.loads(path.read_bytes()).items():
+            for metric, value in own.items():
+                values.setdefault((data, way, test, metric), []).append(float(value))
+    if not values:
+        raise MissingFileError(f"{folder}/runs/<data>/<way>/<seed>/{METRICS}: there is none; fine-tune first")
+    rows = []
+    for (data, way, test, metric), found in values.items():
+        row: dict[str, Any] = {"data": data, "way": way, "test": test, "metric": metric, "mean": fmean(found)}
+        error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else ABSENT
+        rows.append(row | {"standard error": error, "seeds": len(found)})
+    return markdown_table(rows)
+
+
+def write_ways(folder: Path) -> tuple[Path, str]:
+    """`ways_table` in <folder>/table.md; returns the path and the table."""
+    text, path = ways_table(folder), folder / "table.md"
+    write_atomic(path, f"# Sparse training on one's own data\n\n{text}\n".encode())
     return path, text
 
 

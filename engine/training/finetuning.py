@@ -21,11 +21,13 @@ from datasets.collate import SkippedImages, collate
 from datasets.loaders import loader
 from engine.contents import classes, contents
 from engine.export import save_weights
+from engine.options.sparse_training import sparse_options
 from engine.ranks import on_leader, place_of
 from engine.reports.model_card import model_card
+from engine.sparse_training.training import SparseTraining
 from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
-from engine.training.optimizer import after_each_step, finetuning_optimizer
+from engine.training.optimizer import after_each_step, optimizer_of
 from engine.training.schedule import warmup_cosine, warmup_linear
 from sparsity.errors import UserError
 from sparsity.files import clear_leftovers, write_atomic
@@ -37,6 +39,10 @@ log = logging.getLogger(__name__)
 CARD = "README.md"  # of the results: what is written last
 RATES = {"linear": warmup_linear, "cosine": warmup_cosine}
 Metrics = dict[str, float]
+
+
+def save_task_weights(model: nn.Module, folder: Path) -> None:
+    save_weights(model, folder / "model.safetensors")
 
 
 class Finetuning:
@@ -60,22 +66,28 @@ class Finetuning:
         train: Dataset,
         gather: Callable[[list[Any]], dict[str, Any]] = collate,
         read: Callable[..., Iterable[dict[str, Any]]] = loader,
+        save: Callable[[nn.Module, Path], None] = save_task_weights,
     ):
         self.args, self.config, self.fabric, self.model = args, config, fabric, model
-        self.train, self.gather, self.read = train, gather, read
+        self.train, self.gather, self.read, self.save = train, gather, read, save
         self.title = "_".join(task.__name__.split(".")[1:])
         self.view = task.prunable_view(model)
-        self.masks = read_masks(args.mask, self.view, task.task_names, model.heirs) if args.mask else None
-        if self.masks:
-            self.masks.apply(self.view)
+        masks = read_masks(args.mask, self.view, task.task_names, model.heirs) if args.mask else None
+        self.sparse = SparseTraining(
+            sparse_options(args), self.view, (*task.NEW, *model.new), args.seed, fabric.device, model
+        )
+        if masks:
+            masks.apply(self.view)
         model.on_pruned()
         if config.gradient_checkpointing:
             checkpoint_blocks(model.blocks())
-        optimizer = finetuning_optimizer(model, config.optimizer, task.NEW, args.precision)
-        after_each_step(optimizer, model.on_step)
-        wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+        optimizer = optimizer_of(self.sparse.parameters(), config.optimizer, (*task.NEW, *model.new), args.precision)
+        wrapped, wrapped_optimizer = fabric.setup(self.sparse.module(), optimizer)
         self.epoch_steps = config.steps_per_epoch(len(train), args.debug)
         steps = self.epoch_steps * config.scheduler.epochs
+        hold = self.sparse.held(optimizer, masks, steps)
+        for follow in (hold.after_step, model.on_step):  # copies follow the weights that the model computes with
+            after_each_step(optimizer, follow)
         self.run = Run(
             fabric=fabric,
             model=wrapped,
@@ -83,23 +95,30 @@ class Finetuning:
             rate=partial(rate, config, steps),
             steps=steps,
             output_dir=args.output_dir,
-            identity=self._identity(sizes),
+            identity=self._identity(sizes, masks),
             seed=args.seed,
             clip_norm=config.clip_norm,
             log_every=config.log_every,
             save_every=config.save_every or self.epoch_steps,
             validate_every=self.epoch_steps,
             accumulate=config.accumulation(fabric.world_size),
-            hold=self.masks.hold(self.view, optimizer) if self.masks else None,
+            hold=hold,
             snapshot=args.snapshot,
         )
 
-    def _identity(self, sizes: Any) -> dict[str, Any]:
+    @property
+    def masks(self) -> Masks | None:
+        """The masks of now; None where the model is dense."""
+        return self.run.hold.masks if self.run.hold else None
+
+    def _identity(self, sizes: Any, masks: Masks | None) -> dict[str, Any]:
         given = {name: getattr(self.args, name) for name in ("seed", "precision", "devices", "num_nodes", "debug")}
         given |= {name: getattr(self.args, name) for name in ("tf32", "deterministic")}
-        mask = self.masks.digest() if self.masks else None
+        mask = masks.digest() if masks else None
+        sparse = self.sparse.options.given
+        given |= {"sparse training": sparse} if sparse else {}
         parts = {"model": dataclasses.asdict(sizes), "training": self.config.identity(), "mask": mask}
-        read = self.fabric.broadcast(on_leader(self.fabric, partial(contents, self.config)))
+        read = self.fabric.broadcast(on_leader(self.fabric, partial(contents, self.config, sparse)))
         labels = getattr(self.train, "class_names", None)
         data = {"samples": len(self.train)} if labels is None else classes(labels, len(self.train))
         return {"task": self.title, **parts, "contents": {**read, "training set": data}, **given}
@@ -133,7 +152,7 @@ class Finetuning:
 
     def _tell_what_is_evaluated(self, start: int) -> None:
         best, path = self.run.best, self.run.checkpoint_path
-        what = f"{path}, after step {start} of {self.run.steps}" if start else f"{self.config.weights}, as it is"
+        what = f"{path}, after step {start} of {self.run.steps}" if start else f"{self.origin}, as it is"
         log.info("evaluating %s", f"{self.run.best_path}, of step {best['step']:g}" if best else what)
 
     def evaluate(self, evaluation: Callable[[], Metrics]) -> Metrics:
@@ -164,6 +183,11 @@ class Finetuning:
         self.fabric.barrier()
 
     @property
+    def origin(self) -> str:
+        """What training began with."""
+        return self.model.told_source(self.config.weights)
+
+    @property
     def _results(self) -> Path:
         return self.args.output_dir / "result"
 
@@ -186,14 +210,15 @@ class Finetuning:
         folder = self._results
         clear_leftovers(folder)
         (folder / CARD).unlink(missing_ok=True)
-        save_weights(self.model, folder / "model.safetensors")
+        self.save(self.model, folder)
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
         save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
-        facts = {"base model": self.config.weights, "task": self.title, "epochs": epochs}
+        facts = {"base model": self.origin, "task": self.title, "epochs": epochs}
         facts |= {"weights of epoch": best["step"] / self.epoch_steps} if best else {}
+        facts |= self.sparse.facts()
         facts |= {name: getattr(self.args, name) for name in ("seed", "precision")}
         card = model_card(self.title, facts, self.masks, self.view, metrics, self.args.command)
         write_atomic(folder / CARD, card.encode())

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from engine import stopping
 from engine.ranks import Agreement, on_leader
+from engine.sparse_training.held import Held
 from engine.training.checkpoint import differences, load_checkpoint, plain, save_checkpoint
 from engine.training.finite import TRY, check_finite
 from engine.training.loggers import VALIDATION, CsvLog, Logger
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import remove_leftovers
-from sparsity.masks import Hold
 
 
 @dataclass
@@ -32,9 +32,10 @@ class Run:
     rate: factor of each parameter group's peak learning rate at a step. identity: what the run depends on, as plain
     values; a checkpoint of another one is refused. clip_norm: of the gradient; 0 does not clip. validate: called every
     `validate_every` steps on every rank, returns metrics for the log, as validation/<name>. select: the metric whose
-    highest value says which weights are the best. accumulate: batches of a step. hold: keeps pruned weights at zero.
-    snapshot: the checkpoint; default last.pt in `output_dir`. loggers: of rank 0, besides log.csv. best: where the best
-    weights are from. unvalidated: the checkpoint was saved before a validation that is not done.
+    highest value says which weights are the best, of those under the last mask. accumulate: batches of a step. hold:
+    keeps pruned weights at zero, and prunes on the way. snapshot: the checkpoint; default last.pt in `output_dir`.
+    loggers: of rank 0, besides log.csv. best: where the best weights are from. unvalidated: the checkpoint was saved
+    before a validation that is not done.
     """
 
     fabric: Any
@@ -52,7 +53,7 @@ class Run:
     validate: Callable[[], dict[str, float]] | None = None
     select: str | None = None
     accumulate: int = 1
-    hold: Hold | None = None
+    hold: Held | None = None
     snapshot: Path | None = None
     loggers: Sequence[Logger] = ()
     best: dict[str, float] | None = None  # {"step", "value"} of the best weights so far
@@ -96,6 +97,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.hold is not None:
+            self.hold.load_state_dict(state.get("hold", {}))
         self._verify()
         return int(state["step"])
 
@@ -123,6 +126,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "best": self.best,
+            "hold": {} if self.hold is None else self.hold.state_dict(),
         }
         on_leader(self.fabric, partial(self._write, self.checkpoint_path, state))
 
@@ -158,7 +162,7 @@ class Run:
                 return found["metrics"]
         with stopping.at_once():
             metrics = self.validate()
-        if self.select:
+        if self.select and (self.hold is None or self.hold.settled(step)):
             self.offer(step, metrics)
         return metrics
 
@@ -203,7 +207,8 @@ def fit(run: Run, batches: Iterable[dict[str, Any]], start: int, stop: int | Non
                 return done % every == 0 or done == stop
 
             if due(run.log_every) or due(run.save_every):
-                loss = log.flush(done, **norm, lr=run.optimizer.param_groups[0]["lr"])
+                sparsity = {} if run.hold is None else run.hold.sparsity()
+                loss = log.flush(done, **norm, **sparsity, lr=run.optimizer.param_groups[0]["lr"])
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             validates, asked = (
                 run.validate is not None and due(run.validate_every),
@@ -238,6 +243,8 @@ def attention(device: torch.device) -> AbstractContextManager:
 def _step(run: Run, batches: Iterator[dict[str, Any]], step: int, log: "_Log") -> dict[str, torch.Tensor]:
     """One step of the optimizer; returns the "norm" of the gradient before clipping, where it is clipped."""
     fabric = run.fabric
+    if run.hold is not None:
+        run.hold.begin_step(step)
     run.model.train()
     for part in range(run.accumulate):
         batch = next(batches, None)
@@ -257,6 +264,8 @@ def _step(run: Run, batches: Iterator[dict[str, Any]], step: int, log: "_Log") -
         options = {"max_norm": run.clip_norm, "error_if_nonfinite": False}
         norm = {"norm": fabric.clip_gradients(run.model, run.optimizer, **options)}
     run.optimizer.step()
+    if run.hold is not None:  # also where the loss scale of fp16 has skipped the step
+        run.hold.after_step()
     run.optimizer.zero_grad()
     return norm
 

@@ -18,6 +18,7 @@ from configs.loading import save_config
 from datasets.calibration.data_kinds import clear_skipped
 from engine.export import save_weights
 from engine.ranks import on_leader, place_of
+from engine.sparse_training.held import Held
 from engine.training.checkpoint import load_checkpoint, plain, save_checkpoint
 from engine.training.fit import Run, fit
 from engine.training.learning_tasks import Metrics, Task
@@ -185,7 +186,7 @@ class MaskLearning:
             prior.apply(view)
         optimizer = build_optimizer(view.model, args)
         if args.sparsity_mode == "sparse":
-            hold = prior.hold(view, optimizer)
+            hold = Held(view, optimizer, prior)
         self.steps = args.steps or args.epochs * task.epoch_steps
         by_step = args.schedule_unit == "step"
         course = {"steps": self.steps, "unit": 1 if by_step else task.epoch_steps}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsity.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -32,13 +34,20 @@ def adamw(
 
 
 def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], precision: str) -> torch.optim.Optimizer:
-    """The optimizer that a task's configuration names: `opt` ("adamW" or "sgd"), `lr`, `weight_decay` and `betas`.
+    """The optimizer that a task's configuration names, of all that learns in a model: see `optimizer_of`."""
+    return optimizer_of([(name, p) for name, p in model.named_parameters() if p.requires_grad], config, new, precision)
 
-    new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars. Warns where there are
-    none and `lr_mult` asks for another rate.
+
+def optimizer_of(
+    named: Sequence[tuple[str, nn.Parameter]], config: Any, new: Sequence[str], precision: str
+) -> torch.optim.Optimizer:
+    """The optimizer that a task's configuration names: `opt` ("adamW", "sgd", or one of timm), `lr`,
+    `weight_decay` and `betas`.
+
+    named: what learns. new: globs of parameters that learn at lr x `lr_mult`. No decay on norms, biases and scalars.
+    Warns where there are none and `lr_mult` asks for another rate.
     """
     groups = []
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.lr_mult != 1 and not any(fnmatchcase(name, glob) for name, _ in named for glob in new):
         log.warning("lr_mult %g changes nothing: this model has no newly initialised parameters", config.lr_mult)
     for rate, fresh in ((config.lr, False), (config.lr * config.lr_mult, True)):
@@ -47,7 +56,19 @@ def finetuning_optimizer(model: nn.Module, config: Any, new: Sequence[str], prec
     groups = [group for group in groups if group["params"]]
     if config.opt == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+    if config.opt != "adamW":
+        return _of_timm(groups, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=precision != "16-mixed")
+
+
+def _of_timm(groups: list[dict[str, Any]], config: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of timm with its own betas; UserError where it has none of this name."""
+    from timm.optim import create_optimizer_v2
+
+    try:
+        return create_optimizer_v2(groups, opt=config.opt, lr=config.lr, momentum=config.betas[0])
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise UserError(f"--optimizer {config.opt}: {' '.join(str(error).split())}") from error
 
 
 def muon(

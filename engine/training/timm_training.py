@@ -1,7 +1,7 @@
 """Training as timm does it, by its own factories: optimizer, learning rate, mixup and loss."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,15 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from datasets.labelled.timm_images import drawing
+from datasets.loaders import loader
+from datasets.place import Place
 from datasets.sampler import sample_generator
 from sparsity.errors import UserError
+
+Gather = Callable[[list[Any]], dict[str, Any]]
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
@@ -81,6 +86,18 @@ class Labelled:
         with drawing(rng):
             image, label = self.mixup(batch["image"], batch["label"])
         return batch | {"image": image, "label": label}
+
+    def read(
+        self, train: Dataset, batch_size: int, gather: Gather, *, place: Place, start: int, **order: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the batches of `datasets.loaders.loader` as `prepared` makes them, with what was skipped beside it.
+
+        A batch of which fewer than two images could be read has none left where images are mixed in pairs.
+        """
+        for number, batch in enumerate(loader(train, batch_size, gather, place=place, start=start, **order), start):
+            skipped = {"skipped": batch.pop("skipped")} if "skipped" in batch else {}
+            few = not batch or (self.mixup is not None and len(batch["label"]) < 2)
+            yield skipped | ({} if few else self.prepared(batch, place.batch(number)))
 
     def loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
         return self.criterion(logits.float(), batch["label"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.blip import model as blip
 from models.checkpoint import load_weights, read_weights
 from models.parts.bert import BertForMaskedLM
-from models.parts.captioning import Captioner
+from models.parts.captioning import Captioner, outputs
 from sparsity.view import PrunableView
 
 TEXT = {"add_sep": True}  # [DEC] a picture of x [SEP]; the model puts [DEC] in the place of [CLS]
@@ -71,4 +71,4 @@ def build(config: blip.Config, weights: str | Path | None = None, **options: Any
 
 def prunable_view(model: BLIPCaptioning) -> PrunableView:
     """The weights that are prunable in BLIP and that are here, in its groups."""
-    return PrunableView(model, group_of=blip.group_of, keep_dense=("text_decoder.cls.*",))
+    return PrunableView(model, group_of=blip.group_of, keep_dense=("text_decoder.cls.*",), outputs=outputs)

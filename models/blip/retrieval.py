@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blip import model as blip
+from models.blip.outputs import pair_outputs
 from models.parts.losses import draw_negatives, gather_features, own_rows
 from models.parts.similarity import similarity
 from models.parts.task_model import TaskModel
@@ -100,4 +101,4 @@ def build(config: blip.Config, weights: str | Path | None = None, **options: boo
 
 def prunable_view(model: BLIPRetrieval) -> PrunableView:
     """The weights that are prunable in BLIP, in its groups."""
-    return PrunableView(model, group_of=blip.group_of, keep_dense=blip.KEPT_DENSE)
+    return PrunableView(model, group_of=blip.group_of, keep_dense=blip.KEPT_DENSE, outputs=pair_outputs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.blip import model as blip
 from models.parts.bert import Bert, BertForMaskedLM
-from models.parts.vqa import Answering, load
+from models.parts.vqa import Answering, load, outputs
 from sparsity.view import PrunableView
 
 TEXT = {"add_sep": True}  # [ENC] question [SEP]
@@ -84,4 +84,4 @@ def build(config: blip.Config, weights: str | Path | None = None, inherit_mask: 
 
 def prunable_view(model: BLIPVQA) -> PrunableView:
     """The weights that are prunable in BLIP, in its groups; those that it shares between encoder and decoder twice."""
-    return PrunableView(model, group_of=blip.group_of, keep_dense=("text_decoder.cls.*",))
+    return PrunableView(model, group_of=blip.group_of, keep_dense=("text_decoder.cls.*",), outputs=outputs)

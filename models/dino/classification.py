@@ -3,7 +3,7 @@
 Shapes as in models/dino/model.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from models.checkpoint import find_weights, load_weights, read_weights
 from models.dino import model as dino
 from models.parts.task_model import TaskModel
-from sparsity.view import PrunableView
+from sparsity.view import Outputs, PrunableView
 
 TEXT: dict[str, Any] = {}  # there is none
 NEW = ("classifier.*",)
@@ -28,8 +28,17 @@ class DINOClassification(dino.ViTForImageClassification, TaskModel):
 
     def forward(self, batch: dict[str, Tensor], epoch: float = 0.0) -> dict[str, Tensor]:
         """Cross-entropy of `batch` = {"image": (B, 3, H, W), "label": (B,)}."""
-        logits = self.classify(batch["image"]).float()  # (B, classes)
-        return {"loss": F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)}
+        return self._losses(self.classify(batch["image"]), batch)
+
+    def taught(
+        self, batch: dict[str, Tensor], epoch: float, outputs: Callable[[dict[str, Tensor]], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        found = outputs(batch)
+        return self._losses(found["logits"].tensor, batch), found
+
+    def _losses(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """logits: (B, classes)."""
+        return {"loss": F.cross_entropy(logits.float(), batch["label"], label_smoothing=self.label_smoothing)}
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.vit.encoder.layer)
@@ -39,20 +48,24 @@ def task_names(name: str) -> tuple[str, ...]:
     return (dino.published_name(name),)
 
 
-def build(config: dino.Config, weights: str | Path | None = None, **options: float) -> DINOClassification:
+def build(
+    config: dino.Config, weights: str | Path | None = None, *, keep: bool = True, **options: float
+) -> DINOClassification:
     """Classifier of these sizes, from a checkpoint of DINO or of itself, or random.
 
     weights: a file, a folder that transformers saved, or a name on its hub. Its classifier counts where it has as many
-    classes; otherwise a random one is put in its place.
+    classes, and is to be kept; otherwise a random one is put in its place.
     """
     model = DINOClassification(config, **options).initialise()
+    model.untaught = ("logits",)
     if weights is None:
         return model
     path = find_weights(weights)
     table = read_weights(path).get("classifier.weight")
-    fresh = table is None or table.shape != model.classifier.weight.shape
+    fresh = not keep or table is None or table.shape != model.classifier.weight.shape
     ignored = (*dino.HARMLESS, *(NEW if fresh else ()))
     load_weights(model, path, positions=dino.POSITIONS, ignored=ignored, rename=dino.published_name)
+    model.untaught = ("logits",) if fresh else ()
     return model
 
 

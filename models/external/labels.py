@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparsity.errors import MissingFileError, UserError
+from sparsity.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ SYNSET = re.compile(r"n\d{8}")  # of WordNet, as ImageNet names its folders
 UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls the classes of a model that has no names for them
 BACKGROUND = 1001  # classes of ImageNet with one for "none" before them
 WAY_OUT = "give --class_map FILE, JSON {folder: class}, by name or number"
+CLASSES = "classes.json"  # beside weights that have been fine-tuned: {class: label}
 SHOWN = 8  # names in a message
 
 
@@ -57,6 +59,12 @@ class Classes:
             f" classes: {_listed(unknown)}; the model has {self.count} classes{known_as}; {WAY_OUT}"
         )
 
+    def order(self, names: Sequence[str]) -> list[int] | None:
+        """Return the label of each name where the names are those of the classes, each once; else None."""
+        known = _by_plain_name(self.names)
+        found = [label for name in names if (label := known.get(_plain(name))) is not None]
+        return found if len(names) == len(set(found)) == self.count else None
+
 
 def read_map(path: str | Path, classes: Classes) -> dict[str, int]:
     """Folder -> label of a JSON file {folder: class}, by number or by name. UserError where it is another."""
@@ -77,6 +85,26 @@ def read_map(path: str | Path, classes: Classes) -> dict[str, int]:
             told = f"is none of the model's {classes.count} classes: a number from 0, or a name"
             raise UserError(f"--class_map {path}: {content[folder]!r} of {folder!r} {told}")
     return labels
+
+
+def save_classes(names: Sequence[str], folder: Path) -> None:
+    """Write the labels of classes beside weights, as `read_map` reads them."""
+    labels = {name: label for label, name in enumerate(names)}
+    write_atomic(folder / CLASSES, (json.dumps(labels, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def classes_beside(weights: Path) -> Classes | None:
+    """Return the classes that `save_classes` has written into the folder of a file with weights; None without any."""
+    path = (weights if weights.is_dir() else weights.parent) / CLASSES
+    if not path.is_file():
+        return None
+    try:
+        labels = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(labels, dict) or sorted(labels.values(), key=str) != sorted(range(len(labels)), key=str):
+        raise UserError(f"{path}: expected {{class: label}} with the labels 0, 1, ..., each once")
+    return Classes(len(labels), labels, True)
 
 
 def classes_of_timm(model: nn.Module) -> Classes:

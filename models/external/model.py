@@ -33,6 +33,7 @@ from sparsity.view import Outputs, PrunableView, bare, module_name
 log = logging.getLogger(__name__)
 
 PUBLISHED, RANDOM = "published", "random"  # values of `weights` that are no file
+FOLDER = "local-dir:"  # of timm: begins the name of a folder with a model's configuration and weights
 OTHER_WEIGHTS = "give --weights FILE or --weights random"
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -101,7 +102,7 @@ def timm_model(
     way_out: str = OTHER_WEIGHTS,
     **options: Any,
 ) -> nn.Module:
-    """A model of timm, or the bundled `vit_mini`; options are those of timm.create_model.
+    """A model of timm, the bundled `vit_mini`, or local-dir:FOLDER; options are those of timm.create_model.
 
     image_size: side of the images in pixels, given to the model where it is made for one size, and in any case to its
     data configuration, which otherwise says what the model was built for. UserError, which begins with `option` and
@@ -110,13 +111,16 @@ def timm_model(
     import timm
 
     importlib.import_module("models.dino.timm_mini")  # makes itself known to timm
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    folder = name.removeprefix(FOLDER) if name.startswith(FOLDER) else None
+    if folder is not None and not Path(folder, "config.json").is_file():
+        raise MissingFileError(f"{option}{name}: no config.json of timm in this folder, as fine-tuning writes it")
+    if folder is None and not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
         prefix = "timm:" if option.endswith("timm:") else ""
         raise UserError(f"{option}{name}: timm has no such model, did you mean {prefix}{near[0]}?")
     options["pretrained"] = published
     try:
-        if published and not hub_answers():
+        if published and folder is None and not hub_answers():
             options["pretrained_cfg_overlay"] = {"file": _cached(timm, name)}
         return as_built(_sized(timm.create_model, name, image_size, options), image_size)
     except Exception as error:  # of the network, of the hub, of tags and names: each library its own kind
@@ -250,6 +254,7 @@ def prunable_view(
     loss: Loss | None = None,
     halves: Mapping[str, torch.dtype] | None = None,
     tokens: str = "all",
+    read: Callable[[Any], Any] = lambda batch: batch,
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
@@ -263,6 +268,8 @@ def prunable_view(
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
 
     tokens: of a language model, those that are counted: "all", "text", or "vision", in whose place it reads images.
+
+    read: makes a batch as the model takes it of those that the view is given.
 
     Raises UserError for a glob that matches nothing and, naming the layer, for what cannot be pruned.
     """
@@ -281,7 +288,8 @@ def prunable_view(
         layer = key.removesuffix(".weight")
         return (match_group(layer, groups) or "other") if groups else library.group_of(layer)
 
-    def valid_tokens(key: str, batch: Any) -> Tensor | None:
+    def valid_tokens(key: str, given: Any) -> Tensor | None:
+        batch = read(given)
         field = library.text_field(key) if group_of(key) == TEXT and isinstance(batch, Mapping) else None
         mask = batch.get(field) if field else None
         real = None if mask is None else mask != 0
@@ -294,13 +302,15 @@ def prunable_view(
 
     def reproducible_loss(batch: Any, generator: torch.Generator | None = None) -> Tensor:
         with seeded(generator.initial_seed() if generator else 0, next(model.parameters())):
-            return loss(model, library.fitted(batch)) if loss else library.loss(library.fitted(batch))
+            own = library.fitted(read(batch))
+            return loss(model, own) if loss else library.loss(own)
 
     def reproducible_forward(batch: Any) -> Any:
         with seeded(0, next(model.parameters())):
-            return library.forward(library.fitted(batch))
+            return library.forward(library.fitted(read(batch)))
 
-    def outputs(own: nn.Module, batch: Any) -> Outputs:
+    def outputs(own: nn.Module, given: Any) -> Outputs:
+        batch = read(given)
         with seeded(0, next(own.parameters())):
             run = library_of(own)
             return outputs_of(run.output(run.fitted(batch)), batch, classifies=run.classifies)

@@ -90,9 +90,20 @@ class Pairs:
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
         self.check(captions is not None)
         texts = list(captions)
-        options = {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        batch = dict(self.processor(images=list(images), text=texts, **options))
+        batch = dict(self.processor(images=list(images), text=texts, **self._options()))
         return batch | ({"return_loss": True} if self.contrastive else {})
+
+    def _options(self) -> dict[str, Any]:
+        """Of texts."""
+        return {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the fields of a batch that its images make."""
+        return dict(self.processor(images=list(images), return_tensors="pt"))
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the fields of a batch that its texts make."""
+        return dict(self.processor(text=list(texts), **self._options()))
 
 
 class Generative:
@@ -125,6 +136,13 @@ class Generative:
         except ValueError:  # an image without a place
             return self.processor.tokenizer.convert_ids_to_tokens(token)
         return "" if (ids == token).any() else self.processor.tokenizer.convert_ids_to_tokens(token)
+
+    def asked(self, question: str) -> str:
+        """Return the text in which a question is asked about an image, up to where the answer begins."""
+        if not self.processor.chat_template:
+            return f"{self.image}{question}"
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
     def text(self, caption: str | None) -> str:
         """The prompt, with the caption as the answer where it is not to be left out."""
@@ -181,12 +199,14 @@ def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images 
     return (Pairs if model.get_output_embeddings() is None else Generative)(model, processor)
 
 
-def load_processor(name: str) -> Any:
-    """The processor that belongs to a model of transformers; UserError where it is not to be had."""
+def load_processor(name: str, told: str = "--calibration: ", way_out: str = OWN_LOADER) -> Any:
+    """The processor that belongs to a model of transformers; UserError, which begins and ends as is said, where it is
+    not to be had.
+    """
     import transformers
 
     try:
         options = {"trust_remote_code": False, "local_files_only": local_only(name)}
         return transformers.AutoProcessor.from_pretrained(name, **options)
     except Exception as error:  # whatever a missing or foreign file makes of it
-        raise UserError(f"--calibration: {name!r} has no processor: {first_line(error)}; {OWN_LOADER}") from error
+        raise UserError(f"{told}{name!r} has no processor: {first_line(error)}; {way_out}") from error

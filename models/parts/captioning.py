@@ -3,7 +3,7 @@
 Shapes: B images and texts, L image tokens, T text tokens, D text width, V vision width, N tokens to be predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from models.parts.bert import BertForMaskedLM
 from models.parts.generation import generate
 from models.parts.task_model import TaskModel
 from sparsity.errors import UserError
+from sparsity.view import Output, Outputs
 
 LABEL_SMOOTHING = 0.1
 
@@ -46,12 +47,29 @@ class Captioner(TaskModel):
 
     def forward(self, batch: dict, epoch: float = 0.0) -> dict[str, Tensor]:
         """The loss of each token after the prompt, [SEP] included: the mean over `text_ids` where `text_atts` is 1."""
+        states, learned = self.states(batch)
+        logits = self.text_decoder.cls(states[learned])  # (N, vocab): the head is the costly part
+        return self._losses(logits, learned, batch)
+
+    def taught(
+        self, batch: dict, epoch: float, outputs: Callable[[dict], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        words = outputs(batch)["words"]
+        return self._losses(words.tensor[words.real], words.real, batch), {"words": words}
+
+    def states(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Return the decoder's states (B, T - 1, D) at all but the last token, and where the next token is learned,
+        bool (B, T - 1).
+        """
         ids, atts = self.started(batch["text_ids"]), batch["text_atts"]
         states = self.text_decoder.bert(ids, atts, self.encode_image(batch["image"]))
         learned = atts[:, 1:].bool()
         learned[:, : len(self.prompt) - 1] = False
-        logits = self.text_decoder.cls(states[:, :-1][learned])  # (N, vocab): the head is the costly part
-        return {"loss": self.language_loss(logits.float(), ids[:, 1:][learned])}
+        return states[:, :-1], learned
+
+    def _losses(self, logits: Tensor, learned: Tensor, batch: dict) -> dict[str, Tensor]:
+        """logits: (N, vocab), of the tokens where `learned`."""
+        return {"loss": self.language_loss(logits.float(), batch["text_ids"][:, 1:][learned])}
 
     def generate(self, image: Tensor, **options: object) -> Tensor:
         """Ids of captions of images (B, 3, H, W), the prompt first; options as `parts.generation.generate` takes."""
@@ -64,6 +82,12 @@ class Captioner(TaskModel):
                 return generate(self.text_decoder, self.encode_image(image), prompt, **marks, **options)
         finally:
             self.train(was_training)
+
+
+def outputs(model: Captioner, batch: dict) -> Outputs:
+    """Return the logits (B, T - 1, vocab) of each token that is learned."""
+    states, learned = model.states(batch)
+    return {"words": Output("logits", model.text_decoder.cls(states), real=learned)}
 
 
 def check_captioning_weights(path: str | Path) -> None:

@@ -4,6 +4,7 @@ closed list.
 Shapes: Q questions, T their tokens, K answers, A their tokens, L image tokens, V vision width, D text width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.parts.bert import Bert, BertForMaskedLM
 from models.parts.similarity import head
 from models.parts.task_model import TaskModel
 from sparsity.errors import UserError, listed
+from sparsity.view import Output, Outputs
 
 ROWS = 2048  # answers that are scored together
 _HEAD = "text_decoder.cls.predictions.decoder.weight"  # tied to the decoder's word embeddings
@@ -75,10 +77,25 @@ class Answering(TaskModel):
         """Of `image`, `text_ids`, `text_atts` (Q, T) and the answers `answer_ids`, `answer_atts` (K, A), their
         `answer_weights` (K,) and the numbers `answer_owner` (K,) of their questions: sum of weight x loss, over Q.
         """
+        return self._losses(self.predicted(batch), batch)
+
+    def taught(
+        self, batch: dict[str, Any], epoch: float, outputs: Callable[[dict[str, Any]], Outputs]
+    ) -> tuple[dict[str, Tensor], Outputs]:
+        logits = self.predicted(batch)
+        return self._losses(logits, batch), by_question(logits, batch)
+
+    def predicted(self, batch: dict[str, Any]) -> Tensor:
+        """Return the logits (N, vocab) of all tokens of the answers but the first of each, one answer after the other;
+        `batch` as `forward` takes it.
+        """
         owner, atts = batch["answer_owner"], batch["text_atts"]
         states = self.ask(self.encode_image(batch["image"]), batch["text_ids"], atts)
-        losses = self.answer_losses(batch["answer_ids"], batch["answer_atts"], states[owner], atts[owner])
-        return {"loss": (batch["answer_weights"] * losses).sum() / len(states)}
+        return self._predict(batch["answer_ids"], batch["answer_atts"], states[owner], atts[owner])
+
+    def _losses(self, logits: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = self._summed(logits, batch["answer_ids"], batch["answer_atts"])
+        return {"loss": (batch["answer_weights"] * losses).sum() / len(batch["text_ids"])}
 
     def answer_losses(self, ids: Tensor, atts: Tensor, states: Tensor, state_atts: Tensor) -> Tensor:
         """Cross-entropy of each answer, the sum over its tokens after the first: (K,).
@@ -86,10 +103,17 @@ class Answering(TaskModel):
         ids, atts: (K, A). states, state_atts: of its question, (K, T, D) and (K, T); or of a question for each K / Q
         answers one after the other, (Q, T, D) and (Q, T).
         """
+        return self._summed(self._predict(ids, atts, states, state_atts), ids, atts)
+
+    def _predict(self, ids: Tensor, atts: Tensor, states: Tensor, state_atts: Tensor) -> Tensor:
+        """Logits (N, vocab) of the real tokens after the first: the vocabulary is large, padding is not predicted."""
         hidden = self.text_decoder.bert(self.begun(ids), atts, states, state_atts)[:, :-1]
-        real = atts[:, 1:].bool()  # the vocabulary is large: padding is not predicted
-        logits, labels = self.logits(hidden[real]), ids[:, 1:][real]
-        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return self.logits(hidden[atts[:, 1:].bool()])
+
+    def _summed(self, logits: Tensor, ids: Tensor, atts: Tensor) -> Tensor:
+        """What `answer_losses` returns, of the logits of `_predict`."""
+        real = atts[:, 1:].bool()
+        losses = F.cross_entropy(logits, ids[:, 1:][real], label_smoothing=self.label_smoothing, reduction="none")
         return losses.new_zeros(real.shape).masked_scatter(real, losses).sum(1)
 
     def first_tokens(self, states: Tensor, state_atts: Tensor, ids: Tensor) -> Tensor:
@@ -119,6 +143,27 @@ class Answering(TaskModel):
             losses = self.answer_losses(*answers, states[rows], state_atts[rows]).view(len(rows), -1)
             best.append(self.score(first[rows].gather(1, kept[rows]), losses).argmax(1))
         return kept.gather(1, torch.cat(best)[:, None]).squeeze(1)
+
+
+def outputs(model: Answering, batch: dict[str, Any]) -> Outputs:
+    """Return the logits of each question's answers, token after token."""
+    return by_question(model.predicted(batch), batch)
+
+
+def by_question(logits: Tensor, batch: dict[str, Any]) -> Outputs:
+    """Return logits (N, vocab) of answers' tokens, see `Answering.predicted`, as those of their questions: (Q, most
+    tokens of a question, vocab), so that each question counts once, however many answers it has.
+    """
+    real = batch["answer_atts"][:, 1:].bool()  # (K, A - 1)
+    owner = batch["answer_owner"][:, None].expand_as(real)[real]  # (N,)
+    counts = owner.bincount(minlength=len(batch["text_ids"]))
+    order = owner.argsort(stable=True)
+    first = counts.cumsum(0) - counts  # of each question, in that order
+    place = torch.arange(len(owner), device=owner.device) - first[owner[order]]
+    shape = len(counts), int(counts.max())
+    padded = logits.new_zeros(*shape, logits.shape[1]).index_put((owner[order], place), logits[order])
+    told = torch.arange(shape[1], device=owner.device) < counts[:, None]
+    return {"answers": Output("logits", padded, real=told)}
 
 
 def load(model: Answering, weights: str | Path, **options: Any) -> Answering:

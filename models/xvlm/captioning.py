@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import load_weights
 from models.parts.bert import BertForMaskedLM
-from models.parts.captioning import Captioner
+from models.parts.captioning import Captioner, outputs
 from models.parts.clip_vision import CLIPVisionTransformer
 from models.xvlm import model as xvlm
 from sparsity.view import PrunableView
@@ -71,4 +71,4 @@ def build(config: xvlm.Config, weights: str | Path | None = None, **options: Any
 def prunable_view(model: XVLMCaptioning) -> PrunableView:
     """The weights that are prunable in XVLM, in its groups."""
     group_of = xvlm.modality(model.config, "text_decoder.bert.encoder.layer")
-    return PrunableView(model, group_of=group_of, keep_dense=("text_decoder.cls.*",))
+    return PrunableView(model, group_of=group_of, keep_dense=("text_decoder.cls.*",), outputs=outputs)

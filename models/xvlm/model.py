@@ -250,10 +250,15 @@ def calibrate(model: XVLM, batch: dict) -> None:
 
 
 def outputs(model: XVLM, batch: dict) -> Outputs:
-    """Return the features of both towers, the fusion states of the pairs, and whether text i matches its own image and
-    the image of text i + 1.
-    """
+    """Return those of `pair_outputs`; regions are seen as parts of their images."""
     image, image_atts, _ = model.encode_batch_image(batch)
+    return pair_outputs(model, batch, image, image_atts)
+
+
+def pair_outputs(model: ImageText, batch: dict, image: Tensor, image_atts: Tensor | None = None) -> Outputs:
+    """Return the features of both towers, the fusion states of the pairs, and whether text i matches its own image and
+    the image of text i + 1. image: tokens (B, L, V) of the images of the texts.
+    """
     atts = batch["text_atts"]
     states, text_feature = model.encode_text(batch["text_ids"], atts)
     fused = model.fuse(states, atts, image, image_atts)

@@ -16,7 +16,7 @@ from models.parts.losses import contrastive_loss, draw_negatives, gather_feature
 from models.parts.similarity import similarity
 from models.parts.task_model import TaskModel
 from models.xvlm import model as xvlm
-from sparsity.view import PrunableView
+from sparsity.view import Outputs, PrunableView
 
 TEXT = {"add_sep": False}  # [CLS] x
 NEW = ()
@@ -103,4 +103,9 @@ def build(config: xvlm.Config, weights: str | Path | None = None, **options: boo
 def prunable_view(model: XVLMRetrieval) -> PrunableView:
     """The weights that are prunable in XVLM, in its groups."""
     group_of = xvlm.modality(model.config, "text_encoder.encoder.layer")
-    return PrunableView(model, group_of=group_of, keep_dense=xvlm.KEPT_DENSE)
+    return PrunableView(model, group_of=group_of, keep_dense=xvlm.KEPT_DENSE, outputs=outputs)
+
+
+def outputs(model: XVLMRetrieval, batch: dict) -> Outputs:
+    """Return what `models.xvlm.model.pair_outputs` gives for whole images."""
+    return xvlm.pair_outputs(model, batch, model.vision_encoder(batch["image"]))

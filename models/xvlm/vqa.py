@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.parts.bert import Bert, BertForMaskedLM
 from models.parts.clip_vision import CLIPVisionTransformer
-from models.parts.vqa import Answering, load
+from models.parts.vqa import Answering, load, outputs
 from models.xvlm import model as xvlm
 from sparsity.view import PrunableView
 
@@ -91,4 +91,4 @@ def prunable_view(model: XVLMVQA) -> PrunableView:
     """The weights that are prunable in XVLM, in its groups, and those of the decoder where it inherits their masks."""
     group_of = xvlm.modality(model.config, "text_encoder.encoder.layer")
     keep_dense = ("text_decoder.cls.*",) if model.inherit_mask else ("text_decoder.*",)
-    return PrunableView(model, group_of=group_of, keep_dense=keep_dense)
+    return PrunableView(model, group_of=group_of, keep_dense=keep_dense, outputs=outputs)

@@ -1,13 +1,17 @@
 """Configurations of the fine-tuning scripts: what they compute, and that every file in configs/ is one."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
+from configs.foreign import ForeignCaptioningConfig, ForeignRetrievalConfig, ForeignVQAConfig
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
+from engine.options.finetuning import refuse_nlvr2
+from sparsity.errors import UserError
 
 PLAIN = {
     "model_config": "m.yaml",
@@ -59,7 +63,28 @@ def test_evaluation_on_scenes_and_on_files():
     assert all(found.limit == DEBUG_IMAGES and found.k_test == 256 for found in files.values())
 
 
-RETRIEVAL = sorted(Path("configs").glob("*/retrieval*.yaml"))
+RETRIEVAL = [path for path in sorted(Path("configs").glob("*/retrieval*.yaml")) if path.parent.name != "external"]
+FOREIGN = {"retrieval": ForeignRetrievalConfig, "captioning": ForeignCaptioningConfig, "vqa": ForeignVQAConfig}
+
+
+@pytest.mark.parametrize("task", FOREIGN)
+def test_models_of_other_libraries_need_data_of_the_users(tmp_path, task):
+    found = load_config(f"configs/external/{task}.yaml", FOREIGN[task])
+    assert found.accumulation(1) >= 1
+    with pytest.raises(UserError, match="give --data "):
+        found.check_data("here")
+    with pytest.raises(FileNotFoundError, match="--data gone.json: there is no such file"):
+        replace(found, data="gone.json").check_data("here")
+
+
+def test_data_of_the_users_takes_the_place_of_the_configurations():
+    options = {"devices": 1, "num_nodes": 1}
+    for other in (BUNDLED, FILES):
+        own = config(**other, data="captions.json").overridden(options)
+        assert own == config(data="captions.json") and own.evaluations().keys() == {"val"}
+    assert config(data="captions.json", val_fraction=0).evaluations() == {}
+    with pytest.raises(UserError, match="val_data is for data of one's own"):
+        config(val_data="captions.json")
 
 
 @pytest.mark.parametrize("path", RETRIEVAL, ids=str)
@@ -83,3 +108,37 @@ def test_the_published_recipe_of_xvlm():
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*/captioning_pretrain*.yaml")), ids=str)
 def test_captioning_pretraining_has_no_label_smoothing(path):
     assert load_config(path, CaptioningPretrainConfig).label_smoothing == 0.0
+
+
+def test_options_take_the_place_of_a_recipe():
+    """The same ones for every task; sizes of batches that are given apart stay apart."""
+    options = {"devices": 2, "num_nodes": 1, "lr": 0.5, "epochs": 7, "batch_size": 32, "sched_type": "cosine"}
+    options |= {"optimizer_name": "sgd", "weight_decay": 0.0, "image_size": 64, "warmup_frac": None}
+    found = config().overridden(options)
+    assert (found.batch_size_target, found.batch_size_train, found.image_res) == (32, 16, 64)
+    assert (found.scheduler.epochs, found.scheduler.sched) == (7, "cosine")
+    assert (found.optimizer.lr, found.optimizer.opt, found.optimizer.weight_decay) == (0.5, "sgd", 0.0)
+    apart = config(batch_size_train=8).overridden(options | {"batch_size_train": 8})
+    assert (apart.batch_size_target, apart.batch_size_train, apart.accumulation(2)) == (32, 8, 2)
+    assert config().overridden({"devices": 1, "num_nodes": 1}) == config()
+    with pytest.raises(ValueError, match="--batch_size 9 is no multiple of 2 devices"):
+        config().overridden(options | {"batch_size": 9})
+
+
+TASKS = ("retrieval", "captioning", "captioning_pretrain", "vqa", "image_classification")
+
+
+def test_every_file_of_a_task_begins_with_its_command_and_says_what_to_expect():
+    for script in TASKS:
+        for path in sorted(Path("configs").glob(f"*/{script}*.yaml")):
+            comment = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+            assert comment.startswith(f"# python {script}"), path
+            assert "Time" in comment, path
+            assert "CPU core" in comment or "Hardware" in comment, path
+            assert re.search(r"Expect|number|result", comment) or path.stem == "retrieval_short", path
+
+
+def test_nlvr2_is_refused_by_name():
+    refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/itr/coco_train.json")
+    with pytest.raises(UserError, match="nlvr2_train.json: NLVR2, a sentence that is true or false of two images"):
+        refuse_nlvr2("configs/xvlm/retrieval.yaml", "data/finetune/nlvr2_train.json")

@@ -9,6 +9,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision.amp import MixedPrecision
 from torch import nn
 
+from engine.sparse_training.held import Held
 from engine.training.fit import Run, fit
 from engine.training.optimizer import adamw, muon
 from sparsity.masks import Masks
@@ -303,7 +304,7 @@ def held(folder, optimizer, precision, spike=1.0, **options):
     view = view_of(model)
     masks = Masks({"up.weight": ~model.gone, "down.weight": torch.ones(1, 8, dtype=torch.bool)})
     wrapped, wrapped_optimizer = fabric.setup(model, raw)
-    options = {"identity": {}, "seed": 3, "log_every": 2, "save_every": 3, "hold": masks.hold(view, raw)} | options
+    options = {"identity": {}, "seed": 3, "log_every": 2, "save_every": 3, "hold": Held(view, raw, masks)} | options
     return Run(fabric, wrapped, wrapped_optimizer, lambda step: 1.0, STEPS, folder, **options)
 
 

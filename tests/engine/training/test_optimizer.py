@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from configs.foreign import AnyOptimizerConfig
 from engine.export import save_weights
-from engine.training.optimizer import adamw, build_optimizer, muon
+from engine.training.optimizer import adamw, build_optimizer, finetuning_optimizer, muon
 from models.checkpoint import read_weights
+from sparsity.errors import UserError
 
 CONFIG = SimpleNamespace(optimizer="muon", lr=0.1, matrix_lr=0.2, weight_decay=0.5, betas=(0.9, 0.98))
 
@@ -92,3 +94,16 @@ def test_saved_weights_are_all_there(tmp_path, dtype):
         assert torch.equal(weights[name], tensor.to(dtype) if tensor.is_floating_point() else tensor)
     first = path.read_bytes()
     assert save_weights(model, path, dtype).read_bytes() == first
+
+
+def test_an_optimizer_of_timm_has_the_rates_of_the_recipe():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    config = AnyOptimizerConfig(lr=0.01, opt="lamb", weight_decay=0.1, lr_mult=5)
+    optimizer = finetuning_optimizer(model, config, ("1.*",), "32-true")
+    assert type(optimizer).__name__ == "Lamb"
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {"0.weight": (0.01, 0.1), "0.bias": (0.01, 0.0), "1.weight": (0.05, 0.1), "1.bias": (0.05, 0.0)}
+    for name, parameter in model.named_parameters():
+        assert found[id(parameter)] == pytest.approx(wanted[name])
+    with pytest.raises(UserError, match="--optimizer nosuch: "):
+        finetuning_optimizer(model, AnyOptimizerConfig(lr=0.01, opt="nosuch"), (), "32-true")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.training.distillation import TEMPERATURE, distillation
+from engine.sparse_training.distillation import TEMPERATURE, distillation
 from sparsity.view import Output
 
 
