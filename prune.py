@@ -31,7 +31,7 @@ SPARSITIES = "63,75,90"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, "prune")
     add = parser.add_argument_group("model, method and sparsity").add_argument
     add("-p", "--pruner", metavar="PRUNER", help=pruners.listed())
     add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))

@@ -57,6 +57,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def compose(text: str) -> yaml.Node | None:
+    """Return the nodes of the one document of a YAML text, which know their lines and tags; None where it is empty.
+    yaml.YAMLError for what is no YAML, and a key that stands twice.
+    """
+    return _Loader.nodes(text)
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader, where no key may stand twice in a mapping, and merged mappings (<<) stay small."""
 
@@ -66,6 +73,15 @@ class _Loader(yaml.SafeLoader):
         loader = cls(text)
         try:
             return loader.get_single_data()
+        finally:
+            loader.dispose()
+
+    @classmethod
+    def nodes(cls, text: str) -> yaml.Node | None:
+        """Return the one document as nodes, as yaml.compose does."""
+        loader = cls(text)
+        try:
+            return loader.get_single_node()
         finally:
             loader.dispose()
 

@@ -103,7 +103,7 @@ def test_dense(tmp_path, name, capsys, caplog):
     result = tmp_path / "out" / "result"
     metrics = json.loads((result / "metrics.json").read_text())
     assert list(metrics) == ["scenes", "unseen_scenes"] and list(metrics["scenes"]) == METRICS
-    files = {"README.md", "config.yaml", "metrics.json", "model.safetensors"}
+    files = {"README.md", "config.yaml", "metrics.json", "model.safetensors", "recipe.yaml"}
     assert {path.name for path in result.iterdir()} == files | {f"captions_{split}.json" for split in metrics}
     for split in metrics:
         content = json.loads((result / f"captions_{split}.json").read_text())

@@ -108,7 +108,7 @@ def whole(trunk, tmp_path_factory):
 def test_all_files_are_there_and_nothing_else(whole):
     folder, printed = whole
     assert {path.name for path in folder.iterdir()} == {"best.pt", "config.yaml", "last.pt", "log.csv", "result"}
-    files = {"README.md", "config.yaml", "mask.safetensors", "metrics.json", "model.safetensors"}
+    files = {"README.md", "config.yaml", "mask.safetensors", "metrics.json", "model.safetensors", "recipe.yaml"}
     assert {path.name for path in (folder / "result").iterdir()} == files
     assert printed.stdout.endswith(f"results: {folder}/result\n") and printed.stdout.count("\n") == 3
     assert only_bars(printed.stderr)

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +16,7 @@ from configs.decoding import GROUNDS, Decoding
 from engine.exit_codes import BAD_INPUT
 from engine.options.allocation import add_allocation_options, add_mask_options, check_mask_options, resolved
 from engine.options.sparse_training import add_sparse_options
+from engine.recipes.expand import RECIPE, RECIPES, Recipe, expanded
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import NM, pattern_of
@@ -27,16 +29,46 @@ OPTIONAL = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorb
 
 
 class Parser(argparse.ArgumentParser):
-    """Description as it is written, no abbreviations; an error is one line, without the usage, and exit code 2."""
+    """Description as it is written, no abbreviations; an error is one line, without the usage, and exit code 2.
 
-    def __init__(self, description: str | None):
+    script: name of a script that takes recipes; `recipe` of the arguments is then what it was given, to be saved.
+    """
+
+    def __init__(self, description: str | None, script: str = ""):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        self._given: dict[str, str | None] = {}  # long name of an option -> as it was typed; None: without a value
+        self._typed: tuple[str, ...] | None = None
+        self._expanded: list[str] = []
+        self.take_recipes(script)
+
+    def take_recipes(self, script: str) -> None:
+        """Add --recipe for a script of this name, without its ending; "" is none."""
+        self._script = script
+        if script:
+            self.add_argument(RECIPE, metavar="FILE[:STAGE]", help=f"{RECIPES} (default: no)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments, those of a recipe first, and what is not known."""
+        typed = tuple(sys.argv[1:] if args is None else args)
+        if not self._script:
+            return super().parse_known_args(typed, namespace)
+        if typed != self._typed:
+            self._typed, self._expanded = typed, expanded(self, self._script, typed)
+        return super().parse_known_args(self._expanded, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        name = next((name for name in action.option_strings if name.startswith("--")), "")
+        self._given[name.removeprefix("--")] = " ".join(arg_strings) if arg_strings else None
+        return super()._get_values(action, arg_strings)
 
     def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         """The arguments; an option that is not known is an error that suggests the nearest one."""
         parsed, unknown = self.parse_known_args(args, namespace)
+        if self._script:
+            given = {name: text for name, text in self._given.items() if name and f"--{name}" != RECIPE}
+            parsed.recipe = Recipe(self._script, given)
         if unknown:
             given = unknown[0].split("=")[0]
             near = difflib.get_close_matches(given, self._option_string_actions, n=1) if given.startswith("-") else []
@@ -251,14 +283,13 @@ def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
     add("--max_skipped", type=share, help="share of unreadable images that is tolerated; default: the configuration's")
 
 
-def add_finetuning_options(
-    parser: argparse.ArgumentParser, task: str, models: Sequence[str], *, measures: bool = True
-) -> None:
+def add_finetuning_options(parser: Parser, task: str, models: Sequence[str], *, measures: bool = True) -> None:
     """What every script that fine-tunes has: model and mask, configuration, where a run is kept, logs, devices.
 
     `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
     be named. measures: whether there is something to evaluate.
     """
+    parser.take_recipes(task)
     add = parser.add_argument
     only = models[0] if len(models) == 1 else None
     listed = f"default: {only}" if only else ", ".join(models)

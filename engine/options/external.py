@@ -49,8 +49,9 @@ def add_external_options(
     evaluates.
     """
     add = parser.add_argument_group(f"any other model ({forms})").add_argument
-    add("--include", type=globs, help="globs over layers: prune these alone (default: all linear layers but the head)")
-    add("--exclude", type=globs, help="globs over layers: keep these dense (default: none)")
+    named = "globs over names of layers, or re: with a regular expression"
+    add("--include", type=globs, help=f"{named}: prune these alone (default: all linear layers but the head)")
+    add("--exclude", type=globs, help=f"{named}: keep these dense (default: none)")
     add("--groups", type=group_globs, help="name=glob,name=glob: its towers (default: guessed from names of layers)")
     keys = "key of --weights FILE under which they stand, e.g. state_dict_ema (default: as the library reads it)"
     add("--weights_key", help=keys)

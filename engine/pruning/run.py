@@ -353,6 +353,8 @@ class Results:
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         save_arguments(self.options, self.config, self.folder)
+        if recipe := self.options.get("recipe"):
+            recipe.save(self.folder)
         append_csv(self.path("runtimes.csv"), self.times)
         groups = {weight.name: weight.group for weight in self.view.weights.values()}
         title = f"{self.options['model']} pruned with {self.options['pruner']}"

@@ -23,6 +23,7 @@ from engine.contents import classes, contents
 from engine.export import save_weights
 from engine.options.sparse_training import sparse_options
 from engine.ranks import on_leader, place_of
+from engine.recipes.expand import Recipe
 from engine.reports.model_card import model_card
 from engine.sparse_training.training import SparseTraining
 from engine.training.fit import Run, fit
@@ -214,6 +215,7 @@ class Finetuning:
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+        self.args.recipe.save(folder, self.args.mask)
         save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
         facts = {"base model": self.origin, "task": self.title, "epochs": epochs}
@@ -225,7 +227,7 @@ class Finetuning:
         return folder
 
     def _settings(self) -> dict[str, Any]:
-        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        arguments = {name: str(v) if isinstance(v, Path | Recipe) else v for name, v in vars(self.args).items()}
         return {"arguments": arguments, "config": dataclasses.asdict(self.config)}
 
     def _begin(self, start: int) -> list[Logger]:

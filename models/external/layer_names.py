@@ -8,9 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 
 from torch import nn
 
+from sparsity.errors import UserError
+
+REGEX = "re:"  # what a regular expression stands behind, where there could be a glob
 # Group -> parts of a name that put a layer into it; the first group with one of its parts in the name takes it. CLIP
 # and SigLIP (text_model, vision_model), BLIP-2 (vision_model, qformer, language_projection, language_model), LLaVA and
 # PaliGemma (vision_tower, multi_modal_projector, language_model), Qwen-VL (visual, visual.merger, language_model),
@@ -103,4 +107,23 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList | nn.Sequential):
             kinds = Counter(type(child) for child in module)
             found += [child for child in module if kinds[type(child)] > 1 and any(True for _ in child.children())]
+    return found
+
+
+def as_globs(option: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return patterns as globs: a regular expression after "re:" becomes the names of layers that it matches from their
+    beginning on, alone or with ".weight" behind; it stays as it is where there are none. UserError, naming the option,
+    for one that is none.
+    """
+    found = []
+    for pattern in patterns:
+        if not pattern.startswith(REGEX):
+            found.append(pattern)
+            continue
+        try:
+            expression = re.compile(pattern.removeprefix(REGEX))
+        except re.error as error:
+            raise UserError(f"{option}: {pattern!r:.60} is no regular expression: {error}") from None
+        matched = [n for n in names if n and (expression.match(n) or expression.match(f"{n}.weight"))]
+        found += [escape(name) for name in matched] or [pattern]
     return found

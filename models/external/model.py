@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from models.checkpoint import HALF, TIMM, WRAPPERS, load_weights, read_weights
 from models.external.dtypes import compute_in, dtypes_of, file_dtypes, published_dtypes, wanted
-from models.external.layer_names import TEXT, blocks_of, match_group
+from models.external.layer_names import TEXT, as_globs, blocks_of, match_group
 from models.external.libraries import library_of, seeded
 from models.external.outputs import outputs_of
 from models.external.preprocessing import preprocessing as preprocessing
@@ -258,11 +258,11 @@ def prunable_view(
 ) -> PrunableView:
     """The linear layers of any model, but for its output head.
 
-    include, exclude: globs over names of layers; only those that match `include` (all without any), and none that
-    matches `exclude`, with all that is in them. groups: name -> globs, the first that matches takes a layer and "other"
-    takes the rest; by default as `models.external.layer_names.tower` has it. loss: (model, batch) -> scalar; by default
-    the model's own (see models/external/libraries.py). Batches are keyword arguments (a dict), positional ones (a tuple
-    or list), or the one argument. halves: of `load`.
+    include, exclude: globs over names of layers, or regular expressions behind "re:"; only those that match `include`
+    (all without any), and none that matches `exclude`, with all that is in them. groups: name -> globs, the first that
+    matches takes a layer and "other" takes the rest; by default as `models.external.layer_names.tower` has it. loss:
+    (model, batch) -> scalar; by default the model's own (see models/external/libraries.py). Batches are keyword
+    arguments (a dict), positional ones (a tuple or list), or the one argument. halves: of `load`.
 
     Padding: what a layer in the group "text" reads is real where the batch's `attention_mask` (a text decoder's:
     `decoder_attention_mask`) is not 0; without such a field, and in all other groups, everything is.
@@ -278,6 +278,7 @@ def prunable_view(
     if tokens != "all" and not library.image_ids:
         raise UserError(f"--calibrate_on {tokens}: {type(model).__name__} has no language model that reads images")
     names = [module_name(name) for name, _ in model.named_modules()]
+    include, exclude = as_globs("--include", include, names), as_globs("--exclude", exclude, names)
     grouped = [glob for globs in (groups or {}).values() for glob in globs]
     for option, globs in {"--include": include, "--exclude": exclude, "--groups": grouped}.items():
         _check_globs(option, globs, names)
