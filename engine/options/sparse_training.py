@@ -82,7 +82,11 @@ def add_sparse_options(
     scores = "omp: over all weights, or localmp: within each layer (default: omp)"
     add("--gradual_score", choices=tuple(SCORES), help=f"of --gradual: {scores}")
     add("--prune_from", type=share, help=f"of --gradual: share of the run before it (default: {FROM})")
-    add("--prune_until", type=share, help=f"of --gradual: share of the run after which the mask stays ({UNTIL})")
+    add(
+        "--prune_until",
+        type=share,
+        help=f"of --gradual: share of the run after which the mask stays (default: {UNTIL})",
+    )
     add(
         "--prune_every", type=positive_int, metavar="STEPS", help="of --gradual: steps between masks; default: 20 masks"
     )
