@@ -19,6 +19,7 @@ from sparsity.run.generic import generic_view
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+OF_OTHERS = ("migrating.md",)  # pages with the commands of other tools beside ours
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _EXTERNAL = ("http://", "https://")
@@ -90,12 +91,12 @@ def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
 @pytest.mark.parametrize("path", [*PAGES, *(ROOT / f"{script}.py" for script in sorted(SCRIPTS))], ids=name)
 def test_scripts_take_the_commands(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "FOLDER").mkdir()  # of the reader's
+    Path("FOLDER").mkdir()
     for command in documented(path):
         if ".py" not in command or "pytest" in command:
             continue
         script, given = arguments(command)
-        if path.name == "migrating.md" and script not in SCRIPTS:  # of another tool
+        if path.name in OF_OTHERS and script not in SCRIPTS:
             continue
         assert script in SCRIPTS, f"{command}: there is no such script"
         if not given or given == ["--help"] or "..." in given:

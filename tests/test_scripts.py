@@ -14,12 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import compare
 import pretrain
 import prune
 import pruners
 from configs.loading import load_config
 from datasets.bundled.export import export_public
 from datasets.bundled.glyphs import load_glyphs
+from engine.evaluation.retrieval import SHOWN
 from engine.launch import run
 from engine.pruning.run import RECORDED
 from engine.training.loggers import CsvLog
@@ -184,6 +186,20 @@ def test_all_files_are_there_and_nothing_else(whole_run):
     assert names == masks | {scores, "config.yaml", "report.json", "report.md", "runtimes.csv"}
     pictures = {path.name for path in whole_run[0].glob("*.png")}
     assert pictures == set(re.findall(r"\]\((.*)\)", (whole_run[0] / "report.md").read_text()))
+
+
+def test_a_page_shows_what_captions_find(whole_run):
+    told = json.loads((whole_run[0] / "report.json").read_text())
+    found = told["retrieved"]
+    assert [row["sparsity"] for row in told["rows"]] == list(found["found"]) == ["dense", "50", "75"]
+    assert {len(numbers) for numbers in (found["captions"], found["right"], *found["found"].values())} == {SHOWN}
+    assert {*found["pictures"]} == {str(n) for numbers in (found["right"], *found["found"].values()) for n in numbers}
+    compare.main(["--pruned", str(whole_run[0].parent)])
+    page = (whole_run[0].parent / "report.html").read_text()
+    sources = re.findall(r'src="(.*?)"', page)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    # The curves, the pictures of the report, and for each caption its own and what each model finds.
+    assert len(sources) == 1 + len(list(whole_run[0].glob("*.png"))) + SHOWN * 4
 
 
 def test_the_table_is_on_stdout_and_the_bars_are_not(whole_run):

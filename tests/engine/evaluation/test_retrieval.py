@@ -221,6 +221,8 @@ def test_scenes_with_features_that_match_are_found(encode, tmp_path):
         known.ids = zero_shot.texts["text_ids"]
         metrics = zero_shot()
         assert metrics["txt_r1"] == metrics["img_r1"] == metrics["r_mean"] == 100.0
+        assert zero_shot.found == [zero_shot.txt2img]
+        assert np.array_equal(zero_shot.picture(3), zero_shot.items.scene(3).image)
 
 
 @pytest.fixture
@@ -244,7 +246,7 @@ def test_unreadable_images_are_listed_and_count_as_not_found(model, encode, file
     first, second = zero_shot(), zero_shot()  # counted anew at each call
     assert first == second and first["txt_r10"] <= 100 * 11 / 12
     (line,) = (folder / "skipped.txt").read_text().splitlines()
-    assert line.startswith(str(tmp_path / "5.png"))
+    assert line.startswith(str(tmp_path / "5.png")) and zero_shot.picture(5) is None
     strict = ZeroShot(model, evaluation, encode, fabric, VISION, folder)
     with pytest.raises(ValueError, match="1 of 12 samples were skipped"):
         strict()
