@@ -24,7 +24,7 @@ RATE = 1e-2  # peak of the learning rate, in units of the root mean square of wh
 ROUNDS = 4  # of batches in a step, on all ranks together
 VALIDATIONS = 5  # besides that of the start
 HELD_ROUNDS = 32  # that a validation reads, of those that have held-out samples
-_BETAS, _EPS = (0.9, 0.95), 1e-15
+_BETAS, _EPS = (0.9, 0.95), 1e-8  # rounding in gradients that are 0, as of biases of keys, moves nothing
 _TENTH = 10
 
 Reduce = Callable[[Tensor], Tensor]

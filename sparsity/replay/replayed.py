@@ -77,9 +77,9 @@ class Replayed:
         self._trace = self._traced()
         self.order = self._agreed([list(names) for names in order])
         self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
-        stages = {name: number for number, names in enumerate(self.order) for name in names}
-        self._calls = Calls(view, self._trace, stages, self._store)
-        self._beside = _Beside(Calls(view, self._trace, stages, self._store)) if both else None
+        self._stages = {name: number for number, names in enumerate(self.order) for name in names}
+        self._calls = Calls(view, self._trace, self._stages, self._store)
+        self._beside = _Beside(Calls(view, self._trace, self._stages, self._store)) if both else None
         self._pruned: list[int] = []  # stages whose pruned weights are in the model
 
     def __enter__(self) -> "Replayed":
@@ -165,7 +165,8 @@ class Replayed:
         names: of its stage. window: of `sparsity.run.axes.WINDOWS`. There are none where the block cannot be run by
         itself, or where the layers are in no block.
         """
-        own = own_calls(self._trace, names) if self._position == self._numbers[tuple(names)] else []
+        number = self._numbers[tuple(names)]
+        own = own_calls(self._trace, self._stages, number) if self._position == number else []
         beside = self._beside
         if not own or beside is None or self._trace.unfit or not self._ready(names):
             yield NO_USES
@@ -173,7 +174,7 @@ class Replayed:
         found = Uses(trainable(self._view, self._trace, own, names, window), [])
         known = self._view, self._trace, own, self._store
         for state, other in zip(self._states, beside.states, strict=True):
-            if all(number in other.results for number in own):
+            if all(call in other.results for call in own):
                 found.uses.append(use_of(*known, (self._calls, state), (beside.calls, other)))
         whole = len(found.uses) == len(self._states)
         with self._quiet(), uncached_casts():

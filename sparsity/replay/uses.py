@@ -3,7 +3,7 @@ and which parameters nothing else uses, so that they can be trained.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,9 +48,10 @@ class Uses(NamedTuple):
 NO_USES = Uses({}, [])
 
 
-def own_calls(found: Trace, names: Collection[str]) -> list[int]:
-    """Return the calls of blocks whose prunable weights are all of one stage."""
-    return [n for n, call in enumerate(found.calls) if call.weights and not call.alone and call.weights <= set(names)]
+def own_calls(found: Trace, stages: Mapping[str, int], stage: int) -> list[int]:
+    """Return the calls of blocks whose last weight is pruned in this stage. stages: name of a weight -> its stage."""
+    of_blocks = ((number, call) for number, call in enumerate(found.calls) if call.weights and not call.alone)
+    return [number for number, call in of_blocks if max(stages[name] for name in call.weights) == stage]
 
 
 def trainable(
@@ -58,8 +59,8 @@ def trainable(
 ) -> dict[str, nn.Parameter]:
     """Return state-dict key -> parameter: what trains of the blocks of these calls.
 
-    That are the prunable weights of `names` and the biases of the layers in the window, and all norms and scales (other
-    parameters of one dimension). What is used anywhere else, too, is left out.
+    That are the prunable weights of `names` in the window with the biases of their layers, and all norms and scales
+    (other parameters of one dimension). What is used anywhere else, too, is left out.
     """
     blocks = {found.calls[number].module: None for number in own}
     inside = {module for block in blocks for module in block.modules()}
@@ -67,7 +68,8 @@ def trainable(
     outer = [module for module in view.model.modules() if module not in inside or module in elsewhere]
     shared = {id(parameter) for module in outer for parameter in module._parameters.values()}
     prunable = {id(view.weights[name].parameter): name for name in names}
-    chosen = {id(p): p for block in blocks for p in _in_window(block, prunable.keys(), window)}
+    others = {id(weight.parameter) for weight in view.weights.values()} - prunable.keys()
+    chosen = {id(p): p for block in blocks for p in _in_window(block, prunable.keys(), others, window)}
     shared |= {id(view.weights[name].parameter) for name in found.between}
     if left := [name for key, name in prunable.items() if key in chosen and key in shared]:
         logger.info("block steps leave out weights that are used outside the block, too: %s", listed(left))
@@ -77,14 +79,17 @@ def trainable(
     return {prunable.get(key, keys[key]): p for key, p in chosen.items() if key not in shared}
 
 
-def _in_window(block: nn.Module, prunable: Collection[int], window: str) -> Iterator[nn.Parameter]:
-    """Parameters of the layers in the window, and of what is no layer."""
+def _in_window(
+    block: nn.Module, prunable: Collection[int], others: Collection[int], window: str
+) -> Iterator[nn.Parameter]:
+    """Parameters of the layers in the window, and of what is no layer. others: ids of weights of other stages."""
     named = [(key.rpartition(".")[0], p) for key, p in block.named_parameters(remove_duplicate=False)]
-    layers = {path for path, parameter in named if id(parameter) in prunable}
+    layers, foreign = ({path for path, p in named if id(p) in ids} for ids in (prunable, others))
     for path, parameter in named:
         part = ATTENTION if _NAMED in path.lower() else MLP
         vector = parameter.ndim <= 1 and parameter.is_floating_point()
-        if (id(parameter) in prunable or vector) and (path not in layers or window in (part, BLOCK)):
+        inside = path not in foreign and (path not in layers or window in (part, BLOCK))
+        if inside and (id(parameter) in prunable or vector):
             yield parameter
 
 

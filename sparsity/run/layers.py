@@ -155,7 +155,7 @@ class Layers:
         prunable = {alias for name in block for alias in weights[name].aliases}
         others = {id(found.parameters[key]): value for key, value in new.items() if key not in prunable}
         named = ((key, others.get(id(parameter))) for key, parameter in self.view.parameters.items())
-        return block | updated, {key: value for key, value in named if value is not None}
+        return block | updated, {key: value.clone() for key, value in named if value is not None}
 
     def _measure(self, replayed: Replayed, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""

@@ -69,7 +69,7 @@ class Solved(NamedTuple):
 
 
 # What the layers of a stage become -> the same once they are trained, and key -> what other parameters become.
-Train = Callable[[dict[str, Solved]], tuple[Mapping[str, Solved], Mapping[str, Tensor]]]
+Train = Callable[[dict[str, Solved]], tuple[dict[str, Solved], dict[str, Tensor]]]
 
 
 def by_blocks(
@@ -97,8 +97,10 @@ def by_blocks(
             return prune(name, {key: take(found, name) for key, found in statistics.items() if name in found})
 
         solved = share.solve(names, solve, len(Solved._fields))
-        block = {name: Solved(*fields) for name, fields in solved.items()}
-        done.save(number, *(train(block) if train else (block,)))
+        block, trained = {name: Solved(*fields) for name, fields in solved.items()}, {}
+        if train is not None:
+            block, trained = train(block)
+        done.save(number, block, trained)
 
 
 class Blocks:
