@@ -110,6 +110,8 @@ def own_options(
     solver = plan.reconstruction if plan.reconstruction and not plan.whole else None
     known -= set() if solver else {"target", "correct_bias", "layer_errors"}
     known -= set() if solver and "dense" in solver.targets else {"target"}
+    by_blocks = plan.of_inputs and given.get("calibration_mode", plan.calibration) == "sequential"
+    known -= set() if by_blocks else {"block_steps", "block_window"}
     return {option: value for option, value in given.items() if option in known}
 
 

@@ -64,8 +64,9 @@ class Masks(Mapping[str, Tensor]):
 
     masks: name -> bool tensor or `Bits`, in prunable order, or pairs one by one. provenance: whatever can be written as
     JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
-    layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a layer's bias
-    -> what it becomes. Both are put in wherever the masks are applied, and are no part of the mask file. errors: name
+    layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a bias, or of
+    any other parameter that is not prunable (norms) -> what it becomes. Both are put in wherever the masks are applied,
+    and are no part of the mask file. errors: name
     -> what a method tells of the layer's error (`sparsity.reconstruction.errors`), for reports.
     """
 
@@ -235,11 +236,9 @@ class Masks(Mapping[str, Tensor]):
         return {name: own[0] for name, own in found.items() if own}
 
     def _biases(self, view: PrunableView) -> list[tuple[Tensor, Tensor]]:
-        """Return the biases of the model that change, with what they become."""
-        if not self.biases:
-            return []
-        found = [(key, bias) for weight in view.weights.values() for key, bias in weight.biases.items()]
-        return [(bias, self.biases[key]) for key, bias in found if key in self.biases]
+        """Return the parameters beside the weights that change, with what they become."""
+        known = view.parameters if self.biases else {}
+        return [(known[key], new) for key, new in self.biases.items() if key in known]
 
     def _known(self, names: Iterable[str]) -> dict[str, str]:
         """Every key of a weight -> which of these names it goes by here."""

@@ -200,6 +200,11 @@ class PrunableView:
         return {name: weight.aliases for name, weight in self.weights.items()}
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return state-dict key -> parameter of the model, under every name that it has."""
+        return {canonical(key): parameter for key, parameter in self.model.named_parameters(remove_duplicate=False)}
+
+    @property
     def numel(self) -> int:
         return sum(weight.numel for weight in self.weights.values())
 
@@ -294,15 +299,8 @@ def _discover(
         name = entry.aliases[0]
         if name in weights:
             raise UserError(f"two layers have the weight name {name!r} once wrapper prefixes are stripped")
-        weights[name] = PrunableWeight(
-            name,
-            tuple(entry.aliases),
-            tuple(entry.modules),
-            tuple(entry.uses),
-            group_of(name),
-            entry.transposed,
-            entry.attribute,
-        )
+        uses = tuple(entry.aliases), tuple(entry.modules), tuple(entry.uses)
+        weights[name] = PrunableWeight(name, *uses, group_of(name), entry.transposed, entry.attribute)
     if not weights:
         raise UserError("the model has no prunable weight (an nn.Linear that is not kept dense)")
     return weights, tuple(dense)

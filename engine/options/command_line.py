@@ -20,7 +20,7 @@ from engine.recipes.expand import RECIPE, RECIPES, Recipe, expanded
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import NM, pattern_of
-from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, dense_share
+from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WINDOWS, dense_share
 
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
@@ -155,7 +155,7 @@ def byte_count(text: str) -> int:
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
 PLAN += BOUNDS
 PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
-PLAN += ("target", "correct_bias", "swaps", "layer_errors")
+PLAN += ("target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
 
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +190,9 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reconstruction_options(add: Callable[..., Any]) -> None:
-    """`--damp`, `--target`, `--correct_bias`, `--swaps` and `--layer_errors`, of what works on layers one by one."""
+    """`--damp`, `--target`, `--correct_bias`, `--swaps`, `--layer_errors` and `--block_steps`: what works on layers or
+    blocks one by one.
+    """
     held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
     add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
     wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
@@ -200,6 +202,9 @@ def add_reconstruction_options(add: Callable[..., Any]) -> None:
     add("--swaps", type=count, default=0, metavar="K", help=exchanges)
     errors = "report errors of held-out samples, and of a dense target's output, which take more sums (default: no)"
     add("--layer_errors", action="store_true", help=errors)
+    trained = "steps that train each pruned block to give what the dense one gives, in sequential calibration"
+    add("--block_steps", type=count, default=0, metavar="N", help=f"{trained} (default: %(default)s)")
+    add("--block_window", choices=WINDOWS, help="layers of the block that --block_steps trains (default: block)")
 
 
 def plan_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:

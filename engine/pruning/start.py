@@ -37,10 +37,10 @@ def load_start(view: PrunableView, mask: Path | None, weights: Path | None = Non
 
 
 def _stored(view: PrunableView, path: Path) -> tuple[StoredTensors, StoredTensors]:
-    """Return name of each prunable weight -> what it was updated to, and the same of those biases that were."""
+    """Return name of each prunable weight -> what it was updated to, and the same of other parameters that were."""
     weights, biases = StoredTensors(), StoredTensors()
     weights.add(path, {name: name for name in view.weights})
-    keys = [key for weight in view.weights.values() for key in weight.biases]
+    keys = view.parameters.keys() - {key for keys in view.aliases.values() for key in keys}
     with safe_open(path, framework="pt") as file:  # after it was found to be whole
         there = set(file.keys())
     biases.add(path, {key: key for key in keys if key in there})

@@ -96,6 +96,7 @@ class Calls:
         self._units = units(view)
         constants = [*view.model.parameters(), *view.model.buffers()]
         self._constants = {id(tensor) for tensor in constants}
+        self.held: set[int] = set()  # calls whose outputs are kept once they are settled, whatever needs them
 
     def numbers(self, names: Collection[str]) -> list[int]:
         """Return the calls that use one of these weights."""
@@ -135,6 +136,22 @@ class Calls:
             if self._final(state, number, settled_before):
                 self._settle(state, number, output, states)
 
+    def outputs(self, state: State, numbers: Sequence[int]) -> dict[Output, Any]:
+        """Return what captured calls, and those unsettled ones that feed them, put out in the model as it is.
+
+        Gradients are the caller's: where they are on, they reach the parameters of all these calls.
+        """
+        values: dict[Output, Any] = {}
+        for number in sorted(self._needed(state, numbers)):
+            output, _ = self._run(state, number, values, check=False)
+            values |= {(number, place): leaf for place, leaf in enumerate(tree_leaves(output))}
+        return values
+
+    def kept(self, state: State, numbers: Sequence[int]) -> dict[Output, Kept]:
+        """Return the outputs of settled calls that are kept."""
+        lefts = [leaf for number in numbers for leaf in state.results[number].leaves if isinstance(leaf, _Left)]
+        return {left.output: left.kept for left in lefts if left.kept is not None}
+
     def _needed(self, state: State, numbers: Sequence[int]) -> set[int]:
         found, todo = set(), list(numbers)
         while todo:
@@ -152,10 +169,12 @@ class Calls:
         sources = state.captured[number].links()
         return self._finished(self._trace.calls[number], stage) and all(n in state.results for n, _ in sources)
 
-    def _run(self, state: State, number: int, values: Mapping[Output, Tensor]) -> tuple[Any, list[Tensor] | None]:
+    def _run(
+        self, state: State, number: int, values: Mapping[Output, Tensor], check: bool = True
+    ) -> tuple[Any, list[Tensor] | None]:
         """Return the output of a call on its captured arguments, and the states of the random generators afterwards.
 
-        values: outputs of calls that are not settled.
+        values: outputs of calls that are not settled. check: it has to be as a stub of the call would promise.
         """
         call, arguments = self._trace.calls[number], state.captured[number]
         leaves = [self._value(state, leaf, values) for leaf in arguments.leaves]
@@ -164,7 +183,8 @@ class Calls:
         run = call.module if call.alone else call.module.forward
         with _arithmetic(arguments.autocast), self._random(arguments.states):
             output = run(*args, **kwargs)
-            self._check(number, call, leaves, tree_leaves(output))
+            if check:
+                self._check(number, call, leaves, tree_leaves(output))
             return output, None if arguments.states is None else random_states(self._view)
 
     def _value(self, state: State, leaf: Any, values: Mapping[Output, Tensor]) -> Any:
@@ -206,14 +226,14 @@ class Calls:
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 left = result.leaves[place] = _Left((number, place), facts(leaf))
-                if left.output in wanted:
+                if left.output in wanted or number in self.held:
                     left.kept = copies[id(leaf)] = self._store.put(leaf)
                     left.kept.users += 1
         for leaf in arguments.leaves if arguments else ():
             if isinstance(leaf, Kept):
                 self._store.release(leaf)
         for left in (leaf for result in state.results.values() for leaf in result.leaves if isinstance(leaf, _Left)):
-            if left.kept is not None and left.output not in wanted:
+            if left.kept is not None and left.output not in wanted and left.output[0] not in self.held:
                 self._store.release(left.kept)
                 left.kept = None
         return copies

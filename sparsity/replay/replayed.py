@@ -22,6 +22,7 @@ from torch import Tensor
 from sparsity.replay.capture import Calls, LostError, State
 from sparsity.replay.store import Store
 from sparsity.replay.trace import Trace, UnfitError, executed, trace
+from sparsity.replay.uses import NO_USES, Uses, own_calls, trainable, uncached_casts, use_of
 from sparsity.statistics.inputs import Statistics, untouched
 from sparsity.statistics.passes import measures_of, scaled
 from sparsity.view import PrunableView, eager
@@ -41,7 +42,8 @@ class Replayed:
     ranks, each of which has its own batches. dense: the weights stay as they are, so that one call of each block does.
     budget: bytes of captured tensors that are held in memory; beyond it they lie in a file in the folder `spill`, which
     vanishes with the process. offload: sums are kept in the processor's memory. both: the dense model runs beside the
-    pruned one, for statistics of both. Autocast is the caller's.
+    pruned one, for statistics of both. outputs: what it gives is kept for `uses`, which needs both. Autocast is the
+    caller's.
 
     put: set it where weights change between stages: called with the numbers of the stages whose pruned weights a
     measurement needs, it puts these into the model, and all others back to what they were.
@@ -64,9 +66,10 @@ class Replayed:
         spill: Path | None = None,
         offload: bool = False,
         both: bool = False,
+        outputs: bool = False,
     ):
         self._view, self._batches, self._reduce, self._dense = view, batches, reduce, dense
-        self._progress, self._offload = progress or (lambda batches: batches), offload
+        self._progress, self._offload, self._outputs = progress or (lambda batches: batches), offload, both and outputs
         self._device = view.device
         self._store = Store(budget, spill)
         self._states: list[State] = []
@@ -74,9 +77,9 @@ class Replayed:
         self._trace = self._traced()
         self.order = self._agreed([list(names) for names in order])
         self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
-        stages = {name: number for number, names in enumerate(self.order) for name in names}
-        self._calls = Calls(view, self._trace, stages, self._store)
-        self._beside = _Beside(Calls(view, self._trace, stages, self._store)) if both else None
+        self._stages = {name: number for number, names in enumerate(self.order) for name in names}
+        self._calls = Calls(view, self._trace, self._stages, self._store)
+        self._beside = _Beside(Calls(view, self._trace, self._stages, self._store)) if both else None
         self._pruned: list[int] = []  # stages whose pruned weights are in the model
 
     def __enter__(self) -> "Replayed":
@@ -122,6 +125,7 @@ class Replayed:
         self._go_on(number)
         self._put_unsettled(number)
         beside = self._beside or _Beside(self._calls)
+        beside.calls.held = set(beside.calls.numbers(names)) if self._outputs else set()
         with self._quiet():
             for state in self._states:
                 self._calls.settle(state, number)
@@ -148,6 +152,33 @@ class Replayed:
             for (state, other), batch in zip(states, self._over(), strict=True)
         )
         return self._gathered(wanted, statistics, runs)
+
+    @property
+    def unfit(self) -> str | None:
+        """Return why blocks cannot be run by themselves, or None."""
+        return self._trace.unfit
+
+    @contextmanager
+    def uses(self, names: Sequence[str], window: str) -> Iterator[Uses]:
+        """Give the calls of the block that was measured last, which can be run inside the context.
+
+        names: of its stage. window: of `sparsity.run.axes.WINDOWS`. There are none where the block cannot be run by
+        itself, or where the layers are in no block.
+        """
+        number = self._numbers[tuple(names)]
+        own = own_calls(self._trace, self._stages, number) if self._position == number else []
+        beside = self._beside
+        if not own or beside is None or self._trace.unfit or not self._ready(names):
+            yield NO_USES
+            return
+        found = Uses(trainable(self._view, self._trace, own, names, window), [])
+        known = self._view, self._trace, own, self._store
+        for state, other in zip(self._states, beside.states, strict=True):
+            if all(call in other.results for call in own):
+                found.uses.append(use_of(*known, (self._calls, state), (beside.calls, other)))
+        whole = len(found.uses) == len(self._states)
+        with self._quiet(), uncached_casts():
+            yield found if whole else NO_USES
 
     def _put_unsettled(self, number: int) -> None:
         """Put in the pruned weights of the stages before this one that are not only used by settled calls."""

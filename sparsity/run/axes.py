@@ -14,13 +14,14 @@ RECONSTRUCTIONS = Registry(
     "reconstruction",
     "sparsity.reconstruction",
     "sparsity.reconstruction.base:Reconstruction",
-    ("base", "bias", "damping", "equations", "errors", "projection"),
+    ("base", "bias", "damping", "equations", "errors", "projection", "block_steps"),
 )
 CALIBRATIONS = ("dense", "sequential")
 # Options of every plan; a score and a reconstruction add their own.
 AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")
 BOUNDS = ("allocation_within", "min_keep", "max_keep")
-AXES += (*BOUNDS, "target", "correct_bias", "swaps", "layer_errors")
+AXES += (*BOUNDS, "target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
+WINDOWS = ("attention", "mlp", "block")  # which layers of a block its steps train
 WITHIN = ("model", "group")  # what competes for the budget: all layers, or those of each modality
 # One word for allocation and scope.
 POOLS = {

@@ -94,7 +94,7 @@ class Engine:
         are then compared with what the plan takes at most.
         """
         plan, held = self.plan, 0
-        plan.check(request)
+        plan.check(request, view)
         check_weights(view)
         if found := request.pattern or request.block:
             check_fits(view, found)

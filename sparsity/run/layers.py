@@ -1,18 +1,22 @@
 """Plans that prune layer by layer, each from statistics of its own inputs, in the order of the blocks."""
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsity.errors import UserError
 from sparsity.masks import Masks
 from sparsity.reconstruction.base import Problem
 from sparsity.reconstruction.bias import bias_change, centred
+from sparsity.reconstruction.block_steps import train
 from sparsity.reconstruction.equations import equations
 from sparsity.reconstruction.errors import layer_errors
 from sparsity.replay.replayed import Replayed
@@ -20,7 +24,7 @@ from sparsity.run.outcome import alive_of, as_masks, fits
 from sparsity.run.plan import Plan
 from sparsity.run.request import Request
 from sparsity.run.select import Quota
-from sparsity.run.sequential import Blocks, PrunedStages, Solved, by_blocks, stages
+from sparsity.run.sequential import Blocks, PrunedStages, Solved, biases_of, by_blocks, stages
 from sparsity.selection import check_finite, keep_pattern, lowered
 from sparsity.solvers.share import Share
 from sparsity.solvers.swaps import swap
@@ -29,6 +33,8 @@ from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
 from sparsity.statistics.reading import CalibrationPass
 from sparsity.view import PrunableView
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic) -> scores (out, in)
 
@@ -76,7 +82,11 @@ class Layers:
             replayed.put = put if self.plan.sequential else None
             share = Share(*self.reading.place, reduce, self.view.device)
             prune = partial(self._prune_layer, score, chosen)
-            by_blocks(replayed.order, partial(self._measure, replayed), prune, done, share)
+            train = None
+            if self.plan.block_steps:
+                self._check_replay(replayed)
+                train = partial(self._train, replayed)
+            by_blocks(replayed.order, partial(self._measure, replayed), prune, done, share, train)
         masks = as_masks(self.view, done.kept, self.facts, done.updates, biases=done.biases, errors=done.errors)
         done.forget()
         return masks
@@ -84,7 +94,7 @@ class Layers:
     def _replayed(self, folder: Path | None) -> Replayed:
         """Return what measures one block after another. folder: of captured calls that are too large for memory."""
         reading, plan = self.reading, self.plan
-        view = self.view.in_full() if plan.reconstruction else self.view
+        view = self.view.in_full() if plan.reconstruction or plan.block_steps else self.view
         with reading.arithmetic():  # of the traced pass
             return Replayed(
                 view,
@@ -96,8 +106,56 @@ class Layers:
                 budget=reading.capture_budget,
                 spill=folder,
                 offload=plan.offload,
-                both=plan.dense_share > 0,
+                both=plan.dense_share > 0 or plan.block_steps > 0,
+                outputs=plan.block_steps > 0,
             )
+
+    def _check_replay(self, replayed: Replayed) -> None:
+        """Raise UserError, on all ranks, where blocks cannot be run by themselves on one of them."""
+        if self._everywhere(replayed.unfit is None):
+            return
+        why = replayed.unfit or "on another process"
+        raise UserError(
+            f"--block_steps: the blocks of this model cannot be run by themselves ({why}): leave it out, and train what"
+            " is kept with prune.py --recover"
+        )
+
+    def _everywhere(self, fact: bool) -> bool:
+        """Return whether a fact holds on all ranks."""
+        reduce = self.reading.reduce
+        found = torch.tensor([int(fact), 1], device=self.view.device)
+        holds, ranks = (found if reduce is None else reduce(found)).tolist()
+        return holds == ranks
+
+    def _train(self, replayed: Replayed, block: dict[str, Solved]) -> tuple[dict[str, Solved], dict[str, Tensor]]:
+        """Return what the layers of a stage become after block steps, and key -> what its biases and norms become."""
+        plan, reading, weights = self.plan, self.reading, self.view.weights
+        starts = {
+            n: each.kept * weights[n].matrix() if each.updated is None else each.updated for n, each in block.items()
+        }
+        block = {name: each._replace(updated=starts[name]) for name, each in block.items()}
+        with reading.arithmetic(), replayed.uses(list(block), plan.block_window) as found:
+            if not self._everywhere(bool(found.parameters)):
+                logger.info("no block steps for the layers from %s on: in no block that runs alone", next(iter(block)))
+                return block, {}
+            values = {name: weights[name].as_stored(start) for name, start in starts.items()}
+            values |= biases_of(self.view, block)
+            kept = {name: weights[name].as_stored(each.kept) for name, each in block.items()}
+            with _holding(found.parameters | self.view.parameters, values, found.parameters):
+                rounds = reading.rounds or [1] * len(found.uses)
+                numbers = [number for number, count in enumerate(rounds) for _ in range(count)]
+                uses = list(zip(numbers, found.uses, strict=True))
+                trained = train(
+                    uses, found.parameters, kept, plan.block_steps, rounds=len(rounds), reduce=reading.reduce
+                )
+        told = trained.before, trained.after, trained.step, plan.block_steps
+        logger.info("block steps: held-out error %.4g -> %.4g, after step %d of %d", *told)
+        new = trained.values or {}
+        updated = {n: each._replace(updated=weights[n].as_matrix(new[n])) for n, each in block.items() if n in new}
+        prunable = {alias for name in block for alias in weights[name].aliases}
+        others = {id(found.parameters[key]): value for key, value in new.items() if key not in prunable}
+        named = ((key, others.get(id(parameter))) for key, parameter in self.view.parameters.items())
+        return block | updated, {key: value.clone() for key, value in named if value is not None}
 
     def _measure(self, replayed: Replayed, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Name of a statistic -> name of a weight -> tensor, of a block in the model as it is."""
@@ -171,3 +229,21 @@ class Layers:
         if block := self.target.block:
             return block.expand(self.quotas[name].keep(name, block.reduce(found)))
         return self.quotas[name].keep(name, found)
+
+
+@contextmanager
+def _holding(
+    known: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], written: Collection[str]
+) -> Iterator[None]:
+    """Parameters hold these values, and those that are written to storage of their own; afterwards all their own.
+
+    known: key -> parameter.
+    """
+    held = [(known[key], known[key].data) for key in dict.fromkeys([*values, *written])]
+    try:
+        for (parameter, data), key in zip(held, dict.fromkeys([*values, *written]), strict=True):
+            parameter.data = values.get(key, data).to(data).clone(memory_format=torch.contiguous_format)
+        yield
+    finally:
+        for parameter, data in reversed(held):
+            parameter.data = data

@@ -20,6 +20,7 @@ read the same inputs share one is not counted on), all in bytes:
 | a solver: factor, weights as columns, their changes | device | | 12 i^2 + 28 t |
 | updated weights of the largest block b, until they are in its file | host | | 3 w b |
 | sequential: pruned weights of the largest block b, beside the originals | device | | w b |
+| block steps: values, gradients, moments, the best values so far | device | | (20 + 3 w) b |
 
 Where the model is on the CPU, both places are the host. Activations and captured calls are not in it: the latter have a
 budget of their own, beyond which they lie in a file.
@@ -41,7 +42,7 @@ _WIDE, _DOUBLE = 4, 8
 _MASKS = 1 / 8  # bytes a weight
 _SELECTION, _SOLVER, _FACTOR = 32, 28, 12  # bytes a weight, and an entry of in x in
 _KEYS = 1 << 26  # of scores near one threshold
-_LEARNED, _ROW_SUM, _UPDATES = 18, 8, 3
+_LEARNED, _ROW_SUM, _UPDATES, _TRAINED = 18, 8, 3, 20
 _GRAMS = {"hessian": 1, "cross": 2, "dense_hessian": 1, "training": 1, "held_out": 2}  # of g; a square has 16 / 9
 _TRANSIENT = {"mean_gradient": 4, "squared_gradient": 4, "learned_scores": 8, "gradient_rows": 12}
 
@@ -51,13 +52,15 @@ class Demand:
     """The facts of a plan that decide its memory.
 
     statistics: of all axes. sparsities: how many are asked for at once. solver: whether a reconstruction runs.
-    sequential: block by block. offload: sums lie on the host. rows: bytes of gradient rows that are held in memory.
+    sequential: block by block. trains: blocks are trained. offload: sums lie on the host. rows: bytes of gradient rows
+    that are held in memory.
     """
 
     statistics: Collection[str] = ()
     sparsities: int = 1
     solver: bool = False
     sequential: bool = False
+    trains: bool = False
     offload: bool = False
     rows: int = 0
 
@@ -83,6 +86,7 @@ def demand_of(plan: Plan, request: Request, rows: int = 0) -> Demand:
         sparsities=max(1, len(request.sparsities)),
         solver=plan.reconstruction is not None,
         sequential=not together and (plan.sequential or plan.refines or plan.probes),
+        trains=plan.block_steps > 0,
         offload=plan.offload,
         rows=rows,
     )
@@ -108,7 +112,9 @@ def preflight_bytes(demand: Demand, view: PrunableView) -> Memory:
     block = max(sum(view.weights[name].numel for name in names) for names in stages(view))
     if demand.sequential:
         device += width * block
-    if demand.solver:
+    if demand.trains:
+        device += (_TRAINED + 3 * width) * block
+    if demand.solver or demand.trains:
         host += _UPDATES * width * block
     if weights[0].parameter.is_cpu:
         return Memory(0, int(device + host))

@@ -18,10 +18,12 @@ from sparsity.allocation.given import Given
 from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
+from sparsity.reconstruction.block_steps import check_steps
 from sparsity.reconstruction.damping import AUTO, Damp
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WITHIN, dense_share
+from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WINDOWS, WITHIN, dense_share
+from sparsity.run.registry import options_of, unread
 from sparsity.run.request import Request
-from sparsity.run.select import check_blocks
+from sparsity.run.select import check_block_steps, check_blocks, check_target
 from sparsity.solvers.swaps import check_swaps
 from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
@@ -62,7 +64,8 @@ class Plan:
 
     dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
     model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
-    layer_errors: also those errors of layers are measured that cost sums of their own.
+    layer_errors: also those errors of layers are measured that cost sums of their own. block_steps: of training of each
+    block once its layers are pruned, of which block_window says which train.
     """
 
     score: Score
@@ -80,6 +83,8 @@ class Plan:
     correct_bias: bool = False
     swaps: int = 0
     layer_errors: bool = False
+    block_steps: int = 0
+    block_window: str = "block"
     preset: str | None = None
 
     @property
@@ -126,7 +131,7 @@ class Plan:
     @property
     def refines(self) -> bool:
         """Whether layers are worked on one by one once there are scores: their weights, or their masks."""
-        return self.reconstruction is not None or self.swaps > 0
+        return self.reconstruction is not None or self.swaps > 0 or self.block_steps > 0
 
     @property
     def of_inputs(self) -> bool:
@@ -195,8 +200,10 @@ class Plan:
         even = request.pattern is not None or (self.allocation.even and self.scope in solver.scopes)
         return solver.projects or (even and self.steps == 1)
 
-    def check(self, request: Request) -> None:
-        """Raise UserError for a request that cannot be, before anything is loaded."""
+    def check(self, request: Request, view: PrunableView | None = None) -> None:
+        """Raise UserError for a request that cannot be, before anything is loaded, or with this model."""
+        if view is not None and self.block_steps and not view.blocks:
+            raise UserError("--block_steps: the blocks of this model are not known: leave it out")
         if request.pattern and request.sparsities:
             raise UserError(f"pattern {request.pattern} says how many weights are pruned and where: give no sparsity")
         if request.pattern and request.groups:
@@ -243,12 +250,8 @@ class Plan:
         if self.dense_share:
             found["target"] = f"dense:{self.dense_share:g}"
         found |= {name: getattr(self, name) for name in ("correct_bias", "swaps") if getattr(self, name)}
+        found |= {"block_steps": self.block_steps, "block_window": self.block_window} if self.block_steps else {}
         return found | {"epochs": self.steps, "schedule": self.schedule}
-
-
-def options_of(made: Any) -> dict[str, Any]:
-    """Return the options that a score or a reconstruction was made with: its constructor's parameters."""
-    return {name: getattr(made, name) for name in inspect.signature(type(made)).parameters}
 
 
 def make_plan(
@@ -269,14 +272,16 @@ def make_plan(
     correct_bias: bool = False,
     swaps: int = 0,
     layer_errors: bool = False,
+    block_steps: int = 0,
+    block_window: str | None = None,
     **own: Any,
 ) -> Plan:
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
     pool: one word for allocation and scope, see `POOLS`. allocation: a name, "error:output", or rules, glob or group ->
-    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. correct_bias, swaps, layer_errors: of
-    `Plan`. own: options of the reconstruction. UserError, in one line, for a value that does not exist, an option that
-    the plan does not read, and what cannot be combined.
+    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. correct_bias, swaps, layer_errors,
+    block_steps, block_window: of `Plan`. own: options of the reconstruction. UserError, in one line, for a value that
+    does not exist, an option that the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -312,21 +317,13 @@ def make_plan(
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
     plan = replace(plan, calibration=calibration_mode)
-    _check_target(plan)
+    check_target(plan)
+    if block_window is not None and not block_steps:
+        raise UserError("--block_window says which layers --block_steps trains: leave it out, or give --block_steps")
+    window = block_window or plan.block_window
+    plan = replace(plan, block_steps=check_steps(block_steps, window, WINDOWS), block_window=window)
+    check_block_steps(plan)
     return plan
-
-
-def _check_target(plan: Plan) -> None:
-    """Raise UserError for a dense target that the plan cannot have."""
-    solver = plan.reconstruction
-    if not plan.dense_share or solver is None:
-        return
-    if "dense" not in solver.targets:
-        raise UserError(f"--target dense: {solver.name} knows no target but the layer's own output: leave it out")
-    if not plan.sequential:
-        raise UserError("--target dense is for sequential calibration: in dense calibration it is the same as none")
-    if plan.steps > 1:
-        raise UserError("--target dense needs --epochs 1: after the first step the model is not dense any more")
 
 
 def _allocation(given: str | Mapping[str, Sparsity] | Allocation) -> Allocation:
@@ -386,13 +383,6 @@ def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mappi
     if made.whole and score.solver != made.name:
         raise UserError(f"--reconstruct {given} chooses by itself which weights are pruned: -p {given}")
     return made
-
-
-def unread(score: Score, option: str, reconstruction: type[Reconstruction] | None) -> UserError:
-    """Return the error for an option that a plan does not read."""
-    known = [*inspect.signature(type(score)).parameters]
-    known += [*inspect.signature(reconstruction).parameters] if reconstruction else []
-    return UserError(f"pruner {score.name!r} has no option {option!r}; it has: {', '.join(known) or 'none of its own'}")
 
 
 def _among(option: str, value: str, values: tuple[str, ...]) -> None:

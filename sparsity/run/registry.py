@@ -54,3 +54,15 @@ class Registry:
             file = f"{self.package.replace('.', '/')}/{name}.py"
             raise UserError(f"{file}: expected one subclass of {self.base.replace(':', '.')}, {found}")
         return kinds[0]
+
+
+def options_of(made: Any) -> dict[str, Any]:
+    """Return the options that a score or a reconstruction was made with: its constructor's parameters."""
+    return {name: getattr(made, name) for name in inspect.signature(type(made)).parameters}
+
+
+def unread(score: Any, option: str, reconstruction: type | None) -> UserError:
+    """Return the error for an option that a plan does not read."""
+    known = [*inspect.signature(type(score)).parameters]
+    known += [*inspect.signature(reconstruction).parameters] if reconstruction else []
+    return UserError(f"pruner {score.name!r} has no option {option!r}; it has: {', '.join(known) or 'none of its own'}")

@@ -302,3 +302,29 @@ def _whole_blocks(counts: Sequence[int], block: Block) -> list[int]:
     left = sum(counts) // block.numel - sum(whole for whole, _ in parts)
     first = set(sorted(range(len(parts)), key=lambda i: (-parts[i][1], i))[:left])
     return [whole + (i in first) for i, (whole, _) in enumerate(parts)]
+
+
+def check_target(plan: "Plan") -> None:
+    """Raise UserError for a dense target that the plan cannot have."""
+    solver = plan.reconstruction
+    if not plan.dense_share or solver is None:
+        return
+    if "dense" not in solver.targets:
+        raise UserError(f"--target dense: {solver.name} knows no target but the layer's own output: leave it out")
+    if not plan.sequential:
+        raise UserError("--target dense is for sequential calibration: in dense calibration it is the same as none")
+    if plan.steps > 1:
+        raise UserError("--target dense needs --epochs 1: after the first step the model is not dense any more")
+
+
+def check_block_steps(plan: "Plan") -> None:
+    """Raise UserError for block steps that the plan cannot have."""
+    if not plan.block_steps:
+        return
+    if plan.whole:
+        raise UserError(f"--block_steps: {plan.name} solves all blocks together: leave it out")
+    if not plan.sequential:
+        how = "--calibration_mode sequential" if plan.of_inputs else "--reconstruct lsq"
+        raise UserError(f"--block_steps trains block by block, which {plan.name} is not pruned here: give {how}")
+    if plan.steps > 1:
+        raise UserError("--block_steps needs --epochs 1: after the first step the model is not dense any more")

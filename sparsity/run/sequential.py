@@ -68,17 +68,22 @@ class Solved(NamedTuple):
     errors: Tensor | None = None
 
 
+# What the layers of a stage become -> the same once they are trained, and key -> what other parameters become.
+Train = Callable[[dict[str, Solved]], tuple[dict[str, Solved], dict[str, Tensor]]]
+
+
 def by_blocks(
     order: Sequence[Sequence[str]],
     measure: Callable[[Sequence[str]], dict[str, dict[str, Tensor]]],
     prune: Callable[[str, Mapping[str, Tensor]], Solved],
     done: "Blocks",
     share: Share = ALONE,
+    train: "Train | None" = None,
 ) -> None:
     """Prune one stage after the other, but for those that are done.
 
     measure: names -> name of a statistic -> name -> tensor, in the model as it is then. prune: (name, its statistics by
-    name) -> what it becomes. share: of the layers of a stage.
+    name) -> what it becomes. share: of the layers of a stage. train: what a stage becomes once its layers are pruned.
     """
     done.load(order)
     for number, names in enumerate(order):
@@ -92,7 +97,10 @@ def by_blocks(
             return prune(name, {key: take(found, name) for key, found in statistics.items() if name in found})
 
         solved = share.solve(names, solve, len(Solved._fields))
-        done.save(number, {name: Solved(*fields) for name, fields in solved.items()})
+        block, trained = {name: Solved(*fields) for name, fields in solved.items()}, {}
+        if train is not None:
+            block, trained = train(block)
+        done.save(number, block, trained)
 
 
 class Blocks:
@@ -119,7 +127,8 @@ class Blocks:
         self._temporary: tempfile.TemporaryDirectory | None = None
         self.kept: dict[str, Bits] = {}  # in the parameter's own layout
         self.updates = StoredTensors()  # likewise
-        self.biases: dict[str, Tensor] = {}  # key of a bias -> what it becomes
+        self.biases: dict[str, Tensor] = {}  # key of a bias, or of another parameter that changes -> what it becomes
+        self.changed: dict[int, list[str]] = {}  # number of a stage -> keys of `biases`
         self.errors: dict[str, Tensor] = {}
 
     def load(self, order: Sequence[Sequence[str]]) -> None:
@@ -139,7 +148,8 @@ class Blocks:
             logger.info("going on after block %d of %d", count, len(order))
         for number, (kept, updated, small) in enumerate(found[:count]):
             self.kept |= kept
-            self.biases |= _named(small, "bias ")
+            biases = _named(small, "bias ")
+            self.biases, self.changed[number] = self.biases | biases, list(biases)
             self.errors |= _named(small, "errors ")
             self.updates.add(self._path(number), {name: f"weight {name}" for name in updated})
 
@@ -154,19 +164,17 @@ class Blocks:
         masks = {name: Bits.of(stored[0][f"mask {name}"]) for name in names}
         return masks, [name for name in names if f"weight {name}" in stored[0]], small
 
-    def save(self, number: int, block: Mapping[str, Solved]) -> None:
+    def save(self, number: int, block: Mapping[str, Solved], trained: Mapping[str, Tensor] | None = None) -> None:
         """Add a stage: name -> what it becomes. Its file is written whole or not at all.
 
-        The parameters must hold the dense weights and biases.
+        trained: key -> what other parameters become, biases among them. The parameters must hold the dense weights and
+        biases.
         """
         weights = self._view.weights
         masks = {name: weights[name].as_stored(each.kept) for name, each in block.items()}
         updates = {n: weights[n].as_stored(each.updated) for n, each in block.items() if each.updated is not None}
-        biases: dict[str, Tensor] = {}
-        for name, each in block.items():
-            if each.change is not None:
-                for key, bias in weights[name].biases.items():
-                    biases[key] = (bias.detach().to(each.change) + each.change).to(bias.dtype).cpu()
+        biases = biases_of(self._view, block) | dict(trained or {})
+        biases = {key: new.cpu() for key, new in biases.items()}
         errors = {name: each.errors.cpu() for name, each in block.items() if each.errors is not None}
         if updates or self._origin:
             tensors = {f"mask {name}": mask for name, mask in masks.items()}
@@ -176,7 +184,7 @@ class Blocks:
             save_kept(self._path(number), tensors, {"identity": self._identity})
             self.updates.add(self._path(number), {name: f"weight {name}" for name in updates})
         self.kept |= {name: Bits.of(mask) for name, mask in masks.items()}
-        self.biases |= biases
+        self.biases, self.changed[number] = self.biases | biases, list(biases)
         self.errors |= errors
 
     def pruned(self, name: str) -> Tensor:
@@ -208,6 +216,16 @@ class Blocks:
         return Path(self._temporary.name) / f"block{number}"
 
 
+def biases_of(view: PrunableView, block: Mapping[str, Solved]) -> dict[str, Tensor]:
+    """Return key -> what each bias becomes that changes with its layer. The parameters must hold the dense biases."""
+    changes = ((view.weights[name].biases, each.change) for name, each in block.items() if each.change is not None)
+    return {
+        key: (bias.detach().to(change) + change).to(bias.dtype)
+        for biases, change in changes
+        for key, bias in biases.items()
+    }
+
+
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose keys begin so, by what follows."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -221,7 +239,7 @@ class PrunedStages:
     """
 
     def __init__(self, view: PrunableView, order: Sequence[Sequence[str]], done: Blocks):
-        self._view, self._order, self._done = view, order, done
+        self._view, self._order, self._done, self._parameters = view, order, done, view.parameters
         self._dense: dict[int, list[tuple[torch.nn.Parameter, Tensor]]] = {}  # of the stages that are pruned now
 
     def __call__(self, stages: Collection[int]) -> None:
@@ -235,10 +253,11 @@ class PrunedStages:
                 pruned = self._done.pruned(name)
                 own.append((weight.parameter, weight.parameter.data))
                 weight.parameter.data = pruned.contiguous()
-                for key, bias in weight.biases.items():
-                    if key in self._done.biases and not any(bias is changed for changed, _ in own):
-                        own.append((bias, bias.data))
-                        bias.data = self._done.biases[key].to(bias)
+            for key in self._done.changed.get(number, ()):
+                parameter = self._parameters[key]
+                if not any(parameter is changed for changed, _ in own):
+                    own.append((parameter, parameter.data))
+                    parameter.data = self._done.biases[key].to(parameter)
         torch.clear_autocast_cache()  # it holds what weights were, also under an autocast of the caller's
 
     def __enter__(self) -> "PrunedStages":

@@ -108,5 +108,5 @@ class DenseInputs:
 def other_tokens(key: str) -> UserError:
     return UserError(
         f"layer {key!r} gets other tokens in the pruned model than in the dense one, so that they cannot be compared:"
-        " leave --target dense out"
+        " leave --target dense and --block_steps out"
     )

@@ -210,7 +210,7 @@ def test_layers_that_are_called_otherwise_by_the_pruned_model(batches):
     with (
         Replayed(view, lambda: batches, order, both=True) as calls,
         PrunedStages(view, order, done) as calls.put,
-        pytest.raises(UserError, match="'then.weight' gets other tokens in the pruned model.*leave --target dense out"),
+        pytest.raises(UserError, match="'then.weight' gets other tokens in the pruned model.*leave --target dense and"),
     ):
         for number, names in enumerate(order):
             calls.measure(names, OF_BOTH)
