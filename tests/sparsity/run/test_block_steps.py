@@ -172,7 +172,7 @@ def test_killed_runs_go_on_with_the_same_bits(view, tmp_path, finished, monkeypa
 def test_two_ranks_equal_one():
     """Rounds of batches are shared out as the calibration data does it: round i goes to rank i % 2."""
     data, ranks, found = batches_of(9), Ranks(2), {}
-    options = {"reconstruct": "lsq", "block_steps": 6}
+    options = {"calibration_mode": "sequential", "block_steps": 6}  # no solver, whose stop magnifies rounding
     net = Net().double()
     views = [view_of(Net().eval().double()) for _ in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), views[0].model.parameters(), strict=True))
