@@ -23,9 +23,9 @@ def block_of(seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def uses_of(block: nn.Module, dense: nn.Module, count: int, real: Tensor | None = None) -> list[tuple[int, Use]]:
     generator = torch.Generator().manual_seed(2)
-    found = []
+    found, dtype = [], next(block.parameters()).dtype
     for number in range(count):
-        x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(block[0].weight.dtype)
+        x = torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
         use = Use(lambda x=x: [block(x)], lambda x=x: [dense(x)], [real], [x.shape])
         found.append((number, use))
     return found
