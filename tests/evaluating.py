@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-CARDS = ("README.md", "config.yaml")  # which say with what command they were made
+CARDS = ("README.md", "config.yaml", "recipe.yaml")  # which say with what command they were made
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -305,7 +305,7 @@ def test_annotations_that_are_not_there(tmp_path, public, without_torch, missing
     config = reduced(tmp_path / "c.yaml", public, "configs/xvlm/captioning.yaml", "model.yaml")
     config.write_text(config.read_text().replace(f"{missing}.json", "absent.json"))
     told = early(["captioning.py", *options("xvlm", tmp_path / "out", "--dense", config=config)], without_torch)
-    assert "ic/absent.json: annotation file not found; README.md says how to get" in told
+    assert "ic/absent.json: annotation file not found; docs/datasets.md says how to get" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -73,7 +73,18 @@ pruning_modifiers:
 def test_a_gradual_recipe_of_sparseml_is_the_command_line(tmp_path, trunk):  # noqa: F811
     (tmp_path / "r.yaml").write_text(SPARSEML)
     retrieval.main(options(tmp_path / "read", trunk, "--recipe", str(tmp_path / "r.yaml"), dense=True))
-    typed = ["--gradual", "60", "--gradual_score", "localmp", "--prune_from", "0", "--prune_until", "0.5"]
+    typed = [
+        "--gradual",
+        "60",
+        "--gradual_score",
+        "localmp",
+        "--prune_from",
+        "0",
+        "--prune_until",
+        "0.5",
+        "--epochs",
+        "2",
+    ]
     retrieval.main(options(tmp_path / "typed", trunk, *typed, dense=True))
     assert log_rows(tmp_path / "read") == log_rows(tmp_path / "typed")
     read, same = (Masks.load(tmp_path / folder / "result" / "mask.safetensors") for folder in ("read", "typed"))

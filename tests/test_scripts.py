@@ -183,7 +183,7 @@ def test_all_files_are_there_and_nothing_else(whole_run):
     names = {path.name for path in whole_run[0].iterdir() if path.suffix != ".png"}
     masks = {f"xvlm_multiflow_{s}_seed42_pruning_masks.safetensors" for s in (50, 75)}
     scores = "xvlm_multiflow_seed42_scores.safetensors"
-    assert names == masks | {scores, "config.yaml", "report.json", "report.md", "runtimes.csv"}
+    assert names == masks | {scores, "config.yaml", "recipe.yaml", "report.json", "report.md", "runtimes.csv"}
     pictures = {path.name for path in whole_run[0].glob("*.png")}
     assert pictures == set(re.findall(r"\]\((.*)\)", (whole_run[0] / "report.md").read_text()))
 

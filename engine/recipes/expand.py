@@ -8,7 +8,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +34,12 @@ class Recipe:
     script: str
     options: Mapping[str, str | None] = field(default_factory=dict)
 
-    def save(self, folder: Path, mask: Path | None = None) -> None:
-        """Write it as a recipe that repeats the run, below the other stages of that of its mask."""
-        save_stage(folder / NAME, self.script, dict(self.options), mask and mask.parent / NAME)
+    def save(self, folder: Path, mask: Path | None = None, without: Collection[str] = ()) -> None:
+        """Write it as a recipe that repeats the run, below the other stages of that of its mask. without: options that
+        are no part of it.
+        """
+        options = {name: value for name, value in self.options.items() if name not in without}
+        save_stage(folder / NAME, self.script, options, mask and mask.parent / NAME)
 
     def __str__(self) -> str:
         return NAME

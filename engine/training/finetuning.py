@@ -215,7 +215,7 @@ class Finetuning:
         if self.masks:
             self.masks.save(folder / "mask.safetensors")
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
-        self.args.recipe.save(folder, self.args.mask)
+        self.args.recipe.save(folder, self.args.mask, without=("evaluate",))  # of a run that is done
         save_config({**self._settings(), "run": self.run.digest}, folder / "config.yaml")
         best, epochs = self.run.best, self.config.scheduler.epochs
         facts = {"base model": self.origin, "task": self.title, "epochs": epochs}

@@ -143,7 +143,9 @@ KINDS = {
     "vqa": Kind(ASKED, questions, lambda found: [(r["image"], r["question"], texts(r["answer"])) for r in found]),
     "vqa, questions": Kind(ASKED, asked, told_asked),
     "vqa, answers": Kind(
-        ["yes", "no", "two"], lambda path, root: candidates(SimpleNamespace(answer_list=path)), lambda found: found
+        ["yes", "no", "two"],
+        lambda path, root: candidates(SimpleNamespace(data=None, answer_list=path)),
+        lambda found: found,
     ),
 }
 
