@@ -1,4 +1,4 @@
-"""What the files that a run reads hold, so that a run is not continued on other data under the same names."""
+"""Digests of the files that a run reads, so that a run is not continued on other data under the same names."""
 
 import dataclasses
 import hashlib
@@ -15,8 +15,8 @@ _PIECE = 1 << 22  # bytes read at a time
 
 
 def contents(*configs: Any) -> dict[str, Any]:
-    """What the files hold that configurations (dataclasses, or their keys and values) name, but for the sizes of a
-    model, which are compared themselves.
+    """Return the sizes and digests of the files that configurations (dataclasses, or their keys and values) name, but
+    for the sizes of a model, which are compared themselves.
 
     File -> {"bytes", "sha256"} for annotations, lists of answers and weights; shards -> {"files", "bytes"}. Images in
     folders are too many to be read again, and are left out.
@@ -36,7 +36,7 @@ def contents(*configs: Any) -> dict[str, Any]:
 
 
 def classes(names: Sequence[str], samples: int) -> dict[str, Any]:
-    """What labelled images hold: how many they are, and the names of their classes in their order."""
+    """Describe labelled images: how many they are, and a digest of the names of their classes in their order."""
     return {"samples": samples, "classes": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 

@@ -30,7 +30,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def told(error: BaseException) -> str | None:
-    """What the user is told of an error in one line; None of a bug, which has a traceback."""
+    """Return what the user is told of an error, in one line; None for a bug, which has a traceback."""
     if isinstance(error, UserError | ResourceError) or used_up(error) is not None:
         return str(error)
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""What one process does for all of them, what they add up and agree on, and what they do when one of them fails.
+"""Work that one process does for all of them, what they add up and agree on, and what they do when one of them fails.
 
 Loads torch only where there are several.
 """
@@ -24,7 +24,7 @@ GRACE = 10.0  # seconds in which a rank ends by itself, once another has failed
 
 
 def on_leader(fabric: Any, call: Callable[[], T]) -> T | None:
-    """What `call` gives on rank 0; None on the others, which wait for it.
+    """Return what `call` gives on rank 0; None on the others, which wait for it.
 
     An error is raised on rank 0; the others get OtherRankError: none waits for one that is gone.
     """

@@ -129,7 +129,7 @@ class _ImageTokens:
         self.exact: list[Tensor] = []
 
     def add(self, tokens: Tensor) -> None:
-        """Of a batch, (B, L, V). UserError where float16 cannot hold them."""
+        """Add the image tokens of a batch, (B, L, V). UserError where float16 cannot hold them."""
         tokens = tokens.cpu()
         self.dtype = tokens.dtype
         if self.half:

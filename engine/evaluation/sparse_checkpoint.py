@@ -1,4 +1,4 @@
-"""What the evaluation of a sparse checkpoint reads and says."""
+"""Reading and report of the evaluation of a sparse checkpoint."""
 
 import logging
 from collections.abc import Mapping

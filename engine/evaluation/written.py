@@ -1,4 +1,4 @@
-"""What a model writes about images: the ids of all texts, shared by the ranks."""
+"""Texts that a model writes about images: the ids of all texts, shared by the ranks."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -17,7 +17,7 @@ ABSENT = "-"
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """What is finished in <folder>/<run>/<level>/result/metrics.json: run -> level -> test -> metric -> value.
+    """Read the finished metrics in <folder>/<run>/<level>/result/metrics.json: run -> level -> test -> metric -> value.
 
     A level is "dense" or a sparsity in per cent. Raises FileNotFoundError where nothing is, UserError naming a file
     that does not hold metrics or is in a folder of another name.

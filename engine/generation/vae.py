@@ -1,4 +1,4 @@
-"""What becomes of samples: images as they are, or of latents by a VAE, else files of latents."""
+"""Writing of samples: images as they are, or decoded from latents by a VAE, else files of latents."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -279,7 +279,7 @@ def globs(text: str) -> list[str]:
 
 
 def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
-    """What is read: `--config`, `--variant`, `--weights`, `--max_skipped` (see configs.loading)."""
+    """Add the options of what is read: `--config`, `--variant`, `--weights`, `--max_skipped` (see configs.loading)."""
     add = parser.add_argument_group("configuration").add_argument
     add("--config", type=Path, help=f"default: configs/<model>/{task}_<variant>.yaml")
     variants = "auto (default): base where its weights are, else mini"
@@ -289,7 +289,7 @@ def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 def add_finetuning_options(parser: Parser, task: str, models: Sequence[str], *, measures: bool = True) -> None:
-    """What every script that fine-tunes has: model and mask, configuration, where a run is kept, logs, devices.
+    """Add the options of every script that fine-tunes: model and mask, configuration, where a run is kept, logs, devices.
 
     `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
     be named. measures: whether there is something to evaluate.

@@ -1,4 +1,4 @@
-"""What a model that is not the project's own can be told; needs no torch."""
+"""Options of a model that is not the project's own; needs no torch."""
 
 import argparse
 from collections.abc import Sequence

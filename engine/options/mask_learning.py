@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def add_learning_options(parser: argparse.ArgumentParser, presets: tuple[str, ...]) -> None:
-    """What is learned, how it is sampled, and from what it begins."""
+    """Add the options of what is learned, how it is sampled, and from what it begins."""
     add = parser.add_argument_group("masks").add_argument
     mode = "learn masks, or train under one, or without (default: %(default)s)"
     add("--sparsity-mode", choices=MODES, default="maskllm", help=mode)
@@ -142,7 +142,7 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
 
 
 def fill_from_preset(args: argparse.Namespace) -> None:
-    """What is not given takes the preset's value."""
+    """Give each option that is not given the preset's value."""
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -150,7 +150,7 @@ def fill_from_preset(args: argparse.Namespace) -> None:
 
 
 def image_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What is given in place of the model's own data configuration."""
+    """Return the settings that are given in place of those of the model's own data configuration."""
     given = {name: getattr(args, name) for name in ("mean", "std", "crop_pct", "interpolation")}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -21,7 +21,7 @@ USUAL = 2, 4  # N:M where nothing else is asked for
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be zero: a pattern says it, or a share of the prunable weights, a fraction."""
+    """The weights that are to be zero: a pattern says it, or a share of the prunable weights, a fraction."""
 
     pattern: NM | None
     sparsity: Decimal | None = None
@@ -31,7 +31,7 @@ class Target:
 
     @property
     def stem(self) -> str:
-        """In names of files."""
+        """Return the target as names of files have it."""
         return f"{self.pattern.n}of{self.pattern.m}" if self.pattern else f"{float(100 * self.sparsity):.12g}"
 
 
@@ -65,7 +65,7 @@ def plan_of(args: argparse.Namespace, target: Target) -> dict[str, Any]:
 
 
 def check_oneshot(args: argparse.Namespace) -> Target:
-    """What is asked for. Raises UserError for options that do not go together."""
+    """Return the target that is asked for. Raises UserError for options that do not go together."""
     if args.enable_update and args.pruner != "sparsegpt":
         raise UserError(f"--enable-update is for sparsegpt: leave it out with --pruner {args.pruner}")
     if args.calibration_mode and args.pruner not in OF_INPUTS:

@@ -1,4 +1,4 @@
-"""What a recipe says, as options: they take the place of the configuration's, see `configs.task.TaskConfig`."""
+"""Values of a recipe as options: they take the place of the configuration's, see `configs.task.TaskConfig`."""
 
 import argparse
 from collections.abc import Callable, Collection

@@ -48,8 +48,8 @@ class GradualOptions:
 
 @dataclass(frozen=True)
 class SparseOptions:
-    """What is asked for. distill: the weight of the match to the teacher, (0, 1]. teacher: a file of its weights; None:
-    those that the run starts from. lora: the rank of the adapters.
+    """The kinds of sparse training that are asked for. distill: the weight of the match to the teacher, (0, 1].
+    teacher: a file of its weights; None: those that the run starts from. lora: the rank of the adapters.
     """
 
     gradual: GradualOptions | None = None

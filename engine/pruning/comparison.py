@@ -103,7 +103,7 @@ def digests(
 
 
 def _held(read: Mapping[str, Any]) -> dict[str, Any]:
-    """What the files that these settings name hold, where they name any."""
+    """Return the contents of the files that these settings name, where they name any."""
     found = contents(read)
     return {f"contents of {', '.join(read)}": found} if found else {}
 

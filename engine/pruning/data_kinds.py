@@ -1,4 +1,4 @@
-"""What a pruning script needs of a model together with its data, one class for each kind of data: the prunable view,
+"""Parts of a pruning run that depend on a model and its data, one class for each kind of data: the prunable view,
 calibration batches, and an evaluation that needs no training.
 """
 

@@ -1,4 +1,4 @@
-"""What a pruning run asks of recovery, which is built by the script."""
+"""Interface of recovery as a pruning run calls it; the script builds it."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -29,7 +29,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a script was given. options: long name -> text, None for one without a value."""
+    """A script with the options that it was given. options: long name -> text, None for one without a value."""
 
     script: str
     options: Mapping[str, str | None] = field(default_factory=dict)

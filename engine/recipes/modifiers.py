@@ -1,4 +1,4 @@
-"""What modifiers of other tools ask for, in the words of this project, and the options that say it."""
+"""Translation of the modifiers of other tools into the words of this project, and the options that say it."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a run would read: what is there, what is missing, and how to get it."""
+"""Check of the data that a run would read: what is there, what is missing, and how to get it."""
 
 from __future__ import annotations
 

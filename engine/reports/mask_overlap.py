@@ -15,8 +15,8 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=
 
 
 def description(path: str | os.PathLike) -> dict[str, Any]:
-    """What stands beside the masks in a file that `Masks.save` wrote: shapes, digest, provenance. UserError where it
-    is none.
+    """Return what stands beside the masks in a file that `Masks.save` wrote: shapes, digest, provenance. UserError
+    where it is none.
     """
     if not os.path.isfile(path):
         raise MissingFileError(f"there is no mask file {str(path)!r}")

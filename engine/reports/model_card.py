@@ -1,4 +1,4 @@
-"""What a finished run says of itself: README.md beside the weights."""
+"""Model card of a finished run: README.md beside the weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def model_card(
 
 
 def facts_of(masks: Masks | None) -> dict[str, Any]:
-    """What the mask file says of how the mask was chosen."""
+    """Return what the mask file says of how the mask was chosen."""
     if masks is None:
         return {"pruner": "none, the model is dense"}
     known = {"pruner": "not recorded in the mask file"} | masks.provenance

@@ -256,6 +256,6 @@ def _percent(value: float) -> str:
 
 
 def _shared_prefix(blocks: Sequence[str]) -> str:
-    """What the names of all the blocks begin with, up to a dot."""
+    """Return what the names of all the blocks begin with, up to a dot."""
     shared = os.path.commonprefix(blocks).rpartition(".")[0]
     return f"{shared}." if shared else ""

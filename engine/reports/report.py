@@ -1,4 +1,4 @@
-"""What a pruning run tells its reader: tables as Markdown and text, pictures, a CSV of run times."""
+"""Report of a pruning run: tables as Markdown and text, pictures, a CSV of run times."""
 
 import csv
 import io

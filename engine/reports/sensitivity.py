@@ -1,4 +1,4 @@
-"""What reports tell of single layers: their sensitivity, as an allocation has measured it (a table, a plot and a CSV
+"""Report on single layers: their sensitivity, as an allocation has measured it (a table, a plot and a CSV
 file), and how well their outputs are kept.
 """
 

@@ -1,4 +1,4 @@
-"""What sparse training makes of a task model: what learns, what the loss is, and what stays zero."""
+"""Sparse training of a task model: what learns, what the loss is, and what stays zero."""
 
 import copy
 import logging

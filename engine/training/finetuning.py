@@ -185,7 +185,7 @@ class Finetuning:
 
     @property
     def origin(self) -> str:
-        """What training began with."""
+        """Return what training began with."""
         return self.model.told_source(self.config.weights)
 
     @property
@@ -249,7 +249,7 @@ class Finetuning:
             logger.close()
 
     def _batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """What the model is called with in the steps from `start` to `stop`, on this rank.
+        """Yield what the model is called with in the steps from `start` to `stop`, on this rank.
 
         Raises UserError where too many images cannot be read, or none of a batch.
         """

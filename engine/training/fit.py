@@ -27,7 +27,7 @@ from sparsity.files import remove_leftovers
 
 @dataclass
 class Run:
-    """What a run is made of; `fit` moves it forward.
+    """A run in training; `fit` moves it forward.
 
     rate: factor of each parameter group's peak learning rate at a step. identity: what the run depends on, as plain
     values; a checkpoint of another one is refused. clip_norm: of the gradient; 0 does not clip. validate: called every
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of the identity."""
+        """Return the digest of the identity."""
         return hashlib.sha256(json.dumps(plain(self.identity), sort_keys=True).encode()).hexdigest()
 
     @property

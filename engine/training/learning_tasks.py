@@ -1,4 +1,4 @@
-"""What masks are learned on: the batches, the loss and the evaluation of a model."""
+"""Tasks that masks are learned on: the batches, the loss and the evaluation of a model."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 class Task(Protocol):
-    """What is learned: a model, its data and its loss.
+    """A task that masks are learned on: a model, its data and its loss.
 
     epoch_steps: batches of this rank in an epoch. select: the metric of `evaluate` that says which masks are the best;
     None where there is no evaluation. contents: what the data holds, as far as it is told by looking at it.
@@ -47,10 +47,10 @@ class Task(Protocol):
     def loss(self, batch: Any, step: int) -> Tensor: ...
 
     def evaluate(self) -> Metrics:
-        """Of the model as it is, by which the best masks are chosen."""
+        """Return the metrics of the model as it is, by which the best masks are chosen."""
 
     def test(self) -> Metrics:
-        """Of the model as it is, at the end."""
+        """Return the metrics of the model as it is, at the end."""
 
 
 class ImageTask:

@@ -39,7 +39,7 @@ BEST, MASK, WEIGHTS, METRICS = "model_best.pth.tar", "mask.safetensors", "model.
 
 
 class MaskedModel(nn.Module):
-    """What is trained: a model with its masks, if it has any, and the moving average of both, if there is one.
+    """The module that is trained: a model with its masks, if it has any, and the moving average of both, if there is one.
 
     steps, unit: the course of tau and scaling, in steps of the run or in epochs of `unit` steps. regulariser: r of
     loss - r * ||W * mask||^2.
@@ -275,7 +275,7 @@ class MaskLearning:
         return "\n".join([*lines, f"results: {self.args.folder}"])
 
     def _done(self) -> dict[str, Any] | None:
-        """What this very run has found, where it is finished."""
+        """Return the metrics of this very run, where it is finished."""
         try:
             found = json.loads((self.args.folder / METRICS).read_bytes())
         except (OSError, ValueError):
@@ -316,7 +316,7 @@ def _settings(args: Namespace) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What YAML, JSON and checkpoints hold without a class of ours."""
+    """Return the value as YAML, JSON and checkpoints hold it without a class of ours."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

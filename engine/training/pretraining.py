@@ -1,4 +1,4 @@
-"""What pretrain.py needs of a model's data, one class for each kind of data: the curriculum and the validation."""
+"""Data of pretrain.py, one class for each kind of data: the curriculum and the validation."""
 
 from pathlib import Path
 from types import ModuleType
