@@ -88,7 +88,7 @@ def _dataset(record: dict) -> str:
 
 
 def read_json(path: str | Path, expected: str) -> Any:
-    """What a JSON file holds, which is to be what is `expected`.
+    """Return what a JSON file holds, which is to be what is `expected`.
 
     Raises FileNotFoundError, or UserError where it is not JSON.
     """
@@ -104,7 +104,7 @@ def read_json(path: str | Path, expected: str) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What JSON says; raises UserError where it is damaged, not UTF-8, or so deeply nested that it is no data."""
+    """Return what JSON says; raises UserError where it is damaged, not UTF-8, or so deeply nested that it is no data."""
     try:
         return json.loads(content)
     except RecursionError:

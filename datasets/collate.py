@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Skipped(NamedTuple):  # a tuple of texts passes unharmed through pinning and moving to a device
-    """What a dataset returns in place of a sample whose image cannot be decoded."""
+    """The item that a dataset returns in place of a sample whose image cannot be decoded."""
 
     path: str
     reason: str

@@ -161,7 +161,9 @@ def launch(
 
 
 def _accelerator(wanted: str) -> str:
-    """Return the accelerator that Fabric is asked for. MPS is refused, since it has no float64, in which masks and statistics are computed."""
+    """Return the accelerator that Fabric is asked for. MPS is refused, since it has no float64, in which masks and
+    statistics are computed.
+    """
     import torch
 
     if torch.cuda.is_available() or not torch.backends.mps.is_available():

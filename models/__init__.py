@@ -1,4 +1,4 @@
-"""What is pruned: the models, their losses and checkpoint names, and the tokenizer. Import the submodules by name."""
+"""Models that are pruned, their losses and checkpoint names, and the tokenizer. Import the submodules by name."""
 
 import difflib
 import importlib

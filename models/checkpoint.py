@@ -113,7 +113,7 @@ def _stored(path: Path, wrappers: Sequence[str], key: str) -> dict[str, Recipe]:
 
 
 def _unwrapped(path: Path, content: object, wrappers: Sequence[str]) -> object:
-    """What stands under the first of these keys, and so on inside of it."""
+    """Return what stands under the first of these keys, and so on inside of it."""
     sets = _sets(content)
     for wrapper in wrappers:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -215,7 +215,7 @@ def half_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 
 def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:
-    """What keeps the weights of a file from being those of a model, whose tied tensors are one object in `state`."""
+    """List what keeps the weights of a file from being those of a model, whose tied tensors are one object in `state`."""
     misshapen, tied, first = [], [], {}
     for name, tensor in weights.items():
         if name in state and tensor.shape != state[name].shape:

@@ -1,4 +1,4 @@
-"""What a mask is: prunable views, masks, patterns, statistics, allocation and selection.
+"""Masks and how they are made: prunable views, masks, patterns, statistics, allocation and selection.
 
 The names below load on first use, so that arguments can be parsed (`sparsity.allocation.budget`, `sparsity.pattern`)
 before torch is imported.

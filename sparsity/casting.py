@@ -92,7 +92,7 @@ def _losses_of(name: str, recipe: Recipe, dtype: torch.dtype) -> list[Loss]:
 
 
 def losses(name: str, before: Tensor, after: Tensor) -> list[Loss]:
-    """What a cast of a tensor has lost; NaN and infinity that were there before are none."""
+    """Return what a cast of a tensor has lost; NaN and infinity that were there before are none."""
     if before.dtype not in FLOATS or _holds(after.dtype, before.dtype):
         return []
     counts = {

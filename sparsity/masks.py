@@ -351,7 +351,7 @@ class Count:
 
 @dataclass
 class Report:
-    """What masks leave of each layer and each group."""
+    """Counts of what masks leave of each layer and each group."""
 
     layers: dict[str, Count] = field(default_factory=dict)
     groups: dict[str, Count] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a legal mask is: unstructured, N:M, or blocks. Needs torch's tensors, not torch itself, so that arguments are
+"""Patterns that a mask may have: unstructured, N:M, or blocks. Needs torch's tensors, not torch itself, so that arguments are
 parsed without it.
 
 N:M means that exactly N are kept in every M consecutive weights along the input dimension: N is always what is kept.

@@ -165,8 +165,8 @@ def lowest_of_rows(score: Tensor, ranks: Tensor) -> Tensor:
 
 
 class GroupChoice:
-    """What an N:M pattern takes from one group of columns after the other, as `NM.keep` does, but with few operations:
-    groups are small, and there are many.
+    """The choice that an N:M pattern makes in one group of columns after the other, as `NM.keep` does, but with few
+    operations: groups are small, and there are many.
 
     All pairs of a group are compared at once, and a product with constants counts for each weight how many go before
     it. like: a tensor of the scores' dtype and device.

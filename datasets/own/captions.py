@@ -41,7 +41,7 @@ class CaptionedImages:
 
     @property
     def names(self) -> list[str]:
-        """What the images are called in results."""
+        """Return the names of the images in results."""
         images = [record.image for record in self.records]
         return list(map(ShardImages.name, images)) if isinstance(self.images, ShardImages) else images
 

@@ -20,7 +20,7 @@ HOW = "docs/data.md shows what such files hold"
 
 
 class Fault(NamedTuple):
-    """What is wrong with a record. where: its file and number."""
+    """A fault of a record. where: its file and number."""
 
     where: str
     reason: str

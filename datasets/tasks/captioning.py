@@ -163,7 +163,7 @@ def prompted(encode: TextEncoder, prompt: str, caption: str, rng: np.random.Gene
 
 
 def training_set(config: CaptioningConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
-    """What the configuration trains on, images of `side` pixels: the user's data, the bundled scenes, drawn anew in
+    """Return the data that the configuration trains on, images of `side` pixels: the user's data, the bundled scenes, drawn anew in
     each epoch, or annotated files.
     """
     fields = partial(prompted, encode, config.prompt)

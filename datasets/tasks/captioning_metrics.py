@@ -71,7 +71,7 @@ class CaptionScorer:
 
     @property
     def suffix(self) -> str:
-        """What the names of the metrics end with."""
+        """Return what the names of the metrics end with."""
         return "" if self.java else OWN_TOKENS
 
     @property
@@ -155,7 +155,7 @@ def _spice(captions: Tokens, references: Tokens) -> dict[str, float]:
 
 
 def _by_java(name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What `compute` returns; nothing, and a warning, where the Java program fails: it wants gigabytes of memory."""
+    """Return what `compute` returns; nothing, and a warning, where the Java program fails: it wants gigabytes of memory."""
     try:
         return compute()
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -164,7 +164,7 @@ def _by_java(name: str, compute: Callable[[], dict[str, float]]) -> dict[str, fl
 
 
 def _folder(part: str) -> Path:
-    """Of a part of pycocoevalcap, which is not imported."""
+    """Return the folder of a part of pycocoevalcap, which is not imported."""
     return Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0], part)
 
 

@@ -17,7 +17,7 @@ from datasets.transforms import TrainTransform
 
 
 class Pairs:
-    """What `read` reads: samples that are indexed by running numbers, and shards; either may be None, not both."""
+    """The data that `read` reads: samples that are indexed by running numbers, and shards; either may be None, not both."""
 
     def __init__(self, indexed: Dataset | None, shards: ShardDataset | None):
         self.indexed, self.shards = indexed, shards
@@ -56,7 +56,7 @@ def read(
 
 
 def training_set(config: CaptioningPretrainConfig, encode: TextEncoder, side: int, seed: int) -> Pairs:
-    """What the configuration trains on, images of `side` pixels."""
+    """Return the data that the configuration trains on, images of `side` pixels."""
     fields = partial(encode, masked=False)
     if config.bundled:
         scenes = BundledScenes(load_glyphs(), fields, config.bundled.train_scenes, side=side, seed=seed)

@@ -25,7 +25,7 @@ def class_names(config: ClassificationConfig) -> tuple[str, ...]:
 
 
 def training_set(config: ClassificationConfig, side: int, seed: int, transform: Transform | None = None) -> Labelled:
-    """What is trained on, indexed by running numbers; `class_names` are those of its labels.
+    """Return the data that is trained on, indexed by running numbers; `class_names` are those of its labels.
 
     side: of the images, in pixels. transform: RGB image and generator -> tensor; the bundled glyphs have their own.
     Raises OSError or UserError where the files are not there or not as expected.

@@ -135,8 +135,8 @@ class RetrievalTrainDataset(Dataset):
 
 
 def training_set(config: RetrievalConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
-    """What the configuration trains on, images of `side` pixels: the user's data, the bundled scenes or annotated
-    files.
+    """Return the data that the configuration trains on, images of `side` pixels: the user's data, the bundled scenes or
+    annotated files.
     """
     fields = partial(encode, masked=False)
     if config.bundled:

@@ -342,7 +342,7 @@ def _numbered(
 
 
 def training_set(config: VQAConfig, words: Words, side: int, seed: int) -> Dataset:
-    """What the configuration trains on, images of `side` pixels."""
+    """Return the data that the configuration trains on, images of `side` pixels."""
     if config.bundled:
         return BundledQuestions(load_glyphs(), words, config.bundled.train_questions, side=side, seed=seed)
     transform = TrainTransform(side, scale=FINETUNING_SCALE, flip=False)

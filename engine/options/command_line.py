@@ -289,7 +289,7 @@ def add_config_options(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 def add_finetuning_options(parser: Parser, task: str, models: Sequence[str], *, measures: bool = True) -> None:
-    """Add the options of every script that fine-tunes: model and mask, configuration, where a run is kept, logs, devices.
+    """Add the options of scripts that fine-tune: model and mask, configuration, where a run is kept, logs, devices.
 
     `-m` is the mask here. `--pretraining_weights` is `weights` in the result. models: where there is one, it need not
     be named. measures: whether there is something to evaluate.

@@ -31,7 +31,7 @@ class Target:
 
     @property
     def stem(self) -> str:
-        """Return the target as names of files have it."""
+        """Return the target as it stands in names of files."""
         return f"{self.pattern.n}of{self.pattern.m}" if self.pattern else f"{float(100 * self.sparsity):.12g}"
 
 

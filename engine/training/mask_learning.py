@@ -39,7 +39,7 @@ BEST, MASK, WEIGHTS, METRICS = "model_best.pth.tar", "mask.safetensors", "model.
 
 
 class MaskedModel(nn.Module):
-    """The module that is trained: a model with its masks, if it has any, and the moving average of both, if there is one.
+    """The module in training: a model with its masks, if it has any, and the moving average of both, if there is one.
 
     steps, unit: the course of tau and scaling, in steps of the run or in epochs of `unit` steps. regulariser: r of
     loss - r * ||W * mask||^2.

@@ -60,7 +60,7 @@ def build_rate(args: Namespace, epochs: int, epoch_steps: int, by_step: bool) ->
 
 
 class Labelled:
-    """Prepare batches of labelled images before the model sees them, and compute their loss.
+    """The preparation of a batch of labelled images before the model sees it, and its loss.
 
     Mixup and cutmix draw from (seed, number of the batch).
     """

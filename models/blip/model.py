@@ -202,7 +202,7 @@ class ImageText(nn.Module):
         return started(ids, self.encoder_start), normalised(self.text_proj(states[:, 0]))
 
     def project_image(self, tokens: Tensor) -> Projected:
-        """What `match` reads of image tokens (B, L, V); computed once for all texts that meet an image."""
+        """Return what `match` reads of image tokens (B, L, V); computed once for all texts that meet an image."""
         return self.text_encoder.project(tokens)
 
     def match(self, ids: Tensor, atts: Tensor, image: Image) -> Tensor:
@@ -223,13 +223,13 @@ class ImageText(nn.Module):
         return normalised(self.vision_proj_m(tokens[:, 0])), normalised(self.text_proj_m(states[:, 0]))
 
     def temperature(self) -> Tensor:
-        """Of the softmax over similarities, kept in its range."""
+        """Return the temperature of the softmax over similarities, kept in its range."""
         if self.training:  # through .data: a second source's forward must not invalidate the first one's graph
             self.temp.data.clamp_(*TEMPERATURES)
         return self.temp.clamp(*TEMPERATURES)
 
     def similarities(self, features: Pair, keys: Pair, temp: Tensor) -> Pair:
-        """Of images to texts and of texts to images over temperature (B, B + Q): with the keys, then with the queues.
+        """Return the similarities of images to texts and of texts to images, over temperature (B, B + Q): with the keys, then with the queues.
 
         features, keys: of images and of texts, (B, E) each.
         """

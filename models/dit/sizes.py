@@ -54,7 +54,7 @@ class Config:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a sample: (C, H, W)."""
+        """Return the shape of a sample: (C, H, W)."""
         return self.channels, self.image_size, self.image_size
 
     @property

@@ -49,7 +49,7 @@ def heads_by_kind(model: nn.Module) -> set[str]:
 
 
 def _predictions(model: nn.Module) -> list[Tensor]:
-    """What the model predicts for an empty image, with its graph."""
+    """Return what the model predicts for an empty image, with its graph."""
     first = next(model.parameters())
     batch = {"pixel_values": torch.zeros(1, *_size(model.config), device=first.device, dtype=first.dtype)}
     if "input_ids" in inspect.signature(model.forward).parameters:

@@ -1,4 +1,4 @@
-"""What the names of layers say of models that this project does not know: towers, output heads, text.
+"""Reading of the names of layers in models that this project does not know: towers, output heads, text.
 
 Names that public vision-language models share, each in one table. Whoever has other names says so: `--groups`,
 `--exclude`, or a view of their own.
@@ -99,8 +99,8 @@ def match_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What a model repeats, in its own order, an outer block before those in it: the members of a list or sequence that
-    are of one kind and have layers in them.
+    """Return the blocks that a model repeats, in its own order, an outer block before those in it: the members of a list
+    or sequence that are of one kind and have layers in them.
     """
     found = []
     for module in model.modules():

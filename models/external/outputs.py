@@ -1,4 +1,4 @@
-"""What a model that is not the project's own gives for a batch, as it is compared with what its dense copy gives."""
+"""Outputs of a model that is not the project's own for a batch, as they are compared with those of its dense copy."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -33,7 +33,7 @@ class _Items:
 
 
 class _Classified(_Items):
-    """What is calibrated on images, and on their classes where it has a loss. class_map: see `read_map`."""
+    """Items of a model that is calibrated on images, and on their classes where it has a loss. class_map: see `read_map`."""
 
     def __init__(self, classes: Classes, class_map: str):
         self.classes, self.given = classes, read_map(class_map, classes) if class_map else None
@@ -100,7 +100,7 @@ class Pairs(_Items):
         return batch | ({"return_loss": True} if self.contrastive else {})
 
     def _options(self) -> dict[str, Any]:
-        """Of texts."""
+        """Return the processor's options for texts."""
         return {"padding": self.padding, "truncation": True, "max_length": self.length, "return_tensors": "pt"}
 
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class Generative(_Items):
         return None
 
     def _image_token(self, token: int | None) -> str:
-        """What stands for the image in a text: nothing where the processor puts it there, or no token does."""
+        """Return what stands for the image in a text: nothing where the processor puts it there, or no token does."""
         if token is None:
             return ""
         try:

@@ -34,7 +34,7 @@ def build(
 
 
 def data_config(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
-    """What timm says of a model's images: input_size, interpolation, mean, std, crop_pct."""
+    """Return what timm says of a model's images: input_size, interpolation, mean, std, crop_pct."""
     from timm.data import resolve_data_config
 
     return resolve_data_config({} if image_size is None else {"img_size": image_size}, model=model)
@@ -48,7 +48,7 @@ def transform(config: dict[str, Any]) -> Any:
 
 
 def read(path: Path, *, ema: bool | None = None, key: str = "") -> dict[str, Tensor]:
-    """What stands in a checkpoint of timm or of this project.
+    """Read the weights in a checkpoint of timm or of this project.
 
     ema: the averaged weights, or the raw ones; by default as `timm.create_model` reads it: averaged where there are
     any. key: under which they stand, whatever it is. UserError where it has none.

@@ -17,7 +17,7 @@ BEGUN = "a picture of"  # what models that are asked nothing go on from
 
 
 class AskedCaptions(Asked, Protocol):
-    """What a configuration says, see `configs.foreign.ForeignCaptioningConfig`."""
+    """The part of a configuration that is read here, see `configs.foreign.ForeignCaptioningConfig`."""
 
     max_tokens: int | None
     question: str | None

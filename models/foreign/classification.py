@@ -33,7 +33,7 @@ Loss = Callable[[Tensor, dict[str, Any]], Tensor]  # of logits (B, classes) and 
 
 
 class Asked(Protocol):
-    """What a configuration says, see `configs.foreign.ForeignClassificationConfig`."""
+    """The part of a configuration that is read here, see `configs.foreign.ForeignClassificationConfig`."""
 
     weights: str
     weights_key: str

@@ -26,7 +26,7 @@ NEW = ()  # of all models; each says what it has of new weights, as `TaskModel.n
 
 @dataclass(frozen=True)
 class Source:
-    """What a run trains: the name of a model, and a digest of its weights as they are before the mask."""
+    """The model that a run trains: its name, and a digest of its weights as they are before the mask."""
 
     model: str
     state: str

@@ -15,7 +15,7 @@ from sparsity.files import writing
 
 
 class Asked(Protocol):
-    """What a configuration says of weights, see `configs.foreign.ForeignConfig`."""
+    """The part of a configuration that names weights, see `configs.foreign.ForeignConfig`."""
 
     weights: str
     weights_key: str

@@ -24,7 +24,7 @@ MOST_TOKENS = 32  # of an answer, where nothing is said
 
 
 class AskedAnswers(Asked, Protocol):
-    """What a configuration says, see `configs.foreign.ForeignVQAConfig`."""
+    """The part of a configuration that is read here, see `configs.foreign.ForeignVQAConfig`."""
 
     max_tokens: int | None
     wording: str | None

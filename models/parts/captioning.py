@@ -21,7 +21,7 @@ LABEL_SMOOTHING = 0.1
 
 
 class Captioner(TaskModel):
-    """What the captioning models share; each adds its image encoder and the `text_decoder`.
+    """The base of the captioning models; each adds its image encoder and the `text_decoder`.
 
     prompt: ids that every caption begins with, which are given when one is written and not learned. end: id of the
     token that ends one.
@@ -42,7 +42,7 @@ class Captioner(TaskModel):
         return ids
 
     def language_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of logits (N, vocab) and the ids (N,) that they should have predicted."""
+        """Return the loss of logits (N, vocab) and the ids (N,) that they should have predicted."""
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def forward(self, batch: dict, epoch: float = 0.0) -> dict[str, Tensor]:

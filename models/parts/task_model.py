@@ -1,4 +1,4 @@
-"""What the fine-tuning scripts ask of a task model.
+"""Interface of a task model, as the fine-tuning scripts use it.
 
 A task of a model is the file models/<model>_<task>.py, which `models.find_task` finds. It offers
 - `TEXT`, keyword arguments of `datasets.text.TextEncoder`: the task's template of tokens;
@@ -42,7 +42,7 @@ class TaskModel(nn.Module):
         return self(batch, epoch), outputs(batch)
 
     def blocks(self) -> Sequence[nn.Module]:
-        """What gradient checkpointing computes again in the backward pass, block by block."""
+        """Return the blocks that gradient checkpointing computes again in the backward pass, one by one."""
         raise NotImplementedError
 
     def heirs(self, name: str) -> Sequence[str]:

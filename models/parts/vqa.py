@@ -51,7 +51,7 @@ class Answering(TaskModel):
         return answer_ids
 
     def score(self, first: Tensor, losses: Tensor) -> Tensor:
-        """What an answer is ranked by, from log p of its first token and its loss, all (Q, k)."""
+        """Return what an answer is ranked by, from log p of its first token and its loss, all (Q, k)."""
         raise NotImplementedError
 
     def copies(self) -> dict[str, str]:
@@ -74,8 +74,8 @@ class Answering(TaskModel):
             self.get_parameter(name).copy_(self.get_parameter(source))
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
-        """Of `image`, `text_ids`, `text_atts` (Q, T) and the answers `answer_ids`, `answer_atts` (K, A), their
-        `answer_weights` (K,) and the numbers `answer_owner` (K,) of their questions: sum of weight x loss, over Q.
+        """Return the loss of `image`, `text_ids`, `text_atts` (Q, T) and the answers `answer_ids`, `answer_atts` (K, A),
+        their `answer_weights` (K,) and the numbers `answer_owner` (K,) of their questions: sum of weight x loss, over Q.
         """
         return self._losses(self.predicted(batch), batch)
 
@@ -111,7 +111,7 @@ class Answering(TaskModel):
         return self.logits(hidden[atts[:, 1:].bool()])
 
     def _summed(self, logits: Tensor, ids: Tensor, atts: Tensor) -> Tensor:
-        """What `answer_losses` returns, of the logits of `_predict`."""
+        """Return what `answer_losses` returns, from the logits of `_predict`."""
         real = atts[:, 1:].bool()
         losses = F.cross_entropy(logits, ids[:, 1:][real], label_smoothing=self.label_smoothing, reduction="none")
         return losses.new_zeros(real.shape).masked_scatter(real, losses).sum(1)

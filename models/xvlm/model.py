@@ -112,7 +112,7 @@ class ImageText(nn.Module):
         return normalised(self.vision_proj(tokens[:, 0]))
 
     def project_image(self, tokens: Tensor) -> Projected:
-        """What `fuse` and `match` read of image tokens (B, L, V); computed once for all texts that meet an image."""
+        """Return what `fuse` and `match` read of image tokens (B, L, V); computed once for all texts that meet an image."""
         return self.bert.project(tokens)
 
     def fuse(self, states: Tensor, atts: Tensor, image: Image, image_atts: Tensor | None = None) -> Tensor:
@@ -128,7 +128,7 @@ class ImageText(nn.Module):
         return logits[:, 1]
 
     def temperature(self) -> Tensor:
-        """Of the softmax over similarities, kept in its range."""
+        """Return the temperature of the softmax over similarities, kept in its range."""
         if self.training:  # through .data: a second source's forward must not invalidate the first one's graph
             self.temp.data.clamp_(*TEMPERATURES)
         return self.temp.clamp(*TEMPERATURES)

@@ -58,7 +58,7 @@ class MaskedWeight(Function):
 
 
 def _normalised(node: Any, rows: slice) -> Tensor:
-    """Of layer norm over the last dimension."""
+    """Return the output of layer norm over the last dimension."""
     x, mean, scale = (
         tensor.reshape(-1, tensor.shape[-1])[rows]
         for tensor in (node._saved_input, node._saved_result1, node._saved_result2)

@@ -16,7 +16,7 @@ from sparsity.pattern import NM
 
 
 class Terms:
-    """What a training forward has summed up; a copy of the model begins without, since these have a graph."""
+    """Hold what a training forward has summed up; a copy of the model begins without, since these have a graph."""
 
     def __init__(self) -> None:
         self.norms: dict[str, Tensor] = {}
@@ -27,8 +27,8 @@ class Terms:
 
 
 class MaskedLayer(nn.Module):
-    """What a linear layer gets: `gate` (G, C), and two buffers that no state dict has: `setting`, scaling and tau, and
-    `key`, of the next sample (without one, the global random state gives it).
+    """A linear layer with a mask that is learned: `gate` (G, C), and two buffers that no state dict has: `setting`, scaling
+    and tau, and `key`, of the next sample (without one, the global random state gives it).
     """
 
     pattern: NM
@@ -107,7 +107,7 @@ class MaskedLayer(nn.Module):
         return y
 
     def masked_weight(self) -> Tensor:
-        """What `forward` multiplies with, in the parameter's own layout."""
+        """Return what `forward` multiplies with, in the parameter's own layout."""
         if self.folded:
             return self.parameter
         if self.training:
@@ -117,7 +117,7 @@ class MaskedLayer(nn.Module):
         return masked.t() if self.transposed else masked
 
     def _sample(self) -> tuple[Tensor, Tensor, Tensor, int, int, bool]:
-        """What the functions below draw a mask from."""
+        """Return what the functions below draw a mask from."""
         key = self.key
         if key is None:
             key = torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int32, device=self.gate.device)

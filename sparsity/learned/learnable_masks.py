@@ -114,7 +114,7 @@ class LearnableMasks:
             )
 
     def masks(self, provenance: Mapping[str, Any] | None = None) -> Masks:
-        """What the gates prefer: exactly N of every M, and all of the layers that stay dense."""
+        """Return the masks that the gates prefer: exactly N of every M, and all of the layers that stay dense."""
         found = {
             name: weight.as_stored(masked(weight.modules[0]).mask)
             if name in self.gates

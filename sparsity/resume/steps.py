@@ -1,4 +1,4 @@
-"""What the steps of an iterative method have left so far, for a run that was killed."""
+"""Results of the steps of an iterative method so far, for a run that was killed."""
 
 import json
 import logging

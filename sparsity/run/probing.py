@@ -1,4 +1,4 @@
-"""What allocations measure of each layer besides statistics of its inputs: the error of its output when it is pruned,
+"""Measurements of each layer for allocations, besides statistics of its inputs: the error of its output when it is pruned,
 what that does to the model's output, and ECoFLaP's importance.
 
 The Gram matrices of one block are held at a time. All is measured in the model as it is, averaged over ranks, so that

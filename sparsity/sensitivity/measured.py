@@ -1,5 +1,5 @@
-"""What the passes over the data give; of that, what pruning each layer by itself costs, as allocations and reports have
-it.
+"""Measurements of the passes over the data; of those, what pruning each layer by itself costs, as allocations and
+reports have it.
 """
 
 from collections.abc import Mapping, Sequence

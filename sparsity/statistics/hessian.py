@@ -70,7 +70,7 @@ class Factor:
 
     @property
     def diagonal(self) -> Tensor:
-        """Of R, (in,): 1 / U_jj."""
+        """Return the diagonal of R, (in,): 1 / U_jj."""
         return self.turned.diagonal().flip(0)
 
 
