@@ -1,4 +1,4 @@
-"""What pruning costs above its floor, XVLM at base size with random weights: calibration against the bare passes over
+"""Costs of pruning above its floor, XVLM at base size with random weights: calibration against the bare passes over
 the same batches, selection against cat + kthvalue, LAMP against its plain form. Interleaved, medians.
 
     python -m benchmarks.calibration                        # 2 GB of memory; about 15 minutes on two cores

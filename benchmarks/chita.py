@@ -67,7 +67,7 @@ def read(view: PrunableView, batches: RandomBatches, folder: Path) -> Rows:
 
 
 def prune(view: PrunableView, batches: RandomBatches, folder: Path, sparsity: str) -> None:
-    """What prune.py does with `--memory_budget 0`."""
+    """Prune as prune.py does with `--memory_budget 0`."""
     pruner = pruners.build("chita", memory_budget=0)
     measured = pruner.measure(view, CalibrationPass(batches, scratch=Scratch(folder / "rows", "benchmark")))
     for _ in pruner.masks(view, measured, Request([sparsity])):

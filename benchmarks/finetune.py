@@ -66,7 +66,7 @@ def multiplied(view: PrunableView, masks: Masks) -> Iterator[None]:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, autocast: bool, hold: Hold | None) -> None:
-    """What `engine.training.fit` does in a step."""
+    """Take a step of the optimizer as `engine.training.fit` does."""
     torch.manual_seed(0)
     with attention(torch.device("cpu")):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

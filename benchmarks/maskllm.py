@@ -150,7 +150,7 @@ def times(size: str, mode: str, args: argparse.Namespace) -> None:
 
 
 def memory(size: str, args: argparse.Namespace) -> None:
-    """What forward and backward allocate at most beside the gradients of what learns."""
+    """Print what forward and backward allocate at most beside the gradients of what learns."""
     found = {}
     for way in ("frozen", "ours", "plain"):
         step = Step(size, way, args)

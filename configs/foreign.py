@@ -1,4 +1,4 @@
-"""What fine-tuning of a model of another library is configured by: `timm:NAME`, `hf:NAME_OR_FOLDER`. Needs no torch."""
+"""Configurations of fine-tuning for a model of another library: `timm:NAME`, `hf:NAME_OR_FOLDER`. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace

@@ -1,4 +1,4 @@
-"""What pretrain.py reads, as it stands in configs/<model>/pretrain_mini.yaml. Needs no torch: checked at once."""
+"""Configuration of pretrain.py, as it stands in configs/<model>/pretrain_mini.yaml. Needs no torch: checked at once."""
 
 from __future__ import annotations
 

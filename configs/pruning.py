@@ -1,4 +1,4 @@
-"""What runs read, as it stands in the YAML files of configs/. Needs no torch, so that it is checked at once."""
+"""Configuration of pruning runs, as it stands in the YAML files of configs/. Needs no torch: it is checked at once."""
 
 from __future__ import annotations
 

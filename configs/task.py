@@ -1,4 +1,4 @@
-"""What every fine-tuning configuration says: weights, optimizer, schedule, batches, logging. Needs no torch."""
+"""Settings of every fine-tuning configuration: weights, optimizer, schedule, batches, logging. Needs no torch."""
 
 import math
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class WandbData:
-    """Of a run on Weights & Biases; `--experiment_name` takes the place of `name`."""
+    """Settings of a run on Weights & Biases; `--experiment_name` takes the place of `name`."""
 
     project: str = "sparse-finetuning"
     name: str | None = None
@@ -72,7 +72,7 @@ class WandbData:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What all tasks have. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at a time on
+    """The configuration that all tasks share. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at a time on
     each device, as often as needed.
 
     image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
@@ -160,7 +160,7 @@ class TaskConfig:
         return replace(pretrained, max_tokens=tokens, vision=replace(pretrained.vision, image_size=side))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result of a run."""
+        """Return the settings that decide the result of a run."""
         return {name: value for name, value in asdict(self).items() if name not in self.FREE}
 
 

@@ -1,1 +1,1 @@
-"""Data that is read: annotation files, images, captions, and the metrics of each task. Import the submodules by name."""
+"""Data of each task: annotation files, images, captions, and the metrics of each task. Import the submodules by name."""

@@ -104,7 +104,7 @@ def read_json(path: str | Path, expected: str) -> Any:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Return what JSON says; raises UserError where it is damaged, not UTF-8, or so deeply nested that it is no data."""
+    """Return what JSON says. UserError where it is damaged, not UTF-8, or so deeply nested that it is no data."""
     try:
         return json.loads(content)
     except RecursionError:

@@ -15,7 +15,7 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 class ResourceError(OSError):
-    """An error for what the run needs and is used up or gone: disk, quota, memory, a process that reads data or another rank.
+    """A resource of the run is used up or gone: disk, quota, memory, a process that reads data or another rank.
 
     The message is one line. Scripts print it without a traceback and exit with code 4; the same command goes on once
     there is room again.

@@ -159,7 +159,7 @@ def _interruption(error: Exception, before: BaseException | None) -> BaseExcepti
 
 
 def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
-    """Return the error that tells the user of a file that is not there or not allowed; None for any other error."""
+    """Return the error for the user where a file is not there or not allowed; None for any other error."""
     if not isinstance(error, OSError) or isinstance(error, UserError | ResourceError):
         return None
     if error.errno == errno.ENOENT:
@@ -168,7 +168,7 @@ def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
 
 
 def _used_up(error: Exception, path: str | Path) -> ResourceError | None:
-    """Return the error that tells the user that something is used up, which torch and safetensors say in errors of their own."""
+    """Return the error for the user where something is used up, which torch and safetensors say in errors of their own."""
     if isinstance(error, ResourceError | UserError):
         return None
     code = used_up(error)

@@ -1,5 +1,5 @@
-"""Patterns that a mask may have: unstructured, N:M, or blocks. Needs torch's tensors, not torch itself, so that arguments are
-parsed without it.
+"""Patterns that a mask may have: unstructured, N:M, or blocks. Needs torch's tensors, not torch itself, so that
+arguments are parsed without it.
 
 N:M means that exactly N are kept in every M consecutive weights along the input dimension: N is always what is kept.
 Blocks of R x C weights are pruned or kept as one; how many of them, a sparsity says.

@@ -176,7 +176,7 @@ def test_a_finished_run_is_left_as_it_is(whole, trunk, capsys):
 
 
 def test_evaluation_alone(whole, trunk, tmp_path, capsys):
-    """Of a fine-tuned checkpoint, in a folder without a run; of the pretrained one under a mask."""
+    """Evaluate a fine-tuned checkpoint, in a folder without a run, and the pretrained one under a mask."""
     folder, printed = whole
     given = ["--model", "xvlm", "--config", str(CONFIG), "--accelerator", "cpu", "--precision", "32-true", "--evaluate"]
     weights = str(folder / "result" / "model.safetensors")

@@ -59,7 +59,7 @@ def small() -> nn.Sequential:
 
 
 def names() -> dict:
-    """What the lines of Python may use, as the page introduces it."""
+    """Return the names that the lines of Python may use, as the page introduces them."""
     model = small()
     known = {"pruners": pruners, "prunable_view": prunable_view, "from_torch": from_torch, "to_torch": to_torch}
     known |= {"Masks": Masks, "PrunableView": PrunableView, "accelerate": accelerate, "torch": torch}

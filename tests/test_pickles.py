@@ -75,7 +75,7 @@ def marker(tmp_path):
 
 
 def test_the_plant_works(tmp_path, marker):
-    """What these tests say is worth nothing otherwise."""
+    """The planted pickles do harm when they are loaded without care; these tests are worth nothing otherwise."""
     for i, kind in enumerate(KINDS):
         path = planted(kind, tmp_path / "x.pt", marker)
         if kind == "bare":

@@ -93,7 +93,7 @@ class Noised(Dataset):
 
 
 def read_latents(path: str | Path, sizes: Any) -> Latents:
-    """Read what sample.py writes where there is no VAE: a safetensors file with "latents" (N, C, H, W) and "labels" (N,).
+    """Read what sample.py writes without a VAE: a safetensors file with "latents" (N, C, H, W) and "labels" (N,).
 
     sizes: of the model. Raises OSError or UserError, naming the file, where it is not one, or of another model.
     """

@@ -163,8 +163,8 @@ def prompted(encode: TextEncoder, prompt: str, caption: str, rng: np.random.Gene
 
 
 def training_set(config: CaptioningConfig, encode: TextEncoder, side: int, seed: int) -> Dataset:
-    """Return the data that the configuration trains on, images of `side` pixels: the user's data, the bundled scenes, drawn anew in
-    each epoch, or annotated files.
+    """Return the data that the configuration trains on, images of `side` pixels: the user's data, the bundled scenes,
+    drawn anew in each epoch, or annotated files.
     """
     fields = partial(prompted, encode, config.prompt)
     if config.bundled:

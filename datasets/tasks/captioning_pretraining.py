@@ -17,7 +17,7 @@ from datasets.transforms import TrainTransform
 
 
 class Pairs:
-    """The data that `read` reads: samples that are indexed by running numbers, and shards; either may be None, not both."""
+    """Data for `read`: samples that are indexed by running numbers, and shards; either may be None, not both."""
 
     def __init__(self, indexed: Dataset | None, shards: ShardDataset | None):
         self.indexed, self.shards = indexed, shards

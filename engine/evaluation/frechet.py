@@ -60,9 +60,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class FrechetDistance:
-    """The Frechet distance of the samples of a model, as it is when this is called, from images: {"frechet", "as_asked"};
-    the latter is the share of samples, in per cent, that the judge puts in the class that was asked for. The ranks share
-    the samples.
+    """The Frechet distance of the samples of a model, as it is when this is called, from images: {"frechet",
+    "as_asked"}; the latter is the share of samples, in per cent, that the judge puts in the class that was asked for.
+    The ranks share the samples.
 
     model: has `sample`, as engine.generation.sampling says. judge: has `features`, `classifier` and
     `config.image_size`, and the same classes. data: the images, items {"image": (3, H, W) in [-1, 1], "label"}; samples

@@ -61,7 +61,7 @@ class BLIPVQA(Answering):
         return [*self.visual_encoder.blocks, *text]
 
     def copies(self) -> dict[str, str]:
-        """Map parameters of the decoder to those that the pretrained model shares: all but self-attention."""
+        """Map the decoder's parameters to those that the pretrained model shares: all but self-attention."""
         names = [name for name, _ in self.text_decoder.bert.named_parameters() if ".attention." not in name]
         return {f"text_decoder.bert.{name}": f"text_encoder.{name}" for name in names}
 

@@ -44,8 +44,8 @@ def spaced(steps: int, kept: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate by a network's output: the clean sample and the noise, (B, C, H, W), and the logarithm of the variance
-    of a step back.
+    """The estimate in a network's output: the clean sample and the noise, (B, C, H, W), and the logarithm of the
+    variance of a step back.
     """
 
     clean: Tensor
@@ -105,7 +105,7 @@ class Diffusion:
         return _at(self.alphas.sqrt(), step, clean) * noise - _at((1 - self.alphas).sqrt(), step, clean) * clean
 
     def estimate(self, output: Tensor, x: Tensor, step: Tensor, *, clip: bool | None = None) -> Estimate:
-        """Return the estimate that the output (B, C or 2 C, H, W) for x_t gives; clip: in place of the diffusion's own."""
+        """Return the estimate in the output (B, C or 2 C, H, W) for x_t; clip: in place of the diffusion's own."""
         predicted, between = output.chunk(2, 1) if self.learned_variance else (output, None)
         signal, noise_scale = (_at(scale.sqrt(), step, x) for scale in (self.alphas, 1 - self.alphas))
         if self.prediction == "noise":
@@ -207,8 +207,8 @@ def _at(values: Tensor, step: Tensor, like: Tensor) -> Tensor:
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Return the log-likelihood of images in [-1, 1] with 256 levels under a discretised normal distribution, elementwise
-    (arXiv 2006.11239, eq. 13).
+    """Return the log-likelihood of images in [-1, 1] with 256 levels under a discretised normal distribution,
+    elementwise (arXiv 2006.11239, eq. 13).
     """
     centred, inverse = x - mean, (-log_scale).exp()
     above = _normal_cdf(inverse * (centred + _HALF_BIN))

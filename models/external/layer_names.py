@@ -99,8 +99,8 @@ def match_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model repeats, in its own order, an outer block before those in it: the members of a list
-    or sequence that are of one kind and have layers in them.
+    """Return the blocks that a model repeats, in its own order, an outer block before those in it: the members of a
+    list or sequence that are of one kind and have layers in them.
     """
     found = []
     for module in model.modules():

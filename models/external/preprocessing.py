@@ -33,7 +33,7 @@ class _Items:
 
 
 class _Classified(_Items):
-    """Items of a model that is calibrated on images, and on their classes where it has a loss. class_map: see `read_map`."""
+    """Calibration on images, and on their classes where the model has a loss. class_map: see `read_map`."""
 
     def __init__(self, classes: Classes, class_map: str):
         self.classes, self.given = classes, read_map(class_map, classes) if class_map else None

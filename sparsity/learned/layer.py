@@ -27,8 +27,8 @@ class Terms:
 
 
 class MaskedLayer(nn.Module):
-    """A linear layer with a mask that is learned: `gate` (G, C), and two buffers that no state dict has: `setting`, scaling
-    and tau, and `key`, of the next sample (without one, the global random state gives it).
+    """A linear layer with a mask that is learned: `gate` (G, C), and two buffers that no state dict has: `setting`,
+    scaling and tau, and `key`, of the next sample (without one, the global random state gives it).
     """
 
     pattern: NM

@@ -1,5 +1,5 @@
-"""Measurements of each layer for allocations, besides statistics of its inputs: the error of its output when it is pruned,
-what that does to the model's output, and ECoFLaP's importance.
+"""Measurements of each layer for allocations, besides statistics of its inputs: the error of its output when it is
+pruned, what that does to the model's output, and ECoFLaP's importance.
 
 The Gram matrices of one block are held at a time. All is measured in the model as it is, averaged over ranks, so that
 each decides the same, and kept beside the results, so that a run that was killed goes on with the same numbers.

@@ -1,4 +1,4 @@
-"""What rank 0 does for all, on two processes."""
+"""Work that rank 0 does for all, on two processes."""
 
 import pytest
 import torch

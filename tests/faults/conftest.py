@@ -1,4 +1,4 @@
-"""What was injected, how often, and what was lost, as a table at the end: `python -m pytest tests/faults`."""
+"""Faults that were injected, how often, and what was lost, as a table at the end: `python -m pytest tests/faults`."""
 
 from collections import Counter
 

@@ -48,7 +48,7 @@ VARIES = ("README.md", "config.yaml", "report.json", "report.md", "runtimes.csv"
 
 
 def results(folder):
-    """What must be the same, bit for bit, and the names of all files."""
+    """Return what must be the same, bit for bit, and the names of all files."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     exact = {name: path.read_bytes() for name, path in files.items() if path.suffix == ".safetensors"}
     return exact, set(files)

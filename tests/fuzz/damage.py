@@ -34,7 +34,7 @@ fuzzed = settings(
 
 @dataclass
 class Tally:
-    """What came of the files of a format. wrong: another content, another exception, or a hang."""
+    """Counts of what came of the files of a format. wrong: another content, another exception, or a hang."""
 
     files: int = 0
     refused: int = 0

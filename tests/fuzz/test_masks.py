@@ -251,7 +251,7 @@ def damaged(path, data):
 @fuzzed
 @given(data=st.data())
 def test_steps_that_are_resumed(folder, data):
-    """What is damaged is computed again: nothing is refused."""
+    """Damaged steps are computed again: nothing is refused."""
     provenance = {"pruner": "chita", "sparsity": "0.5"}
     trail = Trail(Scratch(folder / "run", "data and model"), provenance)
     trail.save(2, Masks(KEPT_BITS, provenance, weights=UPDATED))

@@ -1,4 +1,4 @@
-"""What the public tests of torchao's WandaSparsifier expect, stated for our pruner: weights that the eye can check."""
+"""Expectations of the public tests of torchao's WandaSparsifier, stated for our pruner: weights that the eye can check."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def linear(*rows: tuple[float, ...]) -> nn.Sequential:
 
 
 def left(model: nn.Module, inputs: Tensor, **options) -> list[list[float]]:
-    """What wanda leaves of the weight of the first layer, calibrated on these inputs."""
+    """Return what wanda leaves of the weight of the first layer, calibrated on these inputs."""
     pruners.prune(model, "wanda", data=[inputs], **options).apply(generic_view(model))
     return model[0].weight.tolist()
 

@@ -54,7 +54,7 @@ def test_eleven_numbered_classes():
 
 
 def litter(folder):
-    """What a Mac, a notebook, an archive and a file server leave in a folder of classes."""
+    """Write the files that a Mac, a notebook, an archive and a file server leave in a folder of classes."""
     for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trashes"):
         write(folder / name / "0.png")
     for inside in [path for path in folder.iterdir() if path.name in ("a", "b")]:

@@ -225,7 +225,7 @@ def cut(path, size):
 
 
 def overwrite_header(path, file):
-    """Of the file of that number in the shard."""
+    """Overwrite the header of the file of that number in the shard."""
     with tarfile.open(path) as tar:
         at = tar.getmembers()[file].offset
     content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What captioning reads: COCO's files, the bundled scenes with several references, pairs of files and shards."""
+"""Data of captioning: COCO's files, the bundled scenes with several references, pairs of files and shards."""
 
 import collections
 import io

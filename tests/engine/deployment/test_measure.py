@@ -1,4 +1,4 @@
-"""What a benchmark counts and tells: operations, turns, and no ratio within the noise."""
+"""Counts and report of a benchmark: operations, turns, and no ratio within the noise."""
 
 import csv
 from pathlib import Path

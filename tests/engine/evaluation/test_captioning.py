@@ -88,7 +88,7 @@ def test_nothing_is_written_without_a_path(tmp_path):
 
 
 def ranked(rank, ranks):
-    """What a rank sees of its fabric; the reduction is left to the test."""
+    """Return what a rank sees of its fabric; the reduction is left to the test."""
     options = {"global_rank": rank, "world_size": ranks, "is_global_zero": rank == 0, "device": torch.device("cpu")}
     return SimpleNamespace(**options, to_device=lambda batch: batch, all_reduce=lambda tensor, reduce_op: tensor)
 

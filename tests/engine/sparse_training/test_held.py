@@ -1,4 +1,4 @@
-"""What learns and what stays zero, against the same training written out with autograd."""
+"""Weights that learn and weights that stay zero, against the same training written out with autograd."""
 
 from decimal import Decimal
 from fractions import Fraction

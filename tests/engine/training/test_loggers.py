@@ -1,4 +1,4 @@
-"""What is written where, and that a resumed run goes on there."""
+"""Files that loggers write, and that a resumed run goes on there."""
 
 import csv
 import sys

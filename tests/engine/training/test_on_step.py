@@ -1,4 +1,4 @@
-"""What follows the weights moves once a step of the optimizer, however many batches the step has."""
+"""Averages that follow the weights move once a step of the optimizer, however many batches the step has."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What makes classes, boxes or masks stays dense: known by name, or found as the last layers before an output."""
+"""Heads that make classes, boxes or masks stay dense: known by name, or found as the last layers before an output."""
 
 import pytest
 import timm

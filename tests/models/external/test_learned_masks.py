@@ -60,7 +60,7 @@ def sampled(masks, name):
 
 
 def with_masks(view, kept, run):
-    """What the model gives where its weights are multiplied with masks (out, in)."""
+    """Return what the model gives where its weights are multiplied with masks (out, in)."""
     before = {name: view.weights[name].parameter.data for name in kept}
     try:
         for name, mask in kept.items():

@@ -25,7 +25,7 @@ PATTERN = parse_pattern("2:4")
 
 
 def linear_names(model):
-    """What a reader of the model would call its linear layers."""
+    """Return the names of what a reader of the model would call its linear layers."""
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 

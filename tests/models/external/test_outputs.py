@@ -1,4 +1,4 @@
-"""What is compared of the outputs of models of timm and transformers."""
+"""Parts that are compared of the outputs of models of timm and transformers."""
 
 import copy
 

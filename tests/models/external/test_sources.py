@@ -1,4 +1,4 @@
-"""What is read of a checkpoint and what is written back: averaged weights, dtypes, and what is said of both."""
+"""Reading of checkpoints and writing them back: averaged weights, dtypes, and what is said of both."""
 
 import json
 

@@ -48,7 +48,7 @@ def name(request):
 
 @pytest.fixture
 def model(name):
-    """Of the known answers: the pretrained model as captioning takes it, pruned at 75 %."""
+    """Return the model of the known answers: the pretrained one as captioning takes it, pruned at 75 %."""
     model = build(name, CHECKPOINTS[name]).eval()
     view = TASKS[name].prunable_view(model)
     masks = read_masks(KNOWN / f"{name}_captioning/masks.safetensors", view, TASKS[name].task_names)
@@ -395,7 +395,7 @@ def test_weights_of_another_model_are_refused(name, tmp_path):
 
 
 def random_masks(name):
-    """Of the pretrained model, half of each weight; with the model that they are applied to."""
+    """Return the pretrained model and masks that are applied to it, of half of each weight."""
     trunk = TRUNKS[name].build(SIZES[name], CHECKPOINTS[name])
     view, generator = TRUNKS[name].prunable_view(trunk), torch.Generator().manual_seed(0)
     masks = {key: torch.rand(w.parameter.shape, generator=generator) < 0.5 for key, w in view.weights.items()}

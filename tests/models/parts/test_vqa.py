@@ -127,7 +127,7 @@ def test_the_task_is_found_by_its_name(name):
 
 
 def source(name, key):
-    """What a tensor of the task model is called in the pretrained one."""
+    """Return what a tensor of the task model is called in the pretrained one."""
     if name == "blip":
         return key
     key = key.replace("text_decoder.cls.", "text_encoder.cls.")
@@ -278,7 +278,7 @@ def test_a_mask_of_another_model_is_refused(name, model, tmp_path):
 
 
 def naive_loss(name, model, question, answer):
-    """Of one answer without padding to one question, token by token; both with their states and ids."""
+    """Return the loss of one answer without padding to one question, token by token; both with their states and ids."""
     states, ids = question[None], answer[None].clone()
     if name == "blip":
         ids[:, 0] = 58  # [DEC]

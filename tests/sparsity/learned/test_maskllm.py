@@ -24,7 +24,7 @@ PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(1, 2), NM(4, 8)]
 
 
 def naive(layer, x, noise):
-    """What a layer computes, and its regulariser, by plain operations that autograd follows."""
+    """Compute the output of a layer, and its regulariser, by plain operations that autograd follows."""
     kept = candidates(layer.pattern).to(layer.gate)
     soft = torch.softmax((layer.scaling * layer.gate + noise) / layer.tau, dim=1)
     if layer.hard:

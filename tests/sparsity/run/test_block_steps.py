@@ -114,7 +114,7 @@ def test_without_a_reconstruction_masked_weights_are_trained(view):
 
 
 def test_blocks_that_follow_see_what_was_trained(view):
-    """What the first block became decides what the second is pruned to, and nothing before it."""
+    """The second block is pruned to what the first became, and nothing before it changes."""
     plain, masks = once(view, block_steps=0), once(view)
     first, second = "blocks.0.up.weight", "blocks.1.attn.qkv.weight"
     assert torch.equal(plain[first], masks[first]) and not torch.equal(plain.weights[second], masks.weights[second])

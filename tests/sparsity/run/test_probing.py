@@ -1,4 +1,4 @@
-"""What allocations measure of each layer, against naive passes; on several ranks, in steps, and after a kill."""
+"""Measurements of each layer for allocations, against naive passes; on several ranks, in steps, and after a kill."""
 
 from fractions import Fraction
 from threading import Thread

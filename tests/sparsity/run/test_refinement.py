@@ -1,4 +1,4 @@
-"""What a plan does once layers have masks: the dense target, biases, damping that is chosen, exchanges, errors."""
+"""Refinement by a plan once layers have masks: the dense target, biases, damping that is chosen, exchanges, errors."""
 
 import copy
 

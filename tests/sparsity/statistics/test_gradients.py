@@ -27,7 +27,7 @@ class Ranks:
 
 
 def on_ranks(view_of, shares, statistic="mean_gradient"):
-    """What each rank gets for its batches, or the message of its error."""
+    """Return what each rank gets for its batches, or the message of its error."""
     ranks, results = Ranks(len(shares)), {}
 
     def work(rank, batches):
