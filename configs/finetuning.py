@@ -1,4 +1,4 @@
-"""Configurations of the fine-tuning scripts, as they stand in configs/<model>/<task>.yaml. Needs no torch: checked at once."""
+"""Options of the fine-tuning scripts, as they stand in configs/<model>/<task>.yaml. Needs no torch: checked at once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

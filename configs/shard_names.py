@@ -24,7 +24,7 @@ def is_pattern(images: str) -> bool:
 
 
 def shard_names(images: str) -> list[str]:
-    """Return the shards that a name stands for: one, braces such as `images/cc3m/{00000..00331}.tar`, a glob, a folder's.
+    """Return the shards of a name: a shard, braces such as `images/cc3m/{00000..00331}.tar`, a glob, or a folder's.
 
     Braces name shards whether they are there or not; globs and folders give those that are there, sorted.
 

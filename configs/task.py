@@ -72,8 +72,8 @@ class WandbData:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The configuration that all tasks share. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at a time on
-    each device, as often as needed.
+    """The options that all tasks have. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at
+    a time on each device, as often as needed.
 
     image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
     steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.

@@ -1,1 +1,1 @@
-"""Data of each task: annotation files, images, captions, and the metrics of each task. Import the submodules by name."""
+"""Data and metrics of each task: annotation files, images and captions. Import the submodules by name."""

@@ -18,8 +18,7 @@ IGNORED = -100  # label of an unused MLM slot; the ignore_index of cross_entropy
 
 
 class Tokenizer(Protocol):
-    """A tokenizer as a dataset uses it (`models.parts.tokenizer.WordPiece` is one); ids are without special tokens.
-    """
+    """A tokenizer as a dataset uses it (`models.parts.tokenizer.WordPiece` is one); ids are without special tokens."""
 
     cls_id: int
     sep_id: int

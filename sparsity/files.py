@@ -168,7 +168,7 @@ def _refusal(error: Exception, path: str | Path, done: str) -> UserError | None:
 
 
 def _used_up(error: Exception, path: str | Path) -> ResourceError | None:
-    """Return the error for the user where something is used up, which torch and safetensors say in errors of their own."""
+    """Return the user's error where something is used up, which torch and safetensors say in errors of their own."""
     if isinstance(error, ResourceError | UserError):
         return None
     code = used_up(error)

@@ -138,6 +138,15 @@ def test_the_import_system_is_left_alone(path):
             assert node.attr not in ("path", "modules"), f"line {node.lineno} touches sys.{node.attr}"
 
 
+@pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name_of)
+def test_docstrings_say_what_a_thing_does(path):
+    """They begin with a verb or a noun, not with a clause that leaves both to the reader."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "").partition(" ")[0]
+            assert first not in ("What", "Of"), f"line {node.body[0].lineno} begins with {first}"
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_our_names_and_the_libraries_live_together(ours_first):
     """`datasets` and `models` are names that others use too: importing either side first breaks neither."""

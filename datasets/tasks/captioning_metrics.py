@@ -155,7 +155,7 @@ def _spice(captions: Tokens, references: Tokens) -> dict[str, float]:
 
 
 def _by_java(name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return what `compute` gives; nothing, and a warning, where the Java program fails: it wants gigabytes of memory."""
+    """Return what `compute` gives; nothing, and a warning, where the Java program fails: it needs gigabytes of RAM."""
     try:
         return compute()
     except (OSError, ValueError, subprocess.SubprocessError) as error:

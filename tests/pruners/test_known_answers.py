@@ -77,7 +77,7 @@ def test_multiflow_masks(silent_view):
 
 
 def test_multiflow_counts_region_captions(small_xvlm, small_batches, silent_view):
-    """Region captions, which the published code leaves out, are counted: with them text layers see more, vision layers the same."""
+    """The published code leaves them out: with region captions text layers see more, vision layers the same."""
     view, (_, batches) = xvlm.prunable_view(small_xvlm), silent_view
     counted, silent = norms_of(view, batches), norms_of(silent_view[0], batches)
     for name in counted:

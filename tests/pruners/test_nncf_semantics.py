@@ -1,5 +1,5 @@
-"""Expectations of the public tests of NNCF's magnitude pruning, stated for our pruners: the same weights, layer by layer
-or over all of them, with shared parameters, and after each step of a schedule.
+"""Expectations of the public tests of NNCF's magnitude pruning, stated for our pruners: the same weights, layer by
+layer or over all of them, with shared parameters, and after each step of a schedule.
 
 NNCF counts one weight more where a share does not come out even (it prunes up to and with the one at its threshold), so
 that counts are given here as they come out there.

@@ -1,4 +1,4 @@
-"""Expectations of the public tests of torchao's WandaSparsifier, stated for our pruner: weights that the eye can check."""
+"""Expectations of the public tests of torchao's WandaSparsifier, for our pruner: weights that the eye can check."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Files that loggers write, and that a resumed run goes on there."""
+"""Files and places that loggers write to, and that a resumed run goes on there."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""Averages that follow the weights move once a step of the optimizer, however many batches the step has."""
+"""Copies that follow the weights move once a step of the optimizer, however many batches the step has."""
 
 import pytest
 import torch
