@@ -22,7 +22,7 @@ READERS = {"captions": captioned_rows, "questions": question_rows}  # kind of da
 
 @dataclass
 class Checked:
-    """Counts of what `path` holds. texts: captions or questions. faults: of records, and of images, each once."""
+    """Counts of what was read from `path`. texts: captions or questions. faults: of records and images, each once."""
 
     path: str
     kind: str

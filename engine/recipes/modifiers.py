@@ -1,4 +1,4 @@
-"""Translation of the modifiers of other tools into the words of this project, and the options that say it."""
+"""Translation of modifiers of other tools into the words of this project, and into the options that say the same."""
 
 import logging
 from collections.abc import Sequence

@@ -229,7 +229,7 @@ class ImageText(nn.Module):
         return self.temp.clamp(*TEMPERATURES)
 
     def similarities(self, features: Pair, keys: Pair, temp: Tensor) -> Pair:
-        """Return similarities of images to texts, of texts to images, over temperature (B, B + Q): keys, then queues.
+        """Return the similarities over temperature (B, B + Q), images to texts and texts to images: keys, then queues.
 
         features, keys: of images and of texts, (B, E) each.
         """

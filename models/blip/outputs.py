@@ -1,4 +1,4 @@
-"""Outputs of BLIP for a batch of pairs, as a pruned model is taught to give it."""
+"""Outputs of BLIP for a batch of pairs, as a pruned model is taught to give them."""
 
 from typing import Any
 

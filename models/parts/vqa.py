@@ -74,8 +74,8 @@ class Answering(TaskModel):
             self.get_parameter(name).copy_(self.get_parameter(source))
 
     def forward(self, batch: dict[str, Any], epoch: float = 0.0) -> dict[str, Tensor]:
-        """Return the loss of `image`, `text_ids`, `text_atts` (Q, T) and answers `answer_ids`, `answer_atts` (K, A),
-        their `answer_weights` (K,) and the numbers `answer_owner` (K,) of their questions: sum of weight x loss, over Q.
+        """Return the loss of `image`, `text_ids`, `text_atts` (Q, T), the answers `answer_ids`, `answer_atts` (K, A),
+        their `answer_weights` (K,) and numbers `answer_owner` (K,) of the questions: sum of weight x loss, over Q.
         """
         return self._losses(self.predicted(batch), batch)
 

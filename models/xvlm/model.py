@@ -112,7 +112,7 @@ class ImageText(nn.Module):
         return normalised(self.vision_proj(tokens[:, 0]))
 
     def project_image(self, tokens: Tensor) -> Projected:
-        """Return what `fuse` and `match` read of image tokens (B, L, V); computed once for all texts of an image."""
+        """Return what `fuse` and `match` read of image tokens (B, L, V), once for all texts that meet an image."""
         return self.bert.project(tokens)
 
     def fuse(self, states: Tensor, atts: Tensor, image: Image, image_atts: Tensor | None = None) -> Tensor:
