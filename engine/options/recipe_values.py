@@ -1,9 +1,9 @@
 """Values of a recipe as options: they take the place of the configuration's, see `configs.task.TaskConfig`."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection
 from dataclasses import fields
-from pathlib import Path
 
 from configs.foreign import PUBLISHED, Augmentation
 from configs.task import SCHEDULES
@@ -69,7 +69,7 @@ def _dataset(words: Collection[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if "nlvr" in text.lower():
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: NLVR2 asks about two images, not for classes")
-        if text not in words and not Path(text).is_dir():
+        if text not in words and not os.path.isdir(text):  # False, too, for what can be no path
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r}: neither {', '.join(words)} nor a folder")
         return text
 

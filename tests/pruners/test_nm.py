@@ -352,11 +352,11 @@ def test_a_run_that_was_killed_goes_on_after_the_last_block(view, batches, tmp_p
         passes.clear()
         saved.clear()
 
-        def saving(progress, number, block):
+        def saving(progress, number, block, *more):
             if len(saved) == limit:
                 raise KilledError
             saved.append(number)
-            save(progress, number, block)
+            save(progress, number, block, *more)
 
         monkeypatch.setattr(Blocks, "save", saving)
         pruner = pruners.build("sparsegpt", **options)

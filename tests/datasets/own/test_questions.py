@@ -9,7 +9,7 @@ from datasets.own.check import check_own
 from datasets.own.questions import read_questions
 from datasets.own.splits import split
 from datasets.tasks.own_questions import OwnAnswers, OwnAsked
-from datasets.tasks.vqa_accuracy import Asked, accuracies, exact_match
+from datasets.vqa_accuracy import Asked, accuracies, exact_match
 from sparsity.errors import UserError
 from tests.own_data import pictures, questioned
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.reports.finetuning_table import ways_table
+from engine.finished.finetuning_table import ways_table
 from sparsity.errors import MissingFileError
 
 
