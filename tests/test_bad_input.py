@@ -289,7 +289,6 @@ FOREIGN_TUNED = {name: value for name, value in TUNED.items() if name != "model_
 FOREIGN_REFUSED = [
     ({"scheduler": {"epochs": 1, "sched": "step"}}, "scheduler: sched must be one of linear, cosine, got 'step'"),
     ({"max_skipped": 1.5}, "max_skipped must be a fraction between 0 and 1, got 1.5"),
-    ({"batch_size_target": 3}, "batch_size_target 3 is no multiple of batch_size_train 2 x 1 device"),
 ]
 SCENES = {"val_scenes": 1, "test_scenes": 1, "test": ["scenes"]}
 SMOOTHING = ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, got 1.0")
