@@ -10,6 +10,8 @@ from timm.data import create_transform
 from models.foreign.images import of_transformers
 from sparsity.errors import UserError
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 SIZE = {"height": 24, "width": 24}
 PROCESSORS = {
     "vit": (transformers.ViTImageProcessor(size=SIZE), [0.5] * 3, [0.5] * 3),

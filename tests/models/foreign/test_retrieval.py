@@ -11,6 +11,8 @@ from models.foreign.retrieval import MOST, TwoTowers, prunable_view
 from tests import tiny_models
 from tests.tiny_models import batch_for, image_processor, save, tokenizer
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

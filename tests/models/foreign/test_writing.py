@@ -17,6 +17,8 @@ from tests import tiny_models
 from tests.models.external.test_preprocessing import processor_of
 from tests.tiny_models import TEXT, VISION, image_processor, tokenizer
 
+pytestmark = pytest.mark.script  # long: left out of make test-fast
+
 CAPTIONS = ["a red cat .", "a dog", "w20 w21 w22"]
 KINDS = ["blip", "blip2", "llava", "qwen"]
 
