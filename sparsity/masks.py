@@ -66,8 +66,8 @@ class Masks(Mapping[str, Tensor]):
     JSON. aliases: name -> all keys of a tied weight. weights: name -> what the kept weights become, in the parameter's
     layout, from methods that update them, held or read one at a time (`ShapedTensors`); biases: key of a bias, or of
     any other parameter that is not prunable (norms) -> what it becomes. Both are put in wherever the masks are applied,
-    and are no part of the mask file. errors: name
-    -> what a method tells of the layer's error (`sparsity.reconstruction.errors`), for reports.
+    and are no part of the mask file. errors: name -> what a method tells of the layer's error
+    (`sparsity.reconstruction.errors`), for reports.
     """
 
     def __init__(
