@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from configs.decoding import Decoding
 from configs.pruning import Evaluation
 from datasets.bundled.glyphs import load_glyphs
 from datasets.bundled.scenes import BundledRetrieval
-from datasets.calibration.data_kinds import skipped_path
-from datasets.collate import Skipped, SkippedImages, trim_text
+from datasets.collate import Skipped, trim_text
 from datasets.images import DEFAULT
 from datasets.own.sets import OwnImages
 from datasets.tasks.retrieval import RetrievalEvalDataset, recall
 from datasets.text import TextEncoder
 from datasets.transforms import CLIP, EvalTransform
 from engine.evaluation.reranking import Share, retrieval_scores
+from engine.evaluation.watched import own_batches
 from engine.ranks import summed
 from sparsity.errors import UserError
 
@@ -62,12 +62,9 @@ class ZeroShot:
         self.items, self.captions, self.txt2img, self.img2txt = opened
         self.texts, self.found = trim_text(encode.plain(self.captions)), list[list[int]]()
         gather = partial(_stack, side=vision.image_size)
-        # Whole batches to each rank, so that no score depends on how many ranks there are.
-        batches = torch.arange(len(self.items)).split(READ)[fabric.global_rank :: fabric.world_size]
-        self.own = [i for batch in batches for i in batch.tolist()]
-        self.images = DataLoader(Subset(self.items, self.own), READ, num_workers=workers, collate_fn=gather)
-        expected = max(1, len(self.own))
-        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), expected, max_skipped)
+        reading = {"workers": workers, "max_skipped": max_skipped}
+        found = own_batches(self.items, len(self.items), READ, gather, fabric, folder, **reading)
+        self.images, self.skipped, self.own = found
 
     def __call__(self) -> dict[str, float]:
         scores = retrieval_scores(

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from datasets.calibration.data_kinds import skipped_path
-from datasets.collate import SkippedImages
 from datasets.own.sets import OwnImages
 from datasets.tasks.retrieval import recall
-from engine.evaluation.watched import watched
+from engine.evaluation.watched import own_batches, watched
 from engine.ranks import summed
 
 
@@ -38,12 +35,8 @@ class Recalls:
         max_skipped: float = 0.01,
     ):
         self.model, self.data, self.fabric, self.texts, self.batch_size = model, data, fabric, texts, batch_size
-        # Whole batches to each rank, so that no feature depends on how many ranks there are.
-        batches = torch.arange(len(data)).split(batch_size)[fabric.global_rank :: fabric.world_size]
-        own = [batch.tolist() for batch in batches]
-        self.images = DataLoader(data, batch_sampler=own, num_workers=workers, collate_fn=gather)
-        expected = max(1, sum(map(len, own)))
-        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), expected, max_skipped)
+        reading = {"workers": workers, "max_skipped": max_skipped}
+        self.images, self.skipped, _ = own_batches(data, len(data), batch_size, gather, fabric, folder, **reading)
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

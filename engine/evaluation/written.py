@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from datasets.calibration.data_kinds import skipped_path
-from datasets.collate import SkippedImages, collate
-from engine.evaluation.watched import watched
+from datasets.collate import collate
+from engine.evaluation.watched import own_batches, watched
 from engine.ranks import summed
 
 
@@ -39,12 +38,8 @@ class Written:
     ):
         self.model, self.count, self.decode, self.fabric = model, len(items), decode, fabric
         self.generation = generation
-        starts = range(0, self.count, batch_size)[fabric.global_rank :: fabric.world_size]
-        # Whole batches to each rank, so that a text does not depend on how many ranks there are.
-        own = [range(first, min(first + batch_size, self.count)) for first in starts]
-        self.batches = DataLoader(items, batch_sampler=own, num_workers=workers, collate_fn=gather)
-        expected = max(1, sum(map(len, own)))
-        self.skipped = SkippedImages(skipped_path(folder, fabric.global_rank), expected, max_skipped)
+        reading = {"workers": workers, "max_skipped": max_skipped}
+        self.batches, self.skipped, _ = own_batches(items, self.count, batch_size, gather, fabric, folder, **reading)
 
     def texts(self) -> list[str]:
         """Return the text about each item, the same on all ranks."""
