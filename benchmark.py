@@ -81,24 +81,26 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.measure import CLOCKS, measure
     from engine.deployment.report import write_speed
-    from engine.deployment.variants import Model, Variants
+    from engine.deployment.variants import Model, Variants, by_column
     from engine.pruning.data_kinds import SUBJECTS
-    from models.checkpoint import read_weights
     from models.parts.graphs import graphs_of
 
     fabric = launch(args, args.output_dir)
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    def loaded() -> Model:
+    def loaded(like: Model | None = None) -> Model:
         subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
         view = subject.load(fabric)
-        return Model(view, graphs_of(view.model), subject.evaluation(args.output_dir) if args.evaluate else None)
+        if like:  # random weights are drawn anew
+            view.model.load_state_dict(like.view.model.state_dict())
+        measured = by_column(subject.evaluation(args.output_dir), subject.metrics) if args.evaluate else None
+        return Model(view, graphs_of(view.model), measured, models.kind(args.model) != "external")
 
-    pruned, dense = loaded(), loaded() if args.mask else None
-    if dense:  # random weights are drawn anew
-        pruned.view.model.load_state_dict(dense.view.model.state_dict())
-        masks_of(args.mask, read_weights).apply(pruned.view)
+    dense = loaded() if args.mask else None
+    pruned = loaded(dense)
+    if args.mask:
+        masks_of(pruned.view, args.mask).apply(pruned.view)
     masks = zeros_of(pruned.view)
     threads, clock = args.threads or torch.get_num_threads(), CLOCKS[args.clock]
     built = Variants(dense, pruned, args.output_dir / "files", threads, clock)

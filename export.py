@@ -93,7 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.packed_files import write_packed
     from engine.pruning.data_kinds import SUBJECTS
-    from models.checkpoint import read_weights
     from models.fine_tuned import load_task
     from models.parts.graphs import graphs_of
     from sparsity.casting import casting
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         view, sizes, side = subject.load(fabric), subject.sizes, 0
     if args.mask:
-        masks_of(args.mask, read_weights).apply(view)
+        masks_of(view, args.mask).apply(view)
     masks, names = zeros_of(view), [key for weight in view.weights.values() for key in weight.aliases]
     if "dense" in args.formats:
         command = shlex.join(["python", Path(sys.argv[0]).name, *(arguments or sys.argv[1:])])

@@ -1,5 +1,5 @@
 """The parts of a model that are exported one by one, as modules from tensors to tensors: a classifier, the towers of a
-vision-language model, the step of a decoder that writes captions or answers.
+vision-language model and what matches pairs, the step of a decoder that writes captions or answers.
 """
 
 from collections.abc import Mapping
@@ -69,6 +69,17 @@ class _Text(nn.Module):
 
     def forward(self, ids: Tensor, atts: Tensor) -> tuple[Tensor, Tensor]:
         return self.model.encode_text(ids, atts)
+
+
+class _Match(nn.Module):
+    """Logits (B, 2) of pairs of a text and an image, from what the two towers give."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: Tensor, atts: Tensor, tokens: Tensor) -> Tensor:
+        return self.model.match(states, atts, tokens)
 
 
 class _Classify(nn.Module):
@@ -189,19 +200,20 @@ def _texts(length: int, highest: int) -> dict[str, Tensor]:
     return {"ids": ids, "atts": torch.ones_like(ids)}
 
 
+@torch.no_grad()
 def _towers(model: Any) -> list[Graph]:
-    config = model.config
-    words = config.text.vocab_size
+    """Both towers, and what matches pairs of what they give: states of texts, or ids (BLIP), and image tokens."""
+    config, device = model.eval().config, next(model.parameters()).device
+    words, images = config.text.vocab_size, _images(config.vision.image_size)
+    texts = _texts(config.max_tokens, words)
+    states, _ = model.encode_text(texts["ids"].to(device), texts["atts"].to(device))
+    tokens, _ = model.encode_image(images[IMAGE].to(device))
+    pairs = {"states": states.cpu(), "atts": texts["atts"], "tokens": tokens.cpu()}
+    highest = {} if states.is_floating_point() else {"states": words}
     return [
-        Graph("vision", _Vision(model), _images(config.vision.image_size), ("tokens", "feature")),
-        Graph(
-            "text",
-            _Text(model),
-            _texts(config.max_tokens, words),
-            ("states", "feature"),
-            lengths=("ids", "atts"),
-            highest={"ids": words},
-        ),
+        Graph("vision", _Vision(model), images, ("tokens", "feature")),
+        Graph("text", _Text(model), texts, ("states", "feature"), lengths=("ids", "atts"), highest={"ids": words}),
+        Graph("match", _Match(model), pairs, ("logits",), lengths=("states", "atts"), highest=highest),
     ]
 
 
