@@ -14,13 +14,11 @@ import argparse
 from pathlib import Path
 
 import models
-from configs.loading import configure
-from configs.pruning import PRUNE_CONFIGS, PrunedModel
+from configs.pruning import PrunedModel
+from engine.deployment.options import add_model_options, check_files, configured
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from engine.options.external import add_external_options, check_external
-from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable
+from sparsity.errors import UserError
 
 KINDS = ("dense", "masked", "packed", "accelerated", "onnx", "int8")
 
@@ -33,8 +31,6 @@ def sizes(text: str) -> list[int]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
-    add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
     add("--batch_sizes", type=sizes, default=[1, 8], help="comma separated (default: 1,8)")
     add("--rounds", type=options.positive_int, default=11, help="in which all variants take turns (default: 11)")
     clock = "cpu: of this process, for a CPU that others use too (default: %(default)s)"
@@ -47,27 +43,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"comma separated (default: {','.join(KINDS)})",
     )
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
-    add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
-    options.add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
-    options.add_one_device(parser)
+    add_model_options(parser, "output/benchmark", models.NAMES, models.ANY)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
-    config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    config.check(args.model, evaluate=False)
-    if args.mask and not args.mask.is_file():
-        raise MissingFileError(f"--mask {args.mask}: there is no such file")
+    config = configured(args, models.kind(args.model), models.NAMES, models.ANY)
+    check_files(args, config, "--variants", args.variants)
     if args.evaluate:
         config.check_evaluation(args.model)
-    if {"onnx", "int8"} & set(args.variants):
-        from engine.deployment.onnx_files import check_packages
-
-        check_packages("--variants onnx,int8")
-    check_writable(args.output_dir, "--output_dir")
     return config
 
 

@@ -66,20 +66,20 @@ class _Model:
         found = []
         for level, variant in sorted(self.lines, key=lambda key: (_order(key[0]), list(NAMES).index(key[1]))):
             line = self.lines[level, variant]
-            quality = [with_error(*mean_and_error(values), digits=1) for values in zip(*line.quality, strict=True)]
+            quality = [with_error(*_mean(values), digits=1) for values in zip(*line.quality, strict=True)]
             row = dict(
                 zip(("model", "zeros", "stored", "run by"), (self.name, level or "-", *NAMES[variant]), strict=True)
             )
             row |= {"measure": " / ".join(self.columns), "quality": " / ".join(quality)}
-            row |= {"bytes": with_error(*_rounded(line.bytes), digits=3)}
+            row |= {"bytes": with_error(*_mean(line.bytes), digits=3)}
             for batch in batches:
                 times = line.times.get(batch)
-                row[f"batch {batch}"] = with_error(*_rounded(times), digits=2) if times else "-"
+                row[f"batch {batch}"] = with_error(*_mean(times), digits=2) if times else "-"
             found.append(row | {"runs": str(len(line.quality))})
         return found
 
 
-def _rounded(values: Sequence[float]) -> tuple[float, float | None]:
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
     """Return mean and standard error, without the latter where there is none."""
     mean, error = mean_and_error(values)
     return mean, error or None
