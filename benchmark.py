@@ -11,7 +11,6 @@ expect.
 """
 
 import argparse
-from pathlib import Path
 
 import models
 from configs.pruning import PrunedModel

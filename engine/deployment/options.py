@@ -32,8 +32,8 @@ def configured(args: argparse.Namespace, kind: str, names: Sequence[str], forms:
 
 
 def check_files(args: argparse.Namespace, config: PrunedModel, option: str, wanted: Sequence[str]) -> None:
-    """Raise UserError for files that are not there or cannot be written, and for packages that ONNX needs. option: whose
-    value `wanted` is.
+    """Raise UserError for files that are not there or cannot be written, and for packages that ONNX needs. option:
+    whose value `wanted` is.
     """
     config.check(args.model, evaluate=False)
     if args.mask and not args.mask.is_file():

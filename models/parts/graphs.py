@@ -109,7 +109,7 @@ class _Step(nn.Module):
 
     def forward(self, ids: Tensor, tokens: Tensor) -> Tensor:
         decoder = self.model.text_decoder
-        states = decoder.bert(ids, torch.ones_like(ids), tokens)
+        states = decoder.bert(self.model.started(ids), torch.ones_like(ids), tokens)
         return head(decoder.cls, states[:, -1])
 
 
