@@ -23,8 +23,8 @@ _EXAMPLES = 2  # of which a graph is traced: one would be taken for a size that 
 @dataclass(frozen=True)
 class Graph:
     """One part. inputs: name -> example, in the order of the module's arguments; the first dimension of each is the
-    batch. outputs: names. lengths: inputs whose second dimension, the number of tokens, may differ too. highest: input
-    of integers -> ids that it may hold are below that.
+    batch. outputs: names. lengths: inputs whose second dimension, the number of tokens, may differ too, up to `longest`.
+    highest: input of integers -> ids that it may hold are below that.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Graph:
     outputs: tuple[str, ...]
     lengths: tuple[str, ...] = ()
     highest: Mapping[str, int] = field(default_factory=dict)
+    longest: int = 512
 
     def random(self, batch: int, seed: int, length: int | None = None) -> dict[str, Tensor]:
         """Return other inputs of this size, of texts of this length where it may differ: normal numbers, ids, and masks
@@ -286,9 +287,10 @@ def _of_transformers(model: Any, config: Any, own: set[str]) -> list[Graph]:
     ids = torch.randint(3, min(words, 90), (_EXAMPLES, 8), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if {"get_image_features", "get_text_features"} <= own:
+        longest = text.max_position_embeddings
         return [
             Graph("vision", _Features(model, False), images, ("feature",)),
-            Graph("text", _Features(model, True), texts, ("feature",), highest={"input_ids": words}),
+            Graph("text", _Features(model, True), texts, ("feature",), (*texts,), {"input_ids": words}, longest),
         ]
     if type(model).__name__ != "LlavaForConditionalGeneration" or not isinstance(config.vision_feature_layer, int):
         raise UserError(f"{type(model).__name__}: {UNKNOWN}")
