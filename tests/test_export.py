@@ -1,8 +1,6 @@
 """export.py: what it writes is loaded and run by programs that do not know this project."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,65 +16,17 @@ from models.external import model as external
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests import tiny_models
-from tests.processes import PATIENCE
+from tests.foreign import RUN_ONNX, expected, foreign, recorded
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-FOREIGN = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-{body}
-assert not {{"models", "sparsity", "engine"}} & set(sys.modules)
-"""
-
-
-def foreign(body: str, *arguments: object) -> str:
-    """Run a program in another process, from a folder in which nothing of this project is found."""
-    code = [sys.executable, "-I", "-c", FOREIGN.format(body=body), *map(str, arguments)]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=PATIENCE, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-RUN_ONNX = """
-import numpy, onnxruntime
-for path in sys.argv[2:]:
-    session = onnxruntime.InferenceSession(path)
-    given = load_file(sys.argv[1] + "/" + Path(path).stem + ".safetensors")
-    inputs = {each.name: given[each.name].numpy() for each in session.get_inputs()}
-    for each, found in zip(session.get_outputs(), session.run(None, inputs)):
-        error = numpy.abs(found - given["out." + each.name].numpy()).max()
-        assert error < 1e-4, (path, each.name, error)
-"""
-
-
-def expected(folder: Path, graphs, batch: int = 3) -> list[str]:
-    """Write inputs of each part with the outputs of the model, as another process reads them."""
-    for graph in graphs:
-        inputs = graph.random(batch, seed=5)
-        with torch.no_grad():
-            found = graph.module.eval()(*inputs.values())
-        found = found if isinstance(found, tuple) else (found,)
-        outputs = {f"out.{name}": each.contiguous() for name, each in zip(graph.outputs, found, strict=True)}
-        save_file(inputs | outputs, folder / f"{graph.name}.safetensors")
-    return [graph.name for graph in graphs]
-
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
     """Return the parts of models that are written as ONNX in the test."""
-    kept, original = [], onnx_files.write_onnx
-
-    def write(graph, path):
-        kept.append(graph)
-        return original(graph, path)
-
-    monkeypatch.setattr("engine.deployment.exporting.write_onnx", write)
-    return kept
+    return recorded(monkeypatch)
 
 
 @pytest.fixture
@@ -120,8 +70,8 @@ assert sum(int((p == 0).sum()) for p in matrices) > 0.8 * sum(p.numel() for p in
     assert share < 0.1 + 1 / 32 + 0.001  # float32: a tenth of the values, and a bit for each weight
 
 
-# The dense folder of a tower pair, read by the models of transformers and timm that have the same layers: sizes are those
-# of config.json. `near` compares with what the model itself gave for the inputs of a part.
+# The dense folder of a tower pair, read by the models of transformers and timm that have the same layers: sizes are
+# those of config.json. `near` compares with what the model itself gave for the inputs of a part.
 TOWERS = """
 import timm, transformers
 from torch.nn.functional import linear, normalize
@@ -188,7 +138,8 @@ XVLM = """
     width = len(state["itm_head.1.weight"])
     hidden = linear(fused, state["itm_head.0.weight"], state["itm_head.0.bias"])
     hidden = torch.layer_norm(hidden, (width,), state["itm_head.1.weight"], state["itm_head.1.bias"])
-    near(linear(torch.nn.functional.gelu(hidden), state["itm_head.3.weight"], state["itm_head.3.bias"]), "match", "logits")
+    hidden = torch.nn.functional.gelu(hidden)
+    near(linear(hidden, state["itm_head.3.weight"], state["itm_head.3.bias"]), "match", "logits")
 """
 BLIP = """
     vit = timm.models.VisionTransformer(

@@ -1,9 +1,11 @@
-"""export.py of what other scripts write: fine-tuned results of every task, of timm and transformers, of learned masks."""
+"""export.py of what other scripts write: fine-tuned results of every task and library, and learned masks."""
 
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import captioning
@@ -14,11 +16,11 @@ import models
 import retrieval
 import vqa
 from configs.loading import load_config
+from models.external import model as external
 from sparsity.masks import Masks
-from tests.test_export import RUN_ONNX, expected, foreign, graphs  # noqa: F401
-from tests.test_maskllm_train import options as learning
-from tests.test_maskllm_train import photos, prior, view  # noqa: F401
-from tests.test_own_folder import FIXED, NEW, folder, prunable, toss, vit  # noqa: F401
+from sparsity.pattern import NM
+from tests.foreign import RUN_ONNX, expected, foreign, recorded
+from tests.test_own_folder import CLASSES, FIXED, NEW, picture, prunable, toss
 from tests.test_scripts import CONFIGS
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
@@ -37,6 +39,22 @@ RESULTS = [  # model, task, script, its configuration, parts
 ]
 QUICK = {("blip", "captioning"), ("xvlm", "vqa")}
 CPU = ["--accelerator", "cpu", "--precision", "32-true"]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Return the parts of models that are written as ONNX in the test."""
+    return recorded(monkeypatch)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two images of each class to train on, and one to validate on."""
+    for label, name in enumerate(CLASSES):
+        for place in ("train/0", "train/1", "val/0"):
+            part, number = place.split("/")
+            picture(tmp_path / "images" / part / name / f"{number}.png", 10 * label, 90 * label)
+    return tmp_path / "images"
 
 
 def masked(model: str, path: Path) -> Path:
@@ -107,16 +125,20 @@ def round_trip(folder: Path, weights: list[str], graphs: list, load: str) -> dic
 
 
 @pytest.mark.parametrize("library", ["timm", pytest.param("hf", marks=pytest.mark.slow)])
-def test_a_result_of_another_library(tmp_path: Path, folder: Path, vit: Path, graphs: list, library: str) -> None:
+def test_a_result_of_another_library(tmp_path: Path, images: Path, graphs: list, library: str) -> None:
     if library == "hf":
-        model, own, load = f"hf:{vit}", prunable(vit, "encoder"), IN_TRANSFORMERS
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+        model, own, load = f"hf:{tmp_path / 'vit'}", prunable(tmp_path / "vit", "encoder"), IN_TRANSFORMERS
     else:
         untrained = tmp_path / "untrained"
-        given = ["--model", "timm:vit_tiny_patch16_224", "--dataset", str(folder), "--output_dir", str(untrained)]
+        given = ["--model", "timm:vit_tiny_patch16_224", "--dataset", str(images), "--output_dir", str(untrained)]
         image_classification.main([*given, "--dense", "--epochs", "0", "--skip_eval", *FIXED, *NEW])
         model, own, load = f"timm:local-dir:{untrained / 'result'}", prunable(untrained / "result", "blocks"), IN_TIMM
     mask = toss(own, tmp_path / "m.safetensors")
-    given = ["--model", model, "--dataset", str(folder), "--output_dir", str(tmp_path / "tuned"), "--mask", str(mask)]
+    given = ["--model", model, "--dataset", str(images), "--output_dir", str(tmp_path / "tuned"), "--mask", str(mask)]
     image_classification.main([*given, "--epochs", "1", "--skip_eval", *FIXED])
     source = f"{model.partition(':')[0]}:{'local-dir:' if library == 'timm' else ''}{tmp_path / 'tuned' / 'result'}"
     state = round_trip(tmp_path, ["-m", source], graphs, load)
@@ -125,9 +147,23 @@ def test_a_result_of_another_library(tmp_path: Path, folder: Path, vit: Path, gr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "model_best.pth.tar"])
-def test_learned_masks(tmp_path: Path, photos: Path, prior: Path, graphs: list, file: str) -> None:
-    maskllm_train.main(learning(photos, tmp_path / "learned", "--mask-only", "--sparse-checkpoint", str(prior)))
-    run = tmp_path / "learned" / "run"
-    given = ["-m", "timm:test_vit", "--weights", str(run / file), "--img_size", "32", "--model_kwargs", "num_classes=2"]
-    state = round_trip(tmp_path, given, graphs, IN_TIMM)
-    assert zeros(state, Masks.load(run / "mask.safetensors"))
+def test_learned_masks(tmp_path: Path, images: Path, graphs: list, file: str) -> None:
+    model, sizes = timm.create_model("test_vit", img_size=32, num_classes=3), ["--img-size", "32", "--num-classes", "3"]
+    weights = external.prunable_view(model).weights
+    masks = {name: NM(2, 4).keep(torch.randn(weight.shape)) for name, weight in weights.items()}
+    Masks(masks).save(tmp_path / "prior.safetensors")
+    given = ["--model", "test_vit", *sizes, "--data-dir", str(images), "--output", str(tmp_path), "--experiment", "run"]
+    given += ["--accelerator", "cpu", "--workers", "0", "--batch-size", "3", "--epochs", "1", "--lr", "0.05"]
+    maskllm_train.main([*given, "--mask-only", "--sparse-checkpoint", str(tmp_path / "prior.safetensors")])
+    run = tmp_path / "run"
+    source = [
+        "-m",
+        "timm:test_vit",
+        "--weights",
+        str(run / file),
+        "--img_size",
+        "32",
+        "--model_kwargs",
+        "num_classes=3",
+    ]
+    assert zeros(round_trip(tmp_path, source, graphs, IN_TIMM), Masks.load(run / "mask.safetensors"))

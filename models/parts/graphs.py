@@ -23,8 +23,8 @@ _EXAMPLES = 2  # of which a graph is traced: one would be taken for a size that 
 @dataclass(frozen=True)
 class Graph:
     """One part. inputs: name -> example, in the order of the module's arguments; the first dimension of each is the
-    batch. outputs: names. lengths: inputs whose second dimension, the number of tokens, may differ too, up to `longest`.
-    highest: input of integers -> ids that it may hold are below that.
+    batch. outputs: names. lengths: inputs whose second dimension, the number of tokens, may differ too. highest: input
+    of integers -> ids that it may hold are below that. longest: most tokens of `lengths`.
     """
 
     name: str
