@@ -156,14 +156,6 @@ def test_learned_masks(tmp_path: Path, images: Path, graphs: list, file: str) ->
     given += ["--accelerator", "cpu", "--workers", "0", "--batch-size", "3", "--epochs", "1", "--lr", "0.05"]
     maskllm_train.main([*given, "--mask-only", "--sparse-checkpoint", str(tmp_path / "prior.safetensors")])
     run = tmp_path / "run"
-    source = [
-        "-m",
-        "timm:test_vit",
-        "--weights",
-        str(run / file),
-        "--img_size",
-        "32",
-        "--model_kwargs",
-        "num_classes=3",
-    ]
+    source = ["-m", "timm:test_vit", "--weights", str(run / file)]
+    source += ["--img_size", "32", "--model_kwargs", "num_classes=3"]
     assert zeros(round_trip(tmp_path, source, graphs, IN_TIMM), Masks.load(run / "mask.safetensors"))
