@@ -154,6 +154,7 @@ BAD_VALUES = {
     "quality": {"absent": "give one of -m/--model"},
     "pruned": {"absent": "give one of -m/--model"},
     "records": {"absent": "give one of -m/--model"},
+    "tradeoff": {"absent": "give one of -m/--model"},
     "data": {"absent.json": "--data absent.json: there is no such file"},
     "val_data": {"absent.json": "--val_data is for data of one's own"},
     "optimizer_name": {"adamx": "opt must be one of adamW, sgd, got 'adamx'"},

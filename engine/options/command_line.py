@@ -271,14 +271,15 @@ def add_finished_options(add: Callable[..., Any]) -> None:
     add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
     add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
     add("--records", type=Path, metavar="FOLDER", help="only the table of these records (default: no)")
+    add("--tradeoff", type=Path, metavar="FOLDER", help="only the table of these benchmarks (default: no)")
     add("--pruned", type=Path, metavar="FOLDER", help="only the page of these runs of prune.py (default: no)")
 
 
 def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error unless a model, or one folder of finished runs, is given."""
-    folders = (args.finetuned, args.nm, args.quality, args.pruned, args.records)
+    folders = (args.finetuned, args.nm, args.quality, args.pruned, args.records, args.tradeoff)
     if sum(given is not None for given in (args.model, *folders)) != 1:
-        parser.error("give one of -m/--model, --finetuned, --nm, --quality, --pruned and --records")
+        parser.error("give one of -m/--model, --finetuned, --nm, --quality, --pruned, --records and --tradeoff")
 
 
 def globs(text: str) -> list[str]:
