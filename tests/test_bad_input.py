@@ -447,7 +447,7 @@ SCHEMAS = {
     ),
     ForeignRetrievalConfig: Schema("retrieval", FOREIGN, FOREIGN_TUNED, FOREIGN_REFUSED),
     ForeignCaptioningConfig: Schema(
-        "captioning", FOREIGN, FOREIGN_TUNED, [*FOREIGN_REFUSED, ({"max_length": 4}, "max_length must be at least 5")]
+        "captioning", FOREIGN, FOREIGN_TUNED, [*FOREIGN_REFUSED, ({"max_length": 0}, "max_length must be at least 1")]
     ),
     ForeignVQAConfig: Schema("vqa", FOREIGN, FOREIGN_TUNED, FOREIGN_REFUSED),
     ForeignClassificationConfig: Schema(
