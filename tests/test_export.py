@@ -73,7 +73,7 @@ assert sum(int((p == 0).sum()) for p in matrices) > 0.8 * sum(p.numel() for p in
 # The dense folder of a tower pair, read by the models of transformers and timm that have the same layers: sizes are
 # those of config.json. `near` compares with what the model itself gave for the inputs of a part.
 TOWERS = """
-import timm, transformers
+import functools, timm, transformers
 from torch.nn.functional import linear, normalize
 sizes, state = json.loads(Path(sys.argv[1], "config.json").read_text()), load_file(sys.argv[1] + "/model.safetensors")
 vision, text = sizes["vision"], sizes["text"]
@@ -101,7 +101,9 @@ def bert(prefix, first, last, crossed):
     missing = set(model.state_dict()) - set(own)
     assert not {{key for key in missing if "position_ids" not in key and "token_type_ids" not in key}}, missing
     model.load_state_dict(own, strict=False)
-    model.config.is_decoder = False  # its mask is not causal
+    model.config.is_decoder = False
+    for module in model.modules():
+        module.is_causal = False
     return model
 
 def near(found, part, output):
@@ -145,7 +147,7 @@ BLIP = """
     vit = timm.models.VisionTransformer(
         img_size=vision["image_size"], patch_size=vision["patch_size"], embed_dim=vision["width"],
         depth=vision["layers"], num_heads=vision["heads"], mlp_ratio=vision["mlp_ratio"], num_classes=0,
-        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
     ).eval()
     vit.load_state_dict(under("visual_encoder."))
     tokens = vit.forward_features(given["vision"]["image"])
