@@ -172,9 +172,12 @@ def test_towers_of_the_bundled_models(exported, tmp_path: Path, model: str, body
     foreign(TOWERS.format(body=body.strip()), out / "dense", tmp_path)
 
 
-def test_a_timm_model_loads_in_timm(exported, tmp_path: Path) -> None:
-    model = "tests.tiny_models:pruned_timm"
-    out = exported(model)
+BASE = ("timm:vit_base_patch16_224", "--weights", "random")
+
+
+@pytest.mark.parametrize("model", [("tests.tiny_models:pruned_timm",), pytest.param(BASE, marks=pytest.mark.slow)])
+def test_a_timm_model_loads_in_timm(exported, tmp_path: Path, model: tuple[str, ...]) -> None:
+    out = exported(*model)
     body = """
 import timm
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
