@@ -1,5 +1,6 @@
 """export.py: what it writes is loaded and run by programs that do not know this project."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import export
 import prune
-from engine.deployment import onnx_files
 from models.checkpoint import read_weights
 from models.external import model as external
 from sparsity.errors import UserError
@@ -294,6 +294,6 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
         export.main(["-m", "dino", "--mask", str(tmp_path / "none.safetensors"), "-o", str(tmp_path)])
     with pytest.raises(SystemExit):
         export.main(["-m", "dino", "--formats", "tensorrt"])
-    monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="--formats onnx,int8 needs packages .*: pip install onnxscript"):
         export.main(["-m", "dino", "-o", str(tmp_path)])
