@@ -292,6 +292,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
         export.main(["-m", "dino", "--formats", "packed", "-o", str(tmp_path)])
     with pytest.raises(UserError, match="there is no such file"):
         export.main(["-m", "dino", "--mask", str(tmp_path / "none.safetensors"), "-o", str(tmp_path)])
+    with pytest.raises(UserError, match="--task is for models of this project"):
+        export.main(["-m", "hf:folder", "--task", "captioning", "-o", str(tmp_path)])
     with pytest.raises(SystemExit):
         export.main(["-m", "dino", "--formats", "tensorrt"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)

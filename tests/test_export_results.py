@@ -1,5 +1,6 @@
 """export.py of what other scripts write: fine-tuned results of every task and library, and learned masks."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,9 @@ def test_a_result_of_fine_tuning(
     assert all(f"{part}.onnx: " in told for part in parts) and told.count("bundled ") == len(parts), told
     state, held = load_file(out / "dense" / "model.safetensors"), Masks.load(tuned / "result" / "mask.safetensors")
     before = load_file(tuned / "result" / "model.safetensors")
-    assert zeros(state, held) and all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    rebuilt = models.find(model).REBUILT  # momentum copies and queues, which no part reads
+    kept = [name for name in before if not any(fnmatchcase(name, glob) for glob in (*rebuilt, "ptr_queue"))]
+    assert zeros(state, held) and len(kept) > 30 and all(torch.equal(state[name], before[name]) for name in kept)
     names = expected(tmp_path, graphs)
     assert names == parts
     foreign(RUN_ONNX, tmp_path, *(out / "onnx" / f"{name}.onnx" for name in names))
