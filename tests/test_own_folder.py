@@ -331,3 +331,32 @@ def test_sparse_training(library, way, dense, vit, folder, tmp_path):
     assert all(bool((weights[name][~kept] == 0).all()) for name, kept in held.items())
     pruned = sum(int((~kept).sum()) for kept in held.values()) / held.total
     assert pruned == pytest.approx(0.75, abs=1e-3) if way == "gradual" else 0.4 < pruned < 0.6
+
+
+# Images without labels
+
+
+@pytest.fixture(scope="module")
+def loose(folder, tmp_path_factory):
+    """The images of the folder, all in one, without their classes: 18."""
+    root = tmp_path_factory.mktemp("loose")
+    for path in sorted((folder / "train").rglob("*.png")):
+        (root / f"{path.parent.name}_{path.name}").symlink_to(path)
+    return root
+
+
+@pytest.mark.parametrize("library", ["timm", "hf", "dino"])
+def test_a_pruned_model_learns_from_images_alone(library, dense, vit, folder, loose, tmp_path):
+    """It has the head that it had, comes nearer to the dense model, and is measured by what that one says."""
+    model = {"timm": f"timm:local-dir:{dense}", "hf": f"hf:{vit}", "dino": "dino"}[library]
+    inside = {"timm": "blocks.", "hf": "encoder.layer", "dino": "encoder.layer"}[library]
+    weights = {"timm": dense, "hf": vit}.get(library)
+    shapes = prunable(weights, inside) if weights else dino_shapes()
+    mask = toss(shapes, tmp_path / "mask.safetensors")
+    more = ["--distill", "1", "--val_fraction", "0.25", "--skip_eval"]
+    result = tuned(loose, tmp_path / "out", *more, model=model, mask=mask, epochs=6)
+    assert zeros(result) and metrics_of(result) == {}
+    image_classification.main([*options(loose, tmp_path / "out", *more[:-1], "--evaluate", model=model, mask=mask, epochs=6)])
+    assert 0 <= metrics_of(result)["test"]["agree"] <= 100
+    losses = [float(value) for _, name, value in log_rows(tmp_path / "out")[1:] if name == "loss"]
+    assert losses[-1] < losses[0]
