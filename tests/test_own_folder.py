@@ -309,10 +309,9 @@ def test_models_and_weights_that_are_not_to_be_had(folder, tmp_path, capsys):
 # Sparse training
 
 
-@pytest.mark.parametrize("library", ["timm", "hf"])
-@pytest.mark.parametrize("way", ["gradual", "distill", "lora"])
+@pytest.mark.parametrize(("library", "way"), [("timm", "gradual"), ("timm", "lora"), ("hf", "distill")])
 def test_sparse_training(library, way, dense, vit, folder, tmp_path):
-    """Pruned on the way, taught by the dense model, by adapters: zeros are where the mask of the result is."""
+    """Of all in tests/test_sparse_product.py some: pruned on the way, taught by the dense model, by adapters: zeros are where the mask of the result is."""
     if library == "timm":
         model, shapes = f"timm:local-dir:{dense}", prunable(dense, "blocks.")
     else:

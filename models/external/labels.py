@@ -118,7 +118,9 @@ def check_teacher(names: Sequence[str], teacher: Path | None) -> None:
     beside = classes_beside(teacher) if teacher else None
     if beside is not None and beside.order(names) != list(range(len(names))):
         told = f"{_listed(beside.names)}, and those of the data are {_listed(names)}"
-        raise UserError(f"--teacher {teacher}: its classes are {told}: give one that was trained on these, in this order")
+        raise UserError(
+            f"--teacher {teacher}: its classes are {told}: give one that was trained on these, in this order"
+        )
 
 
 def classes_of_timm(model: nn.Module) -> Classes:
