@@ -311,7 +311,7 @@ def test_models_and_weights_that_are_not_to_be_had(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(("library", "way"), [("timm", "gradual"), ("timm", "lora"), ("hf", "distill")])
 def test_sparse_training(library, way, dense, vit, folder, tmp_path):
-    """Of all in tests/test_sparse_product.py some: pruned on the way, taught by the dense model, by adapters: zeros are where the mask of the result is."""
+    """Zeros are where the mask of the result is, as its library loads it. All: tests/test_sparse_product.py."""
     if library == "timm":
         model, shapes = f"timm:local-dir:{dense}", prunable(dense, "blocks.")
     else:

@@ -59,8 +59,8 @@ class OwnFolder:
 def own_folder(path: str, val_fraction: float | None = None, unlabelled: bool = False) -> OwnFolder:
     """Return the images of a folder by part and class.
 
-    val_fraction: share of each class that is held out, by default `HELD_OUT`, where there is no val/. unlabelled: images
-    to train on need not lie in class folders. Raises MissingFileError where there is no folder, UserError where it is
+    val_fraction: share of each class that is held out, by default `HELD_OUT`, where there is no val/. unlabelled: what
+    is trained on need not lie in class folders. Raises MissingFileError where there is no folder, UserError where it is
     not as expected.
     """
     root = Path(path)

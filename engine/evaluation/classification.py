@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on labelled images, and how often it agrees with the dense model on images without labels."""
+"""Accuracy of a classifier on labelled images, and its agreement with the dense model on images without labels."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
