@@ -254,6 +254,7 @@ def test_killed_it_ends_with_the_same_bits(library, dense, vit, folder, tmp_path
         assert (result / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow  # tests/test_sparse_product.py has all kinds of models on two processes
 @pytest.mark.multiprocess
 def test_losses_do_not_depend_on_the_number_of_processes(vit, folder, tmp_path):
     """There is no dropout: six images in a step, two times three in turn or side by side."""

@@ -170,6 +170,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, kind):
         retrieval.main([*options, *STEPS, *CPU, "--output_dir", str(parts), "--evaluate"])
 
 
+@pytest.mark.slow  # tests/test_sparse_product.py has all kinds of models on two processes
 @pytest.mark.multiprocess
 def test_two_processes_train_as_one(tmp_path):
     """The same batches, contrasted over both processes: the same weights within the order of additions."""
