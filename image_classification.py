@@ -44,23 +44,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def own(args: argparse.Namespace, config: ClassificationConfig, task: ModuleType) -> "tuple[Finetuning, dict]":
     """Return a model of this project in training, and what it is tested on."""
     from configs.loading import load_config
-    from datasets.tasks.image_classification import evaluation_sets, training_set
+    from datasets.tasks.image_classification import class_names, evaluation_sets, training_set
     from engine.training.finetuning import Finetuning, save_task_weights
-    from models.external.labels import classes_beside, save_classes
+    from models.external.labels import check_teacher, classes_beside, names_beside, save_classes
 
-    sizes = config.sizes(load_config(config.model_config, models.find(args.model).Config))
-    train = training_set(config, sizes.image_size, args.seed)
-    sets = evaluation_sets(config, sizes.image_size, args.debug)
-    names = train.class_names
-    sizes = replace(sizes, classes=len(names))
+    sizes, free = config.sizes(load_config(config.model_config, models.find(args.model).Config)), args.distill == 1
+    train = training_set(config, sizes.image_size, args.seed, unlabelled=free)
+    sets = evaluation_sets(config, sizes.image_size, args.debug, unlabelled=free)
+    before = [path for path in (args.teacher, Path(config.weights) if config.own else None) if path]
+    names = class_names(config, free) or next(filter(None, map(names_beside, before)), ())
+    check_teacher(names, args.teacher)
+    sizes = replace(sizes, classes=len(names) or sizes.classes)
     fabric = launch(args, args.output_dir)
     beside = classes_beside(Path(config.weights)) if config.own else None
     same = beside is not None and beside.order(names) == list(range(len(names)))
-    model = task.build(sizes, config.checkpoint, label_smoothing=config.label_smoothing, keep=same or not config.own)
+    keep = same or not (config.own and names)
+    model = task.build(sizes, config.checkpoint, label_smoothing=config.label_smoothing, keep=keep)
 
     def save(model: task.DINOClassification, folder: Path) -> None:
         save_task_weights(model, folder)
-        if config.own:
+        if config.own and names:
             save_classes(names, folder)
 
     return Finetuning(args, config, fabric, task, model, sizes, train, save=save), sets
@@ -75,16 +78,19 @@ def foreign(
     from datasets.tasks.image_classification import class_names, evaluation_sets, training_set
     from engine.training.finetuning import Finetuning
     from engine.training.timm_training import Labelled
+    from models.external.labels import check_teacher, names_beside
 
-    names, augmentation = class_names(config), config.augmentation
+    augmentation, free = config.augmentation, args.distill == 1
+    names = class_names(config, free) or (names_beside(args.teacher) if args.teacher else ())
+    check_teacher(names, args.teacher)
     fabric = launch(args, args.output_dir, unused_parameters=True)
     mixing = {"smoothing": config.label_smoothing, "seed": args.seed}
     labelled = Labelled(argparse.Namespace(**asdict(augmentation), **mixing), len(names))
     drop_path = augmentation.drop_path
     model = task.build(args.model, config, names, loss=labelled.loss, seed=args.seed, drop_path=drop_path)
     images = model.preparation
-    train = training_set(config, images.side, args.seed, augmented(images.settings, augmentation))
-    sets = evaluation_sets(config, images.side, args.debug, Plain(images.evaluate))
+    train = training_set(config, images.side, args.seed, augmented(images.settings, augmentation), free)
+    sets = evaluation_sets(config, images.side, args.debug, Plain(images.evaluate), free)
     how = {"read": labelled.read, "save": task.save}
     return Finetuning(args, config, fabric, task, model, model.sizes(), train, **how), sets
 
@@ -97,16 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     schema = ForeignClassificationConfig if is_foreign(args.model) else ClassificationConfig
     config = prepare(args, SCRIPT, schema, arguments)
 
-    from engine.evaluation.classification import Accuracy
+    from engine.evaluation.classification import measure
 
     task = models.find_task(args.model, TASK)
     tuning, sets = (foreign if is_foreign(args.model) else own)(args, config, task)
-    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
-    tests = {
-        name: Accuracy(tuning.model, data, tuning.fabric, args.output_dir, **reading) for name, data in sets.items()
-    }
+    tests = {name: measure(tuning, data) for name, data in sets.items()}
     validate = tests.pop("val", None)
-    if tuning.fit(validate=validate, select="top1" if validate else None):
+    if tuning.fit(validate=validate, select=next(iter(validate.metrics)) if validate else None):
         tuning.finish(tests)
 
 

@@ -72,8 +72,8 @@ class WandbData:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """The options that all tasks have. A step of the optimizer sees `batch_size_target` samples: `batch_size_train` at
-    a time on each device, as often as needed.
+    """The options that all tasks have. A step of the optimizer sees `batch_size_target` samples: at most
+    `batch_size_train` at a time on each device, as often as needed.
 
     image_res, max_tokens: default the pretrained model's. clip_norm: of the gradient; 0 does not clip. save_every:
     steps between two snapshots, default an epoch's. max_skipped: share of unreadable images that is tolerated.
@@ -120,15 +120,23 @@ class TaskConfig:
             return {key: options[name] for key, name in names.items() if options.get(name) is not None}
 
         sizes = given(image_res="image_size", batch_size_target="batch_size")
-        devices = options["devices"] * options["num_nodes"]
-        if "batch_size_target" in sizes and options.get("batch_size_train") is None:
-            sizes["batch_size_train"], left = divmod(sizes["batch_size_target"], devices)
-            if left:
-                raise UserError(f"--batch_size {options['batch_size']} is no multiple of {devices} devices")
+        if options.get("batch_size_train") is None:
+            sizes |= self._share(options["devices"] * options["num_nodes"], sizes.get("batch_size_target"))
         schedule = given(epochs="epochs", num_warmup_steps="warmup_frac", sched="sched_type")
         rates = given(lr="lr", weight_decay="weight_decay", opt="optimizer_name")
         optimizer, scheduler = replace(self.optimizer, **rates), replace(self.scheduler, **schedule)
         return replace(self, optimizer=optimizer, scheduler=scheduler, **sizes)
+
+    def _share(self, devices: int, given: int | None) -> dict[str, int]:
+        """Return the samples at a time on each device where nobody says how many: all that a device has of `given`
+        samples in a step; else as many as the configuration says, but no more than a device has of its samples.
+        """
+        share, left = divmod(given or self.batch_size_target, devices)
+        if not left:
+            return {"batch_size_train": share if given else min(self.batch_size_train, share)}
+        if given:
+            raise UserError(f"--batch_size {given} is no multiple of {devices} devices")
+        return {}  # which `accumulation` refuses
 
     def check_weights(self) -> None:
         """Raises FileNotFoundError where the file is not there."""

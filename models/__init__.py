@@ -55,7 +55,9 @@ def check_task(name: str, task: str) -> None:
     own = kind(name) != "external"
     there = (*of_task(task), *((FOREIGN,) if foreign_task(task) else ()))
     if name not in there and (own or not (foreign_task(task) and name.startswith(LIBRARIES))):
-        raise UserError(f"there is no {task} with the model {name!r}; there is with: {', '.join(there)}")
+        function = not own and not name.startswith(LIBRARIES)
+        way_out = "; a model of a function is pruned, and recovered (prune.py --recover), not fine-tuned" * function
+        raise UserError(f"there is no {task} with the model {name!r}; there is with: {', '.join(there)}{way_out}")
 
 
 def find_task(name: str, task: str) -> ModuleType:

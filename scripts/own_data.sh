@@ -7,15 +7,22 @@
 #   --seeds 3  means over so many seeds       SEEDS="42 43"  these           SPARSITY=75  in per cent
 #   EPOCHS=6  of the dense model              TUNED=4  of each other way     IMAGES=80  to train on, of each class
 #   CAPTIONED=320  images with captions; 0: no XVLM   JOBS=2  runs at a time, on one core each
-#   DEBUG=1  a few steps of each              OUTPUT, PYTHON
+#   DEBUG=1  a few steps of each, in a folder of their own     OUTPUT, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export python=${PYTHON:-python} output=${OUTPUT:-output/own_data} sparsity=${SPARSITY:-75} tuned=${TUNED:-4}
+export python=${PYTHON:-python} output=${OUTPUT:-output/own_data${DEBUG:+_debug}} sparsity=${SPARSITY:-75} tuned=${TUNED:-4}
 export epochs=${EPOCHS:-6} debug=${DEBUG:+--debug} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 captioned=${CAPTIONED:-320}
 [ -z "${DEBUG:-}" ] || tuned=1 epochs=1
 seeds=${SEEDS:-42}
-[ "${1:-}" != --seeds ] || seeds=$(seq -s ' ' 42 $((41 + $2)))
+case "$#:${1:-}:${2:-}" in
+0::) ;;
+2:--seeds:[1-9] | 2:--seeds:[1-9][0-9]) seeds=$(seq -s ' ' 42 $((41 + $2))) ;;
+*)
+    echo "scripts/own_data.sh: expected --seeds N, N from 1 to 99, got '$*'; other settings are variables, as SPARSITY=75" >&2
+    exit 2
+    ;;
+esac
 export images=$output/data/images captions=$output/data/captions.json
 export mini=configs/external/image_classification_mini.yaml
 
@@ -87,6 +94,12 @@ all() { # COMMAND: of each line that is read, JOBS at a time
 
 export -f mask run prune begin image_way caption_way
 mkdir -p "$output"
+settings="SPARSITY=$sparsity EPOCHS=$epochs TUNED=$tuned IMAGES=${IMAGES:-80} CAPTIONED=$captioned DEBUG=${DEBUG:-}"
+if [ -f "$output/settings" ] && [ "$(cat "$output/settings")" != "$settings" ]; then
+    echo "scripts/own_data.sh: $output is of $(cat "$output/settings"), not of $settings: choose another OUTPUT" >&2
+    exit 2
+fi
+echo "$settings" >"$output/settings"
 if [ ! -f "$output/data/done" ]; then
     "$python" -c '
 import sys

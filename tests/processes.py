@@ -1,5 +1,6 @@
 """Processes in tests: what on their stderr is of the project, and signals that reach them at a known point."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,28 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.processes import hold
 """
+
+
+# Scripts one after the other: processes take longer to start than small runs take.
+_RUNS = """
+import importlib, json, sys
+from engine.ranks import peers
+for script, arguments in json.loads(sys.argv[1]):
+    importlib.import_module(script).main(arguments)
+peers.leave(0)
+"""
+
+
+def on_two_ranks(runs: list[tuple[str, list[str]]]) -> str:
+    """Run scripts, each with its arguments, in one pair of processes as torchrun starts them; returns what they said on
+    stderr.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    command = [sys.executable, *launcher, sys.executable, "-c", _RUNS]
+    command.append(json.dumps([(name, [*arguments, "--devices", "2"]) for name, arguments in runs]))
+    done = subprocess.run(command, cwd=ROOT, env=PLAIN, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stderr
 
 
 def error_line(heard: str) -> str:

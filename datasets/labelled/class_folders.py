@@ -49,3 +49,8 @@ def images_below(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list
         here = Path(root).relative_to(folder)
         found += [(here / name).as_posix() for name in image_files(Path(root), extensions)]
     return sorted(found)
+
+
+def is_loose(folder: Path) -> bool:
+    """Return whether there are images in a folder without two folders of classes, which would be their labels."""
+    return len(class_folders(folder)) < 2 and bool(images_below(folder))

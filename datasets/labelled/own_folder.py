@@ -1,4 +1,6 @@
-"""Labelled images of one's own: a folder with train/ and val/ (and test/) of class folders, or one of these."""
+"""Images of one's own: a folder with train/ and val/ (and test/) of class folders, or one of these. What learns from a
+dense model alone needs no class folders.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +19,11 @@ from PIL import Image
 from configs.decoding import Decoding
 from datasets.annotations import ImageRoot
 from datasets.images import DEFAULT
-from datasets.labelled.class_folders import EXTENSIONS, class_folders, image_files, in_order
+from datasets.labelled.class_folders import EXTENSIONS, class_folders, image_files, images_below, in_order, is_loose
 from datasets.labelled.data_path import VALIDATION
 from datasets.labelled.public import ClassificationDataset
+from datasets.labelled.unlabelled import UnlabelledImages
+from datasets.own.splits import split
 from sparsity.errors import UserError, listed
 
 log = logging.getLogger(__name__)
@@ -26,56 +31,89 @@ log = logging.getLogger(__name__)
 HELD_OUT = 0.2  # of each class, unless told otherwise
 SPLIT_SEED = 0  # of the images that are held out: the same ones in all runs, whatever their seeds
 EXPECTED = f"expected a folder for each class, with {', '.join(EXTENSIONS)}"
+UNLABELLED = "images without class folders have no labels: give --distill 1, which learns from the dense model alone"
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class OwnFolder:
-    """class_names: in natural order, as labels count them. parts: "train", "val" and perhaps "test" -> the folder and
-    its images, (path in it, label).
+    """class_names: in natural order, as labels count them; none where there are no labels. parts: "train", "val" and
+    perhaps "test" -> the folder and its images, (path in it, label), or their paths alone.
     """
 
     class_names: tuple[str, ...]
-    parts: Mapping[str, tuple[Path, Sequence[tuple[str, int]]]]
+    parts: Mapping[str, tuple[Path, Sequence[tuple[str, int]] | Sequence[str]]]
 
     def dataset(
         self, part: str, transform: Transform, *, seed: int = 0, decoding: Decoding = DEFAULT
-    ) -> ClassificationDataset:
-        """Return the images of a part, as datasets.labelled.public has them."""
+    ) -> ClassificationDataset | UnlabelledImages:
+        """Return the images of a part, as datasets.labelled.public has them, or without labels."""
         folder, samples = self.parts[part]
-        return ClassificationDataset(folder, samples, self.class_names, transform, seed=seed, decoding=decoding)
+        reading = {"seed": seed, "decoding": decoding}
+        if isinstance(samples[0], str):
+            return UnlabelledImages(folder, samples, transform, **reading)
+        return ClassificationDataset(folder, samples, self.class_names, transform, **reading)
 
 
 @lru_cache(maxsize=1)  # a folder of a million images is listed once in a run
-def own_folder(path: str, val_fraction: float | None = None) -> OwnFolder:
+def own_folder(path: str, val_fraction: float | None = None, unlabelled: bool = False) -> OwnFolder:
     """Return the images of a folder by part and class.
 
-    val_fraction: share of each class that is held out, by default `HELD_OUT`, where there is no val/. Raises
-    MissingFileError where there is no folder, UserError where it is not as expected.
+    val_fraction: share of each class that is held out, by default `HELD_OUT`, where there is no val/. unlabelled: what
+    is trained on need not lie in class folders. Raises MissingFileError where there is no folder, UserError where it is
+    not as expected.
     """
     root = Path(path)
     ImageRoot(root)
     train = root / "train" if (root / "train").is_dir() else root
     val = next((root / name for name in VALIDATION if train != root and (root / name).is_dir()), None)
     test = root / "test" if train != root and (root / "test").is_dir() else None
+    if val is not None and val_fraction is not None:
+        raise UserError(f"--val_fraction splits what has no val/, and there is {val}: leave it out")
+    share = HELD_OUT if val_fraction is None else val_fraction
+    loose = is_loose(train)
+    if loose and unlabelled:
+        return _unlabelled(train, {"val": val, "test": test}, share)
+    if loose and not class_folders(train):
+        raise UserError(f"{train}: {UNLABELLED}; else {EXPECTED}")
     found = _images(train)
     names = in_order(found)
     if len(names) < 2:
         raise UserError(f"{train}: {len(names)} class folders, and there is nothing to tell apart; {EXPECTED}")
     if val is None:
-        share = HELD_OUT if val_fraction is None else val_fraction
         found, held = _split(found, share, train)
         count = sum(map(len, held.values()))
         log.info("%s: %d images (%g of each class) are held out, the same ones in all runs", train, count, share)
         parts = {"train": (train, found), "val": (train, held)}
-    elif val_fraction is not None:
-        raise UserError(f"--val_fraction splits what has no val/, and there is {val}: leave it out")
     else:
         parts = {"train": (train, found), "val": (val, _images(val, names))}
     if test is not None:
         parts["test"] = (test, _images(test, names))
     labels = {name: label for label, name in enumerate(names)}
     return OwnFolder(tuple(names), {part: (at, _samples(images, labels)) for part, (at, images) in parts.items()})
+
+
+def _unlabelled(train: Path, evaluated: Mapping[str, Path | None], share: float) -> OwnFolder:
+    """Return images of training without labels. Those that are evaluated have some where they lie in class folders.
+
+    share: of the images, which is held out where there is no "val" in `evaluated`.
+    """
+    paths = images_below(train)
+    parts: dict[str, tuple[Path, Any]] = {"train": (train, paths)}
+    if evaluated["val"] is None:
+        if len(paths) < 2:
+            raise UserError(f"{train}: one image alone cannot be both trained and tested on: add others")
+        left, held = split(paths, share, str(train))
+        log.info("%s: %d of %d images are held out, the same ones in all runs", train, len(held), len(paths))
+        parts = {"train": (train, left), "val": (train, held)}
+    there = {part: folder for part, folder in evaluated.items() if folder is not None}
+    classed = {part: _images(folder) for part, folder in there.items() if not is_loose(folder)}
+    names = in_order({name for images in classed.values() for name in images})
+    labels = {name: label for label, name in enumerate(names)}
+    for part, folder in there.items():
+        images = _samples(classed[part], labels) if part in classed else images_below(folder)
+        parts[part] = (folder, images)
+    return OwnFolder(tuple(names), parts)
 
 
 def _images(folder: Path, known: Sequence[str] | None = None) -> dict[str, list[str]]:

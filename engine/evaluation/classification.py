@@ -1,8 +1,8 @@
-"""Accuracy of a classifier on labelled images."""
+"""Accuracy of a classifier on labelled images, and its agreement with the dense model on images without labels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets.calibration.data_kinds import skipped_path
 from datasets.collate import SkippedImages, collate
+from datasets.labelled.unlabelled import UnlabelledImages
 from engine.evaluation.watched import watched
 from engine.ranks import summed
 
 READ = 128  # images classified together
-RANKS = (1, 5)
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -33,6 +33,8 @@ class Accuracy:
     model: has `classify`, images (B, 3, H, W) to logits. data: items {"image", "label"}. Images that cannot be read
     are listed in `folder` and count as wrong; more than `max_skipped` of them is an error.
     """
+
+    metrics: ClassVar = {"top1": 1, "top5": 5}  # name -> k: right where the label is among the k first classes
 
     def __init__(
         self,
@@ -54,20 +56,59 @@ class Accuracy:
     def __call__(self) -> dict[str, float]:
         was_training = self.model.training
         self.model.eval()
-        right = torch.zeros(len(RANKS), dtype=torch.float64)
+        right = torch.zeros(len(self.metrics), dtype=torch.float64)
         try:
             for batch in watched(self.batches, self.skipped, self.fabric, "images"):
                 right += self._right(batch)
         finally:
             self.model.train(was_training)
         counts = summed(self.fabric, right).tolist()
-        return {f"top{k}": 100 * count / self.total for k, count in zip(RANKS, counts, strict=True)}
+        return {name: 100 * count / self.total for name, count in zip(self.metrics, counts, strict=True)}
 
     def _right(self, batch: Mapping[str, Any]) -> Tensor:
-        """How many images of a batch are right, for each of RANKS."""
+        """How many images of a batch are right, for each of `metrics`."""
+        image = batch["image"].to(self.fabric.device)
         with self.fabric.autocast():
-            logits = self.model.classify(batch["image"].to(self.fabric.device)).float().cpu()
-        return torch.stack([top_k(logits, batch["label"], k).sum() for k in RANKS])
+            logits = self.model.classify(image).float().cpu()
+        labels = self._labels(batch | {"image": image})
+        return torch.stack([top_k(logits, labels, k).sum() for k in self.metrics.values()])
+
+    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
+        return batch["label"]
+
+
+class Agreement(Accuracy):
+    """How often a model's first class is that of the dense model, in per cent, on images that need no labels; else as
+    `Accuracy`.
+
+    dense: a batch {"image"} -> logits (B, classes).
+    """
+
+    metrics: ClassVar = {"agree": 1}
+
+    def __init__(self, model: nn.Module, dense: Callable[[Mapping[str, Any]], Tensor], *args: Any, **options: Any):
+        super().__init__(model, *args, **options)
+        self.dense = dense
+
+    def _labels(self, batch: Mapping[str, Any]) -> Tensor:
+        with self.fabric.autocast():
+            return self.dense(batch).float().argmax(1).cpu()
+
+
+def measure(tuning: Any, data: Dataset) -> Accuracy:
+    """Return what measures a classifier in training (a `Finetuning`) on images: its accuracy, or, where they have no
+    labels, how often it agrees with its teacher.
+    """
+    config, place = tuning.config, (tuning.fabric, tuning.args.output_dir)
+    reading = {"workers": config.workers, "max_skipped": config.max_skipped}
+    images = data.dataset if isinstance(data, Subset) else data
+    if not isinstance(images, UnlabelledImages):
+        return Accuracy(tuning.model, data, *place, **reading)
+
+    def dense(batch: Mapping[str, Any]) -> Tensor:
+        return tuning.view.outputs(batch, tuning.sparse.teacher)["logits"].tensor
+
+    return Agreement(tuning.model, dense, data, *place, **reading)
 
 
 class Classifier(nn.Module):

@@ -20,7 +20,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, *, tests: bool = False) 
     add("--image_size", type=positive_int, help=f"side of the images in pixels; {LEFT}")
     batch = "samples in a step, of all devices together"
     add("--batch_size", type=positive_int, help=f"{batch}; {LEFT}")
-    parts = "samples at a time on each device, which sums their gradients up; default: all of a step, or the"
+    parts = "samples at a time on each device, which sums their gradients up; default: all of a step, or at most the"
     add("--batch_size_train", type=positive_int, help=f"{parts} configuration's without --batch_size")
     if tests:
         add("--batch_size_test", type=positive_int, help=f"images at a time in evaluation; {LEFT}")
@@ -39,7 +39,7 @@ def add_classification_options(parser: argparse.ArgumentParser, words: Collectio
     words: data that has a name.
     """
     add = parser.add_argument_group("images").add_argument
-    folder = "a folder with train/ and val/ of class folders, or one of class folders"
+    folder = "a folder with train/ and val/ of class folders, or one of class folders, or of images with --distill 1"
     usual = "default of the bundled model: bundled"
     add("--dataset", type=_dataset(words), metavar="DATA", help=f"{', '.join(words)}; or {folder}; {usual}")
     held = "share of each class that is held out of a folder without val/, the same images in all runs (default: 0.2)"

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class SparseTraining:
         self._teacher = None if options.distill is None else self._teach()
         self._dense = self._shadows() if options.gradual and options.gradual.regrow else {}
         self._adapters: Adapters | None = None
+
+    @property
+    def teacher(self) -> nn.Module:
+        """Return what teaches, once `module` has been called."""
+        assert self._teacher is not None, "there is one with --distill"
+        return self._teacher
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return name and parameter of what learns; with adapters, all else is frozen from here on."""
@@ -100,15 +106,21 @@ class SparseTraining:
             raise UserError("--distill: this model's view has no outputs that a teacher could be asked for")
         teacher = copy.deepcopy(self.view.model)
         if self.options.teacher:
-            load_teacher(teacher, self.options.teacher)
+            task_model: Any = self.model  # of models/parts/task_model.py
+            load_teacher(teacher, self.options.teacher, task_model.read_result)
         return teacher
 
 
-def load_teacher(model: nn.Module, path: Path) -> None:
-    """Put the weights of a finished run into a model. UserError for a file of another model or task."""
+def load_teacher(
+    model: nn.Module, path: Path, read: Callable[[Path], dict[str, Tensor] | None] = lambda path: None
+) -> None:
+    """Put the weights of a finished run into a model. UserError for a file of another model or task.
+
+    read: returns the weights of files that have them under other names, None of all others.
+    """
     with reading(path):
         try:
-            state = load_file(path) if path.suffix == ".safetensors" else _model_of(path)
+            state = read(path) or (load_file(path) if path.suffix == ".safetensors" else _model_of(path))
         except UserError:
             raise
         except Exception as error:  # whatever a file of another kind makes of it

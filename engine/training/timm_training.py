@@ -96,6 +96,8 @@ class Labelled:
         """
         for number, batch in enumerate(loader(train, batch_size, gather, place=place, start=start, **order), start):
             skipped = {"skipped": batch.pop("skipped")} if "skipped" in batch else {}
+            if batch and self.mixup is not None and "label" not in batch:
+                raise UserError("mixup and cutmix mix labels, and these images have none: leave them out")
             few = not batch or (self.mixup is not None and len(batch["label"]) < 2)
             yield skipped | ({} if few else self.prepared(batch, place.batch(number)))
 

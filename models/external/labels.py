@@ -107,6 +107,22 @@ def classes_beside(weights: Path) -> Classes | None:
     return Classes(len(labels), labels, True)
 
 
+def names_beside(weights: Path) -> tuple[str, ...]:
+    """Return the names that `save_classes` has written beside weights, in the order of their labels; () without any."""
+    classes = classes_beside(weights)
+    return tuple(sorted(classes.names, key=classes.names.__getitem__)) if classes else ()
+
+
+def check_teacher(names: Sequence[str], teacher: Path | None) -> None:
+    """UserError where the classes of a teacher are known, and are others than these or stand in another order."""
+    beside = classes_beside(teacher) if teacher else None
+    if beside is not None and beside.order(names) != list(range(len(names))):
+        told = f"{_listed(beside.names)}, and those of the data are {_listed(names)}"
+        raise UserError(
+            f"--teacher {teacher}: its classes are {told}: give one that was trained on these, in this order"
+        )
+
+
 def classes_of_timm(model: nn.Module) -> Classes:
     """Those of ImageNet where timm says so, or those that come with the weights."""
     from timm.data import ImageNetInfo, infer_imagenet_subset

@@ -24,6 +24,7 @@ from sparsity.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PREFIXED = ("paligemma",)  # kinds whose image and prompt see each other both ways
 PROMPT = "Describe the image."  # what a generative model is asked
 CAPTIONS = "put captions.json in it, {image: caption}, or 1.txt beside 1.jpg"  # how to give captions
 
@@ -123,6 +124,7 @@ class Generative(_Items):
             tokenizer.pad_token = tokenizer.eos_token
         decoder = model.config.get_text_config(decoder=True)
         self.encoder_decoder = bool(decoder.is_encoder_decoder)
+        self.prefixed = model.config.model_type in PREFIXED
         self.image = "" if processor.chat_template else self._image_token(getattr(model.config, "image_token_id", None))
 
     def check(self, captioned: bool) -> None:
@@ -137,6 +139,8 @@ class Generative(_Items):
         """Return what stands for the image in a text: nothing where the processor puts it there, or no token does."""
         if token is None:
             return ""
+        if self.prefixed:  # else its processor warns in each batch
+            return self.processor.tokenizer.convert_ids_to_tokens(token)
         try:
             ids = self.processor(images=[Image.new("RGB", (64, 64))], text=[PROMPT], return_tensors="pt")["input_ids"]
         except ValueError:  # an image without a place
@@ -161,6 +165,9 @@ class Generative(_Items):
 
     def __call__(self, images: Sequence[Image.Image], captions: Sequence[str] | None, labels: Any) -> dict[str, Any]:
         self.check(captions is not None)
+        if self.prefixed:  # prompt and image see each other, not the caption, which has the labels
+            asked = {"text": [self.asked(PROMPT)] * len(images), "suffix": list(captions), "padding": True}
+            return dict(self.processor(images=list(images), **asked, return_tensors="pt"))
         answers = [None] * len(images) if self.encoder_decoder else captions
         texts = [self.text(answer) for answer in answers]
         batch = dict(self.processor(images=list(images), text=texts, padding=True, return_tensors="pt"))

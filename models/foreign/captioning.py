@@ -5,15 +5,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.external.preprocessing import PROMPT
+from models.external.preprocessing import PREFIXED, PROMPT
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
 from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.foreign.transformers_model import Asked, loaded, processor_of
-from models.foreign.writing import Questions, Writer, Writing, after_question, check_writes
+from models.foreign.writing import Questions, Writer, Writing, after_question, check_writes, writing_of
 
 BEGUN = "a picture of"  # what models that are asked nothing go on from
+PREFIX = "caption en"  # what PaliGemma is asked, as it is published
 
 
 class AskedCaptions(Asked, Protocol):
@@ -59,9 +60,10 @@ def build(name: str, config: AskedCaptions) -> Writer:
     model = loaded(name, config)
     check_writes(model, name, "captioning")
     processor, most = processor_of(model), config.max_tokens or MOST_TOKENS
-    blip = model.config.model_type == "blip"
-    kinds = (BlipWriter, BlipWriting) if blip else (Writer, Writing)
-    writer = kinds[0](model, name, processor, kinds[1](model, processor, most))
-    usual = PROMPT if processor.chat_template else BEGUN
+    if model.config.model_type == "blip":
+        writer = BlipWriter(model, name, processor, BlipWriting(model, processor, most))
+    else:
+        writer = Writer(model, name, processor, writing_of(model, processor, most))
+    usual = PREFIX if model.config.model_type in PREFIXED else PROMPT if processor.chat_template else BEGUN
     writer.questions = Questions(writer.writing, usual if config.question is None else config.question)
     return writer

@@ -1,11 +1,12 @@
 """Image classification by any model of timm or transformers: cross-entropy of its logits.
 
 The classes are those of the data. A head whose classes have the same names is kept, its rows in the order of the data;
-any other is a new one: labels are never told by their position alone, unless that is asked for.
+any other is a new one: labels are never told by their position alone, unless that is asked for. Data without labels
+leaves the head of the weights as it is.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from models.checkpoint import load_weights, read_weights
 from models.external import model as external
 from models.external import timm_classifier
-from models.external.labels import Classes, classes_beside, classes_of_timm, classes_of_transformers, save_classes
+from models.external.labels import (
+    Classes,
+    classes_beside,
+    classes_of_timm,
+    classes_of_transformers,
+    names_beside,
+    save_classes,
+)
 from models.external.libraries import library_of, seeded
 from models.foreign.images import Preparation, of_timm, of_transformers
 from models.foreign.task_model import NEW as NEW
@@ -46,7 +54,9 @@ class Asked(Protocol):
 
 
 class Classifier(ForeignTaskModel):
-    """A model of timm or transformers on labelled images. class_names: of its logits, in their order."""
+    """A model of timm or transformers on labelled images. class_names: of its logits, in their order; () where they
+    have none.
+    """
 
     loss: Loss
     preparation: Preparation
@@ -64,6 +74,10 @@ class Classifier(ForeignTaskModel):
 
     def classify(self, image: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def save_classes(self, folder: Path) -> None:
+        if self.class_names:
+            save_classes(self.class_names, folder)
 
 
 class TimmClassifier(Classifier):
@@ -84,7 +98,7 @@ class TimmClassifier(Classifier):
 
         with writing(folder):
             save_for_hf(self.model, str(folder), safe_serialization=True)
-        save_classes(self.class_names, folder)
+        self.save_classes(folder)
 
 
 class TransformersClassifier(Classifier):
@@ -105,13 +119,14 @@ class TransformersClassifier(Classifier):
         with writing(folder):
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
-        save_classes(self.class_names, folder)
+        self.save_classes(folder)
 
 
 def build(
     name: str, config: Asked, class_names: Sequence[str], *, loss: Loss, seed: int, drop_path: float | None = None
 ) -> Classifier:
-    """Return the classifier of these classes that --model names, in float32.
+    """Return the classifier of these classes that --model names, in float32. class_names: () where the data has no
+    labels: the classes are those of the weights.
 
     A new head is drawn from the seed. drop_path: a rate, of timm alone. Raises UserError for a model or weights that
     are not to be had, and for a model that is no classifier of images.
@@ -130,23 +145,27 @@ def build(
 
 
 def _of_timm(name: str, config: Asked, class_names: Sequence[str], drop_path: float | None) -> TimmClassifier:
-    count, path = len(class_names), Path(config.checkpoint) if config.checkpoint else None
+    path = Path(config.checkpoint) if config.checkpoint else None
+    names = class_names or (names_beside(path) if path else ())
     published = path is None and config.weights != external.RANDOM
-    options = {**config.model_kwargs, **({} if published else {"num_classes": count})}
+    options = {**config.model_kwargs, **({} if published or not names else {"num_classes": len(names)})}
     options |= {} if drop_path is None else {"drop_path_rate": drop_path}
     model = external.timm_model(name, published, option="--model timm:", image_size=config.image_res, **options)
     model = model.float()
     known = classes_of_timm(model) if published else classes_beside(path) if path else None
     order = _order(known, class_names, config, model.num_classes)
     if published and order is None:
-        model.reset_classifier(count)
+        model.reset_classifier(len(names))
     if path is not None:
         weights = timm_classifier.read(path, key=config.weights_key)
         ignored = [] if order else _head_globs(model)
         load_weights(model, path, positions=timm_classifier.POSITIONS, ignored=ignored, weights=weights)
-    labels = {"num_classes": count, "label_names": list(class_names), "label_descriptions": None}
-    model.pretrained_cfg = {**model.pretrained_cfg, **labels}
-    return TimmClassifier(model, f"timm:{name}", class_names, _set_head(model, order))
+    if names:
+        labels = {"num_classes": len(names), "label_names": list(names), "label_descriptions": None}
+        model.pretrained_cfg = {**model.pretrained_cfg, **labels}
+    else:
+        names = _distinct(model.pretrained_cfg.get("label_names") or (), model.num_classes)
+    return TimmClassifier(model, f"timm:{name}", names, _set_head(model, order))
 
 
 def _of_transformers(name: str, config: Asked, class_names: Sequence[str]) -> TransformersClassifier:
@@ -158,12 +177,14 @@ def _of_transformers(name: str, config: Asked, class_names: Sequence[str]) -> Tr
     folder = path if path is not None and path.is_dir() and not config.weights_key else None
     where, kind = str(folder or name), transformers.AutoModelForImageClassification
     settings, processor = _settings(transformers, name)
+    names = class_names or (names_beside(path) if path else ())
     published = folder is not None or (path is None and config.weights != external.RANDOM)
     has_head = published and any("ForImageClassification" in kind for kind in settings.architectures or ())
     known = classes_beside(path) if path else classes_of_transformers(settings) if has_head else None
-    order = _order(known, class_names, config, len(class_names) if path else settings.num_labels)
-    if order is None or path is not None:
-        settings.id2label = dict(enumerate(class_names))
+    there = has_head or path is not None
+    order = _order(known, class_names, config, len(names) if path and names else settings.num_labels, there)
+    if names and (order is None or path is not None):
+        settings.id2label = dict(enumerate(names))
     if published:
         how = {"config": settings, "dtype": torch.float32, "ignore_mismatched_sizes": order is None}
         try:
@@ -177,9 +198,18 @@ def _of_transformers(name: str, config: Asked, class_names: Sequence[str]) -> Tr
         weights = read_weights(path, key=config.weights_key)
         load_weights(model, path, ignored=[] if order else _head_globs(model), weights=weights)
     fresh = _set_head(model, order)
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {label: number for number, label in enumerate(class_names)}
-    return TransformersClassifier(model.eval(), f"hf:{name}", class_names, fresh, processor)
+    if names:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {label: number for number, label in enumerate(names)}
+    else:
+        names = _distinct(settings.id2label.values(), settings.num_labels)
+    return TransformersClassifier(model.eval(), f"hf:{name}", names, fresh, processor)
+
+
+def _distinct(names: Iterable[str], count: int) -> tuple[str, ...]:
+    """Return the names of so many classes; () unless there is one of its own for each."""
+    found = tuple(names)
+    return found if len(found) == len(set(found)) == count else ()
 
 
 def _settings(transformers: Any, name: str) -> tuple[Any, Any]:
@@ -195,11 +225,20 @@ def _settings(transformers: Any, name: str) -> tuple[Any, Any]:
         raise UserError(f"--model hf:{name}: {first_line(error)}; {way_out}") from error
 
 
-def _order(known: Classes | None, class_names: Sequence[str], config: Asked, count: int) -> list[int] | None:
+def _order(
+    known: Classes | None, class_names: Sequence[str], config: Asked, count: int, there: bool = True
+) -> list[int] | None:
     """Return the row of the head of the weights that each class has; None where the head is to be a new one.
 
-    known: the classes of the weights, where they have names. count: of the rows.
+    known: the classes of the weights, where they have names. class_names: () where those are as good as any. count: of
+    the rows. there: whether the weights have a head at all.
     """
+    if not class_names:
+        if config.keep_head:
+            raise UserError("--keep_head is for class folders: without them the head is kept, leave it out")
+        if not count:
+            raise UserError(f"--distill 1: {config.weights} weights have no classes, and images have no labels")
+        return list(range(count)) if there and config.weights != external.RANDOM else None
     wanted = f"{len(class_names)} classes of the data"
     if config.keep_head:
         if count != len(class_names):

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.external import model as external
 from models.external.layer_names import blocks_of
+from models.external.libraries import Transformers, library_of
 from models.parts.task_model import TaskModel
+from sparsity.files import INDEX, SAVED
 from sparsity.masks import state_digest
 from sparsity.view import PrunableView
 
@@ -58,6 +61,17 @@ class ForeignTaskModel(TaskModel):
         found = blocks_of(self.model)
         kept = {id(block) for block in found}
         return [b for b in found if not any(id(inner) in kept for inner in b.modules() if inner is not b)]
+
+    def read_result(self, path: Path) -> dict[str, Tensor] | None:
+        """Return the weights in a folder that transformers wrote: tied ones stand once in its files, and names may be
+        others than those of the modules.
+        """
+        written = (path.name in SAVED or path.name.endswith(INDEX)) and (path.parent / "config.json").is_file()
+        if not written or not isinstance(library_of(self.model), Transformers):
+            return None
+        options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+        model, found = type(self.model).from_pretrained(path.parent, **options)
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
 
     def library_batch(self, batch: dict[str, Any]) -> Any:
         """Return a batch of the task as the library's model takes it, see models/external/libraries.py."""

@@ -10,16 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.external.preprocessing import PREFIXED
 from models.external.texts import IGNORED
 from models.foreign.task_model import NEW as NEW
 from models.foreign.task_model import prunable_view as prunable_view
 from models.foreign.task_model import save as save
 from models.foreign.task_model import task_names as task_names
 from models.foreign.transformers_model import Asked, loaded, processor_of
-from models.foreign.writing import Questions, Writer, Writing, check_writes, padded
+from models.foreign.writing import Questions, Writer, Writing, check_writes, padded, writing_of
 from sparsity.errors import UserError
 
 PLAIN = "Question: {} Answer:"  # how models without a chat template are asked, as BLIP-2 is published
+PREFIX = "answer en {}"  # how PaliGemma is, as it is published
 MOST_TOKENS = 32  # of an answer, where nothing is said
 
 
@@ -80,7 +82,7 @@ def build(name: str, config: AskedAnswers) -> Writer:
     if model.config.model_type == "blip":
         writer, usual = BlipAnswerer(model, name, processor, BlipAnswers(model, processor, most)), "{}"
     else:
-        writer = Writer(model, name, processor, Writing(model, processor, most))
-        usual = "{}" if processor.chat_template else PLAIN
+        writer = Writer(model, name, processor, writing_of(model, processor, most))
+        usual = PREFIX if model.config.model_type in PREFIXED else "{}" if processor.chat_template else PLAIN
     writer.questions = Questions(writer.writing, wording=config.wording or usual)
     return writer

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from models.external.libraries import library_of, takes
-from models.external.preprocessing import Generative
+from models.external.preprocessing import PREFIXED, Generative
 from models.external.texts import IGNORED
 from models.foreign.transformers_model import TransformersTask, stacked
 from sparsity.errors import UserError
-
-UNKNOWN = ("paligemma",)  # kinds whose attention to a question this file does not make
 
 
 class Writing:
@@ -28,6 +26,8 @@ class Writing:
 
     max_tokens: of an answer with its end; what is longer is cut, and has none.
     """
+
+    answer_type = 0  # of an answer's tokens, where a model has `token_type_ids`
 
     def __init__(self, model: nn.Module, processor: Any, max_tokens: int):
         self.processor, self.tokenizer, self.max_tokens = processor, processor.tokenizer, max_tokens
@@ -78,10 +78,9 @@ class Writing:
         """Return the fields with one number a token: questions, answers behind them, and padding on one side."""
         shape, after = fields["input_ids"].shape, [torch.tensor(ids, dtype=torch.long) for ids in answers]
         tokens = {name: field for name, field in fields.items() if field.shape == shape}
-        found = {}
+        found, kinds = {}, {"attention_mask": 1, "token_type_ids": self.answer_type}
         for name, field in tokens.items():
-            filled = {"input_ids": after, "attention_mask": [torch.ones_like(ids) for ids in after]}
-            rest = filled.get(name, [torch.zeros_like(ids) for ids in after])  # they are tokens of a text
+            rest = after if name == "input_ids" else [torch.full_like(ids, kinds.get(name, 0)) for ids in after]
             rows = [torch.cat([row[own], ids]) for row, own, ids in zip(field, places, rest, strict=True)]
             found[name] = padded(rows, self.pad if name == "input_ids" else 0, left)
         if not left:
@@ -95,6 +94,29 @@ class Writing:
         real = (labels != IGNORED).long()
         shifted = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)  # it reads what it has written
         return {"labels": labels, "decoder_attention_mask": shifted}
+
+
+class PrefixWriting(Writing):
+    """PaliGemma's (arXiv 2407.07726, section 3.1): image and question, which a newline ends, see each other both ways,
+    and an answer sees what stands before it. Its `token_type_ids` say which is which: 0 and 1, as its processor has it.
+    """
+
+    answer_type = 1
+
+    def answer(self, text: str, after: str) -> list[int]:
+        """Return the ids of an answer and of its end: nothing joins it to the question."""
+        return [*self._ids(text), self.end][: self.max_tokens]
+
+    def _questions(self, images: Sequence[Any], questions: Sequence[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        made, rows = super()._questions(images, questions)
+        fields = {"token_type_ids": torch.zeros_like(made["input_ids"]), **made}
+        return {name: field for name, field in fields.items() if name != "labels"}, rows  # which are none
+
+
+def writing_of(model: nn.Module, processor: Any, max_tokens: int) -> Writing:
+    """Return what makes the batches of a model, BLIP's apart."""
+    kind = PrefixWriting if model.config.model_type in PREFIXED else Writing
+    return kind(model, processor, max_tokens)
 
 
 class Writer(TransformersTask):
@@ -185,14 +207,12 @@ def end_of(model: nn.Module, tokenizer: Any) -> int:
 
 
 def check_writes(model: nn.Module, name: str, task: str) -> None:
-    """UserError unless this is a model that writes about images, of a kind that is known here."""
+    """UserError unless this is a model that writes about images."""
     if not (model.can_generate() and takes(model, "pixel_values") and takes(model, "labels")):
         raise UserError(
             f"--model {name}: {type(model).__name__} does not write about images: {task} needs a model such as BLIP-2, "
             "LLaVA or BLIP"
         )
-    if model.config.model_type in UNKNOWN:
-        raise UserError(f"--model {name}: {task} does not know how {type(model).__name__} attends to a question")
 
 
 def padded(rows: Sequence[Tensor], value: int, left: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ A task of a model is the file models/<model>_<task>.py, which `models.find_task`
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,12 @@ class TaskModel(nn.Module):
     def told_source(self, weights: str) -> str:
         """Return what a log calls the model that training begins with. weights: the configuration's."""
         return weights
+
+    def read_result(self, path: Path) -> dict[str, Tensor] | None:
+        """Return the weights of a result that does not have them under the names of the view's model, under those; None
+        where it does.
+        """
+        return None
 
     def on_step(self) -> None:
         """Called after each step of the optimizer: what follows the weights moves here, once, not with each batch."""

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from configs.finetuning import CaptioningPretrainConfig, RetrievalConfig
-from configs.foreign import ForeignCaptioningConfig, ForeignRetrievalConfig, ForeignVQAConfig
+from configs.foreign import (
+    ForeignCaptioningConfig,
+    ForeignClassificationConfig,
+    ForeignRetrievalConfig,
+    ForeignVQAConfig,
+)
 from configs.loading import build, load_config, read_yaml
 from configs.task import DEBUG_IMAGES, DEBUG_STEPS
 from engine.options.finetuning import refuse_nlvr2
@@ -123,6 +128,22 @@ def test_options_take_the_place_of_a_recipe():
     assert config().overridden({"devices": 1, "num_nodes": 1}) == config()
     with pytest.raises(ValueError, match="--batch_size 9 is no multiple of 2 devices"):
         config().overridden(options | {"batch_size": 9})
+
+
+@pytest.mark.parametrize(("devices", "train", "parts"), [(1, 12, 2), (2, 12, 1), (4, 6, 1), (24, 1, 1)])
+def test_a_recipe_for_one_device_does_for_several(devices, train, parts):
+    """No device has more at a time than it is to, nor more than its share of a step."""
+    options = {"devices": devices, "num_nodes": 1}
+    found = config(batch_size_train=12).overridden(options)
+    assert (found.batch_size_train, found.batch_size_target, found.accumulation(devices)) == (train, 24, parts)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_recipes_of_other_libraries_run_on_several_devices_as_they_are(devices):
+    schemas = {"retrieval": ForeignRetrievalConfig, "captioning": ForeignCaptioningConfig, "vqa": ForeignVQAConfig}
+    for task, schema in (schemas | {"image_classification": ForeignClassificationConfig}).items():
+        recipe = load_config(Path("configs/external", f"{task}.yaml"), schema)
+        recipe.overridden({"devices": devices, "num_nodes": 1}).accumulation(devices)
 
 
 TASKS = ("retrieval", "captioning", "captioning_pretrain", "vqa", "image_classification")

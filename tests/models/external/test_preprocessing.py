@@ -39,6 +39,10 @@ def processor_of(kind, chat=False):
         options = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         template = TEMPLATE.replace("PLACE", "<image>") if chat else None
         return transformers.LlavaProcessor(image_processor(), tokenizer(), chat_template=template, **options)
+    if kind == "paligemma":
+        images = image_processor()
+        images.image_seq_length = 4
+        return transformers.PaliGemmaProcessor(images, tokenizer())
     options = {"patch_size": 14, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 56 * 56}
     images, videos = transformers.Qwen2VLImageProcessor(**options), transformers.Qwen2VLVideoProcessor(**options)
     template = TEMPLATE.replace("PLACE", "<start> <|image_pad|> <end>")
@@ -115,6 +119,18 @@ def test_generative_models_are_asked_and_answer_the_caption(tmp_path, images, ki
     assert [row[row != -100].tolist() for row in batch["labels"]] == [answer + ends for answer in ANSWERS]
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
     torch.testing.assert_close(view.loss(batch), model(**batch).loss)
+
+
+def test_a_prompt_does_not_see_the_caption(tmp_path, images):
+    """PaliGemma's image and prompt see each other both ways: no other caption changes what is computed for them."""
+    model, preprocess = published("paligemma", tmp_path)
+    batches = [preprocess(images, captions, None) for captions in (CAPTIONS, ["a dog", "a red cat ."])]
+    assert [row[row != -100].tolist() for row in batches[0]["labels"]] == [[*answer, 2] for answer in ANSWERS]
+    states = [model(**batch).logits[:, :5] for batch in batches]
+    torch.testing.assert_close(*states)
+    view = external.prunable_view(model)
+    view.forward(batches[0])
+    torch.testing.assert_close(view.loss(batches[0]), model(**batches[0]).loss)
 
 
 def test_a_text_decoder_beside_an_encoder_reads_the_captions(tmp_path, images):

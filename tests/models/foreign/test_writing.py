@@ -20,7 +20,7 @@ from tests.tiny_models import TEXT, VISION, image_processor, tokenizer
 pytestmark = pytest.mark.script  # long: left out of make test-fast
 
 CAPTIONS = ["a red cat .", "a dog", "w20 w21 w22"]
-KINDS = ["blip", "blip2", "llava", "qwen"]
+KINDS = ["blip", "blip2", "llava", "qwen", "paligemma"]
 
 
 def closed_tokenizer():
@@ -139,6 +139,26 @@ def test_a_learned_caption_is_written(writers, pictures, kind):
     writer.load_state_dict(state)
 
 
+def test_paligemma_is_asked_as_its_processor_asks(writers, pictures):
+    """Its own batch of a prefix and a suffix: the same ids, labels, and who sees whom."""
+    writer = writers["paligemma"]
+    own = writer.questions.answered(items(pictures))
+    asked = [f"<image>{writer.questions.question}"] * len(CAPTIONS)
+    theirs = writer.processor(images=pictures, text=asked, suffix=CAPTIONS, padding=True, return_tensors="pt")
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], field) for name, field in theirs.items())
+    batch = {name: field for name, field in own.items() if name != "labels"}
+    logits = writer.eval().model(**batch).logits
+    first = int((own["labels"][0] == -100).sum())
+    changed = batch | {"input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, first - 1] = 20  # the last token of the question
+    others = writer.model(**changed).logits
+    assert not torch.equal(logits[0, 0], others[0, 0]), "each sees all of the question"
+    changed = batch | {"input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, first] = 20  # the first of the answer
+    torch.testing.assert_close(writer.model(**changed).logits[0, :first], logits[0, :first])
+
+
 def test_what_does_not_write_is_refused(tmp_path):
     processor = transformers.CLIPProcessor(image_processor(), tokenizer())
     folder = tiny_models.save(tiny_models.clip(), tmp_path, processor)
@@ -159,7 +179,7 @@ QUESTIONS = ["the red photo .", "a dog", "the photo w20 w21 w22 w23 ."]
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory):
     folder, asks = tmp_path_factory.mktemp("answering"), Asks()
-    folders = {kind: folder_of(kind, folder / kind) for kind in ("blip2", "llava", "qwen")}
+    folders = {kind: folder_of(kind, folder / kind) for kind in KINDS if kind != "blip"}
     folders["blip"] = blip_for_questions(folder / "blip")
     return {kind: vqa.build(f"hf:{where}", asks) for kind, where in folders.items()}
 
