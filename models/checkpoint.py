@@ -1,4 +1,4 @@
-"""Weights of public and own checkpoints into a model: wrappers unpacked, prefixes stripped, positions interpolated."""
+"""Load public and own checkpoints into a model: unpack wrappers, strip prefixes, interpolate positions."""
 
 import logging
 import math
@@ -215,7 +215,7 @@ def half_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 
 def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:
-    """List what keeps weights of a file from being those of a model, whose tied tensors are one object in `state`."""
+    """List why the weights of a file do not fit a model, whose tied tensors are one object in `state`."""
     misshapen, tied, first = [], [], {}
     for name, tensor in weights.items():
         if name in state and tensor.shape != state[name].shape:

@@ -1,4 +1,4 @@
-"""Presets: names that stand for a pruner with options, which is looked up before anything is loaded.
+"""Presets: names that stand for a pruner with options, looked up before anything is loaded.
 
 What a preset stands for depends on the pattern, or on the sparsity, alone. An option that is given beats the preset's.
 A preset whose table changes gets the next version, which masks and reports record with what it stood for.
@@ -60,7 +60,7 @@ _SHARED_OUT = Choice("alps", {**_SOLVED, "allocation": "error:output"})
 _FAST = Choice("wanda")
 
 PRESETS = {
-    "best": Preset("the best quality that is known without training; solves each layer", 3, _BEST, {"0": _SHARED_OUT}),
+    "best": Preset("the best known quality without training; solves each layer", 3, _BEST, {"0": _SHARED_OUT}),
     "fast": Preset("good masks from one pass over the data; the kept weights stay as they are", 1, _FAST, {"0": _FAST}),
 }
 
