@@ -19,8 +19,8 @@ class Stopped(BaseException):
 
 class _State:
     asked = ""  # name of the signal that came
-    waits = False  # for a place where it is good to stop
-    process = 0  # that listens: children that are forked inherit the handler
+    waits = False  # whether a signal is only noted, and raised later
+    process = 0  # id of the process that listens: forked children inherit the handler
 
 
 @contextmanager

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
 AVERAGED = ("state_dict_ema", "model_ema")  # those of averaged weights beside them, as timm's training writes
 TIMM = (*AVERAGED, "state_dict", *WRAPPERS)  # in the order in which timm looks for them: averaged ones first
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # names with these endings are files, whether or not they exist
 SHOWN = 3  # names in an error message
 HALF = (torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ def _download(repository: str) -> Path:
             continue
         except UserError:
             raise
-        except Exception as error:  # of the network, of the hub, of a name that is none
+        except Exception as error:  # network, hub, or a malformed name
             raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
     raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED)}")

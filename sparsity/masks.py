@@ -56,7 +56,7 @@ TIES = "equal scores: prunable order, then row-major in (out, in), lowest index 
 # Where `report` warns: a layer that keeps one weight in a thousand no longer carries a signal, and a modality that
 # keeps one in fifty has collapsed.
 _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-point number -> what its bits are
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-point number -> integers of its bits
 
 
 class Masks(Mapping[str, Tensor]):
@@ -395,5 +395,5 @@ def _unpickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on pickles, which says less than the error below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is anyone's guess
+    except Exception as error:  # a damaged pickle can raise anything
         raise BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error

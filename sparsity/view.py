@@ -21,7 +21,7 @@ from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
 IN, OUT = "in_proj_weight", "out_proj.weight"  # of nn.MultiheadAttention: (3 d, d) for query, key and value, and (d, d)
-_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that multiply nothing
+_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that are added, not multiplied
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
 

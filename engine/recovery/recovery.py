@@ -69,7 +69,7 @@ class Student(nn.Module):
     def __init__(self, view: PrunableView):
         super().__init__()
         self.model = view.model
-        self.teachers: list[nn.Module] = []  # a list, so that it is no part of what is trained and saved
+        self.teachers: list[nn.Module] = []  # a list, so that it is neither trained nor saved
         self._view = view
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class Recovery:
             )
         finally:
             view.model.load_state_dict(teacher.state_dict())
-            view.model.zero_grad()  # of a step that was broken off
+            view.model.zero_grad()  # of an interrupted step
             if self._student is not None:
                 self._student.module.teachers.clear()
 
