@@ -188,7 +188,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     add("--calibrate_within", choices=CALIBRATED_WITHIN, help=f"{parts} (default: block)")
     add("--offload", action="store_true", help=OFFLOAD)
     add("-e", "--epochs", type=positive_int, default=1, help="pruning steps (default: %(default)s)")
-    add("--schedule", choices=SCHEDULES, default="exp", help="how the sparsity rises over the steps (default: %(default)s)")
+    add("--schedule", choices=SCHEDULES, default="exp", help="how the sparsity rises (default: %(default)s)")
     add_reconstruction_options(add)
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
