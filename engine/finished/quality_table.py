@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.reports.plots import Panel, plot_curves, plot_panels
+from engine.reports.measures import axis_name, level_name
+from engine.reports.plots import Panel, plot_panels
 from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
@@ -145,7 +146,7 @@ def verdict(study: Study, level: str) -> dict[str, str]:
         if plan.name == best or abs(ahead) <= ERRORS * error:
             break
     behind = "-" if plan.name == best else with_error(abs(ahead), error, digits=1)
-    return {"study": study.name, "level": _named(level), "best": best, "take": plan.name, "behind by": behind}
+    return {"study": study.name, "level": level_name(level), "best": best, "take": plan.name, "behind by": behind}
 
 
 def table(studies: Sequence[Study]) -> str:
@@ -175,17 +176,13 @@ def _rows(study: Study) -> Iterator[dict[str, str]]:
         row = {"plan": plan.name}
         for level in study.levels:
             own = level if pruned else "0"
-            row[_named(level)] = _cell(plan.summary(own)) if own in plan.values else "-"
+            row[level_name(level)] = _cell(plan.summary(own)) if own in plan.values else "-"
         row["seconds"] = f"{statistics.fmean(plan.seconds):.1f}" if pruned else "-"
         yield row | {"MB": f"{max(plan.peaks):.0f}" if pruned else "-"}
 
 
 def _cell(summary: Sequence[tuple[float, float | None]]) -> str:
     return " / ".join(with_error(*value, digits=1) for value in summary)
-
-
-def _named(level: str) -> str:
-    return level if ":" in level else f"{level} %"
 
 
 def write_table(folder: Path) -> tuple[Path, str]:
@@ -198,7 +195,9 @@ def write_table(folder: Path) -> tuple[Path, str]:
     write_atomic(folder / "results.csv", _merged(studies).encode())
     drawn = [study for study in studies if len(study.levels) > 1]
     for study in drawn:
-        plot_curves(folder / f"{study.name}.png", *_curves(study), study.name)
+        levels, curves, flat = _curves(study)
+        panels = [Panel(axis_name(column), levels, plans, flat[column]) for column, plans in curves.items()]
+        plot_panels(folder / f"{study.name}.png", panels, f"{study.name}: quality without training")
     if drawn:
         plot_panels(folder / PICTURE, [_panel(study) for study in drawn], "Quality without training")
     return path, text
@@ -208,7 +207,7 @@ def _panel(study: Study) -> Panel:
     """The curves of a study's first measure."""
     levels, curves, flat = _curves(study)
     column = study.columns[0]
-    return f"{study.name}: {column}", levels, curves[column], flat[column]
+    return Panel(axis_name(column), levels, curves[column], flat[column], study.name)
 
 
 def _merged(studies: Sequence[Study]) -> str:
@@ -235,4 +234,4 @@ def _curves(study: Study) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
             for plan in study.plans
         }
         flat[column] = {plan.name: plan.summary("0")[i][0] for plan in study.dense}
-    return [_named(level) for level in levels], curves, flat
+    return [level_name(level) for level in levels], curves, flat

@@ -12,6 +12,7 @@ from engine.finished.markdown import to_html
 from engine.finished.page import write_page
 from engine.reports.report import markdown_table
 from sparsity.errors import MissingFileError, UserError
+from tests.browser import DESK, PHONE, look, needs_browser
 
 
 class Reader(HTMLParser):
@@ -26,7 +27,7 @@ class Reader(HTMLParser):
         if tag == "img":
             self.pictures.append(found)
         self.links += [found[name] for name in ("href", "src") if name in found and tag != "img"]
-        if tag not in ("img", "meta", "br"):
+        if tag not in ("img", "meta", "br", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
