@@ -24,15 +24,14 @@ needs_browser = pytest.mark.skipif(
 # added to the page. Long tables are unfolded first.
 _WRAPPER = """<!doctype html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head>
 <body style="margin: 0"><iframe style="border: 0; width: {width}px; height: {height}px" srcdoc="{page}"></iframe><script>
-addEventListener("load", async () => {{
+addEventListener("load", () => {{
   const view = document.querySelector("iframe").contentWindow, page = view.document;
   const all = (what, told) => [...page.querySelectorAll(what)].map(told);
   all("details", one => one.open = true);
-  const decoded = await Promise.allSettled(all("img", one => one.decode()));
   const text = one => one.innerText.trim();
   const seen = {{
     headings: all("h1, h2, h3", text),
-    images: all("img", (one, i) => [one.alt, decoded[i].status == "fulfilled" ? one.naturalWidth : 0]),
+    images: all("img", one => [one.alt, one.naturalWidth]),
     broken: all("a", one => one.getAttribute("href")).filter(to => to[0] != "#" || !page.getElementById(to.slice(1))),
     repeated: all("[id]", one => one.id).filter((id, i, ids) => ids.indexOf(id) < i),
     requests: view.performance.getEntries().map(one => one.name).filter(name => /^(https?|file|ftp):/.test(name)),
@@ -64,7 +63,7 @@ _OPTIONS = (
 class Seen:
     """What a browser has made of a page.
 
-    images: alternative text and width in pixels, 0 where it could not be decoded. broken: links that lead to nothing in
+    images: alternative text and width in pixels, 0 where it is not a picture. broken: links that lead to nothing in
     the page. repeated: ids that are there twice. requests: addresses outside the page. tables: rows of cells. width: of
     what there is to scroll, in pixels. console: errors and other messages. screenshot: of the page from its top.
     """

@@ -35,7 +35,7 @@ th:first-child, td:first-child, .left th, .left td { text-align: left }
 .found td:first-child { text-align: left; min-width: 130px; max-width: 260px }
 .found img { width: 96px; border: 4px solid #ccc; border-radius: 4px }
 .found img.right { border-color: #2a8a3c } .found img.wrong { border-color: #c0392b }
-@media (max-width: 800px) { .plot { max-width: none; width: 800px } }
+@media (max-width: 800px) { .plot { max-width: none; width: 800px } .bar { width: 50px } }
 """
 
 

@@ -90,7 +90,7 @@ def plot_heat(path: Path, layers: Mapping[str, Mapping[str, float]], group_of: M
                 axis.xaxis.tick_top()
                 axis.set_xticks(range(len(kinds[group])), kinds[group], rotation=90)
                 axis.set_title(f"{group}\n{prefix}*" if prefix else group, fontsize=8)
-        axes[number, 0].set_ylabel(level_name(label), fontsize=10, fontweight="bold")
+        axes[number, 0].set_ylabel(f"{level_name(label)}: block", fontsize=9, fontweight="bold")
     figure.colorbar(image, ax=axes, label="sparsity (%)", fraction=0.03, pad=0.01, aspect=30)
     _save(figure, path, title)
 
@@ -111,7 +111,7 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
     for axis, group in zip(axes, dense, strict=True):
         for i, (label, values) in enumerate(counts.items()):
             left = values[group].sum() / max(dense[group].sum(), 1)
-            share = f"{level_name(label)}: {100 * left:.1f} % left" if i else label
+            share = f"{level_name(label)}: {100 * left:.1f} % kept" if i else label
             filled = {"fill": True, "color": "lightgrey"} if not i else {"color": f"C{i - 1}", "linewidth": 1.2}
             axis.stairs(np.asarray(values[group]), edges, label=share, **filled)
         axis.set(xlim=edges[[low, high + 1]], ylim=(max(top / 1e6, 0.5), 2 * top), title=group)
@@ -119,7 +119,7 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
         axis.set_xlabel("magnitude of the weight")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", fontsize=8)
-    axes[0].set_ylabel("weights in the bin")
+    axes[0].set_ylabel("weights in each bin")
     _save(figure, path, title)
 
 
@@ -219,6 +219,9 @@ def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
             lines[plan] = axis.errorbar(places, means, deviation, capsize=2, linewidth=1.4, **look)
         axis.set(xticks=range(len(panel.levels)), xticklabels=panel.levels, title=panel.heading)
         axis.set(xlabel="sparsity, or N:M pattern", ylabel=panel.measure)
+        low, high = axis.get_ylim()
+        if 0 < low < high / 2:  # lengths can be compared; else the curves would be flat
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     order = [*flat, *names]
     figure.legend([lines[name] for name in order], order, loc="outside lower center", ncols=min(4, len(order)))
