@@ -11,16 +11,13 @@ expect.
 """
 
 import argparse
-from pathlib import Path
 
 import models
-from configs.loading import configure
-from configs.pruning import PRUNE_CONFIGS, PrunedModel
+from configs.pruning import PrunedModel
+from engine.deployment.options import add_model_options, check_files, configured
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from engine.options.external import add_external_options, check_external
-from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable
+from sparsity.errors import UserError
 
 KINDS = ("dense", "masked", "packed", "accelerated", "onnx", "int8")
 
@@ -33,8 +30,6 @@ def sizes(text: str) -> list[int]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
-    add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
     add("--batch_sizes", type=sizes, default=[1, 8], help="comma separated (default: 1,8)")
     add("--rounds", type=options.positive_int, default=11, help="in which all variants take turns (default: 11)")
     clock = "cpu: of this process, for a CPU that others use too (default: %(default)s)"
@@ -47,27 +42,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"comma separated (default: {','.join(KINDS)})",
     )
     add("--evaluate", action="store_true", help="measure quality, too, where an evaluation exists (default: no)")
-    add("-o", "--output_dir", type=Path, default=Path("output/benchmark"), help="default: %(default)s")
-    options.add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
-    options.add_one_device(parser)
+    add_model_options(parser, "output/benchmark", models.NAMES, models.ANY)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
-    config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
-    config.check(args.model, evaluate=False)
-    if args.mask and not args.mask.is_file():
-        raise MissingFileError(f"--mask {args.mask}: there is no such file")
+    config = configured(args, models.kind(args.model), models.NAMES, models.ANY)
+    check_files(args, config, "--variants", args.variants)
     if args.evaluate:
         config.check_evaluation(args.model)
-    if {"onnx", "int8"} & set(args.variants):
-        from engine.deployment.onnx_files import check_packages
-
-        check_packages("--variants onnx,int8")
-    check_writable(args.output_dir, "--output_dir")
     return config
 
 
@@ -81,24 +65,26 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.measure import CLOCKS, measure
     from engine.deployment.report import write_speed
-    from engine.deployment.variants import Model, Variants
+    from engine.deployment.variants import Model, Variants, by_column
     from engine.pruning.data_kinds import SUBJECTS
-    from models.checkpoint import read_weights
     from models.parts.graphs import graphs_of
 
     fabric = launch(args, args.output_dir)
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    def loaded() -> Model:
+    def loaded(like: Model | None = None) -> Model:
         subject = SUBJECTS[models.kind(args.model)](models.find(args.model), config)
         view = subject.load(fabric)
-        return Model(view, graphs_of(view.model), subject.evaluation(args.output_dir) if args.evaluate else None)
+        if like:  # random weights are drawn anew
+            view.model.load_state_dict(like.view.model.state_dict())
+        measured = by_column(subject.evaluation(args.output_dir), subject.metrics) if args.evaluate else None
+        return Model(view, graphs_of(view.model), measured, models.kind(args.model) != "external")
 
-    pruned, dense = loaded(), loaded() if args.mask else None
-    if dense:  # random weights are drawn anew
-        pruned.view.model.load_state_dict(dense.view.model.state_dict())
-        masks_of(args.mask, read_weights).apply(pruned.view)
+    dense = loaded() if args.mask else None
+    pruned = loaded(dense)
+    if args.mask:
+        masks_of(pruned.view, args.mask).apply(pruned.view)
     masks = zeros_of(pruned.view)
     threads, clock = args.threads or torch.get_num_threads(), CLOCKS[args.clock]
     built = Variants(dense, pruned, args.output_dir / "files", threads, clock)

@@ -10,6 +10,7 @@
     python compare.py --quality output/quality
     python compare.py --pruned pruned_weights
     python compare.py --records output/records
+    python compare.py --tradeoff output/tradeoff
 
 One pass over the calibration data of a seed serves all pruners that need the same statistic, at all sparsities. The
 runs are in <output_dir>/results.csv, a row as soon as each is done; the same command again only does what is missing.
@@ -18,7 +19,7 @@ Means and standard errors over the seeds are in table.md and table.tex.
 --finetuned, --nm and --quality only put finished runs beside each other, and write FOLDER/table.md, of
 FOLDER/<run>/<dense or sparsity>/result/metrics.json of the fine-tuning scripts, FOLDER/<method>/<seed>.json of
 scripts/nm_table.sh, or FOLDER/<study>/<plan>/results.csv of scripts/quality.sh; --pruned writes FOLDER/report.html, one
-file with tables and pictures of the runs of prune.py in FOLDER; --records the table of scripts/records.sh.
+file with tables and pictures of the runs of prune.py; --records, --tradeoff: the tables of scripts of these names.
 """
 
 import argparse

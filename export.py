@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import models
-from configs.loading import configure, sizes_beside
-from configs.pruning import PRUNE_CONFIGS, PrunedModel
+from configs.loading import sizes_beside
+from configs.pruning import PrunedModel
+from engine.deployment.options import add_model_options, check_files, configured
 from engine.launch import launch, run, script
 from engine.options import command_line as options
-from engine.options.external import add_external_options, check_external
-from sparsity.errors import MissingFileError, UserError
-from sparsity.files import check_writable
+from sparsity.errors import UserError
 
 FORMATS = ("dense", "packed", "onnx", "int8")
 TASKS = ("retrieval", "captioning", "vqa", "classification")
@@ -36,38 +35,25 @@ DTYPES = ("float32", "float16", "bfloat16")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("-m", "--model", required=True, metavar="MODEL", help=", ".join((*models.NAMES, models.ANY)))
     add("--task", choices=TASKS, help="what the weights were fine-tuned for (default: nothing)")
-    add("--mask", type=Path, help="mask file that prunes the weights (default: none, they have zeros)")
     some = f"comma separated (default: {','.join(FORMATS)})"
     add("--formats", type=options.among(FORMATS, "format"), default=list(FORMATS), help=some)
     add("--packed_dtype", choices=DTYPES, help="of the weights of the packed file (default: as they are)")
-    add("-o", "--output_dir", type=Path, default=Path("output/export"), help="default: %(default)s")
-    options.add_config_options(parser, "prune")
-    add_external_options(parser, models.ANY)
-    options.add_one_device(parser)
+    add_model_options(parser, "output/export", models.NAMES, models.ANY)
     return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
-    check_external(args, models.kind(args.model) == "external", models.NAMES, models.ANY)
     if args.task:
         models.check_task(args.model, args.task)
-    config = configure(args, "prune", PRUNE_CONFIGS[models.kind(args.model)])[1]
+    config = configured(args, models.kind(args.model), models.NAMES, models.ANY)
     told = args.config or args.variant != "auto" or not args.task or not args.weights
     sizes = None if told else sizes_beside(args.weights)
     config = dataclasses.replace(config, model_config=sizes) if sizes else config
-    config.check(args.model, evaluate=False)
-    if args.mask and not args.mask.is_file():
-        raise MissingFileError(f"--mask {args.mask}: there is no such file")
     if args.packed_dtype and "packed" not in args.formats:
         raise UserError("--packed_dtype is for --formats packed: leave it out")
-    if {"onnx", "int8"} & set(args.formats):
-        from engine.deployment.onnx_files import check_packages
-
-        check_packages("--formats onnx,int8")
-    check_writable(args.output_dir, "--output_dir")
+    check_files(args, config, "--formats", args.formats)
     args.accelerator = "cpu"  # what is written does not depend on it
     return config
 
@@ -89,11 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from engine.deployment.dense_files import write_dense
-    from engine.deployment.exporting import bundled_inputs, export_onnx
+    from engine.deployment.exporting import export_onnx
     from engine.deployment.loading import masks_of, zeros_of
     from engine.deployment.packed_files import write_packed
+    from engine.deployment.real_inputs import bundled_inputs
     from engine.pruning.data_kinds import SUBJECTS
-    from models.checkpoint import read_weights
     from models.fine_tuned import load_task
     from models.parts.graphs import graphs_of
     from sparsity.casting import casting
@@ -105,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         view, sizes, side = subject.load(fabric), subject.sizes, 0
     if args.mask:
-        masks_of(args.mask, read_weights).apply(view)
+        masks_of(view, args.mask).apply(view)
     masks, names = zeros_of(view), [key for weight in view.weights.values() for key in weight.aliases]
     if "dense" in args.formats:
         command = shlex.join(["python", Path(sys.argv[0]).name, *(arguments or sys.argv[1:])])
@@ -118,10 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
             state = casting(state, getattr(torch, args.packed_dtype), allowed=("vanished",))
         print(f"{path}: {write_packed(state, path, names)}")
     if {"onnx", "int8"} & set(args.formats):
-        known = models.kind(args.model) in ("pairs", "labels") and config.bundled
-        batch = next(iter(subject.calibration(folder, 1, 42))) if known and not args.task else None
         graphs = graphs_of(view.model, side)
-        for name, told in export_onnx(graphs, folder / "onnx", bundled_inputs(batch), "int8" in args.formats):
+        real = bundled_inputs(graphs, subject.encode if models.kind(args.model) == "pairs" else None)
+        for name, told in export_onnx(graphs, folder / "onnx", real, "int8" in args.formats):
             print(f"{folder / 'onnx' / name}: {told}", flush=True)
 
 

@@ -111,7 +111,7 @@ def own_options(
     known -= set() if solver else {"target", "correct_bias", "layer_errors"}
     known -= set() if solver and "dense" in solver.targets else {"target"}
     by_blocks = plan.of_inputs and given.get("calibration_mode", plan.calibration) == "sequential"
-    known -= set() if by_blocks else {"block_steps", "block_window"}
+    known -= set() if by_blocks else {"block_steps", "block_window", "calibrate_within"}
     return {option: value for option, value in given.items() if option in known}
 
 

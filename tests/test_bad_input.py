@@ -154,6 +154,7 @@ BAD_VALUES = {
     "quality": {"absent": "give one of -m/--model"},
     "pruned": {"absent": "give one of -m/--model"},
     "records": {"absent": "give one of -m/--model"},
+    "tradeoff": {"absent": "give one of -m/--model"},
     "data": {"absent.json": "--data absent.json: there is no such file"},
     "val_data": {"absent.json": "--val_data is for data of one's own"},
     "optimizer_name": {"adamx": "opt must be one of adamW, sgd, got 'adamx'"},
@@ -446,7 +447,7 @@ SCHEMAS = {
     ),
     ForeignRetrievalConfig: Schema("retrieval", FOREIGN, FOREIGN_TUNED, FOREIGN_REFUSED),
     ForeignCaptioningConfig: Schema(
-        "captioning", FOREIGN, FOREIGN_TUNED, [*FOREIGN_REFUSED, ({"max_length": 4}, "max_length must be at least 5")]
+        "captioning", FOREIGN, FOREIGN_TUNED, [*FOREIGN_REFUSED, ({"max_length": 0}, "max_length must be at least 1")]
     ),
     ForeignVQAConfig: Schema("vqa", FOREIGN, FOREIGN_TUNED, FOREIGN_REFUSED),
     ForeignClassificationConfig: Schema(

@@ -1,9 +1,6 @@
 """export.py: what it writes is loaded and run by programs that do not know this project."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,65 +16,17 @@ from models.external import model as external
 from sparsity.errors import UserError
 from sparsity.masks import Masks
 from tests import tiny_models
-from tests.processes import PATIENCE
+from tests.foreign import RUN_ONNX, expected, foreign, recorded
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-FOREIGN = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-{body}
-assert not {{"models", "sparsity", "engine"}} & set(sys.modules)
-"""
-
-
-def foreign(body: str, *arguments: object) -> str:
-    """Run a program in another process, from a folder in which nothing of this project is found."""
-    code = [sys.executable, "-I", "-c", FOREIGN.format(body=body), *map(str, arguments)]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=PATIENCE, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-RUN_ONNX = """
-import numpy, onnxruntime
-for path in sys.argv[2:]:
-    session = onnxruntime.InferenceSession(path)
-    given = load_file(sys.argv[1] + "/" + Path(path).stem + ".safetensors")
-    inputs = {each.name: given[each.name].numpy() for each in session.get_inputs()}
-    for each, found in zip(session.get_outputs(), session.run(None, inputs)):
-        error = numpy.abs(found - given["out." + each.name].numpy()).max()
-        assert error < 1e-4, (path, each.name, error)
-"""
-
-
-def expected(folder: Path, graphs, batch: int = 3) -> list[str]:
-    """Write inputs of each part with the outputs of the model, as another process reads them."""
-    for graph in graphs:
-        inputs = graph.random(batch, seed=5)
-        with torch.no_grad():
-            found = graph.module.eval()(*inputs.values())
-        found = found if isinstance(found, tuple) else (found,)
-        outputs = {f"out.{name}": each.contiguous() for name, each in zip(graph.outputs, found, strict=True)}
-        save_file(inputs | outputs, folder / f"{graph.name}.safetensors")
-    return [graph.name for graph in graphs]
-
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list:
     """Return the parts of models that are written as ONNX in the test."""
-    kept, original = [], onnx_files.write_onnx
-
-    def write(graph, path):
-        kept.append(graph)
-        return original(graph, path)
-
-    monkeypatch.setattr("engine.deployment.exporting.write_onnx", write)
-    return kept
+    return recorded(monkeypatch)
 
 
 @pytest.fixture
@@ -121,14 +70,104 @@ assert sum(int((p == 0).sum()) for p in matrices) > 0.8 * sum(p.numel() for p in
     assert share < 0.1 + 1 / 32 + 0.001  # float32: a tenth of the values, and a bit for each weight
 
 
-@pytest.mark.parametrize("model", ["xvlm", "blip"])
-def test_towers_of_the_bundled_models(exported, model: str) -> None:
+# The dense folder of a tower pair, read by the models of transformers and timm that have the same layers: sizes are
+# those of config.json. `near` compares with what the model itself gave for the inputs of a part.
+TOWERS = """
+import timm, transformers
+from torch.nn.functional import linear, normalize
+sizes, state = json.loads(Path(sys.argv[1], "config.json").read_text()), load_file(sys.argv[1] + "/model.safetensors")
+vision, text = sizes["vision"], sizes["text"]
+given = {{part: load_file(f"{{sys.argv[2]}}/{{part}}.safetensors") for part in ("vision", "text", "match")}}
+
+def under(prefix, **names):
+    found = {{key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}}
+    return {{names.get(key, key): value for key, value in found.items() if "position_ids" not in key}}
+
+def bert(prefix, first, last, crossed):
+    "Layers of BERT with the weights under a prefix."
+    config = transformers.BertConfig(
+        vocab_size=text["vocab_size"], hidden_size=text["width"], num_hidden_layers=last - first,
+        num_attention_heads=text["heads"], intermediate_size=text["mlp_width"], layer_norm_eps=text["eps"],
+        max_position_embeddings=text["max_positions"], is_decoder=crossed, add_cross_attention=crossed,
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    own = under(prefix)
+    own.setdefault("embeddings.token_type_embeddings.weight", torch.zeros(2, text["width"]))
+    for key in [key for key in own if key.startswith("encoder.layer.")]:
+        number, _, rest = key.removeprefix("encoder.layer.").partition(".")
+        value = own.pop(key)
+        if first <= int(number) < last:
+            own[f"encoder.layer.{{int(number) - first}}.{{rest}}"] = value
+    missing = set(model.state_dict()) - set(own)
+    assert not {{key for key in missing if "position_ids" not in key and "token_type_ids" not in key}}, missing
+    model.load_state_dict(own, strict=False)
+    model.config.is_decoder = False  # its mask is not causal
+    return model
+
+def near(found, part, output):
+    error = (found - given[part]["out." + output]).abs().max()
+    assert error < 1e-4, (part, output, error)
+
+def projected(states, name):
+    return normalize(linear(states[:, 0], state[name + ".weight"], state[name + ".bias"]), dim=-1)
+
+with torch.no_grad():
+    {body}
+"""
+XVLM = """
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=vision["width"], intermediate_size=vision["mlp_width"], num_hidden_layers=vision["layers"],
+        num_attention_heads=vision["heads"], image_size=vision["image_size"], patch_size=vision["patch_size"],
+        layer_norm_eps=vision["eps"],
+    )).eval()
+    own = under("vision_encoder.", class_embedding="embeddings.class_embedding", **{
+        "patch_embed.weight": "embeddings.patch_embedding.weight",
+        "pos_embed.weight": "embeddings.position_embedding.weight",
+    })
+    clip.load_state_dict(own)
+    tokens = clip.post_layernorm(clip(given["vision"]["image"]).last_hidden_state)
+    near(tokens, "vision", "tokens")
+    near(projected(tokens, "vision_proj"), "vision", "feature")
+    tower = bert("text_encoder.bert.", 0, text["fusion_layer"], False)
+    states = tower(given["text"]["ids"], given["text"]["atts"]).last_hidden_state
+    near(states, "text", "states")
+    near(projected(states, "text_proj"), "text", "feature")
+    fusion = bert("text_encoder.bert.", text["fusion_layer"], text["layers"], True)
+    pairs = given["match"]  # all tokens of the texts are real
+    fused = fusion.encoder(pairs["states"], encoder_hidden_states=pairs["tokens"]).last_hidden_state[:, 0]
+    width = len(state["itm_head.1.weight"])
+    hidden = linear(fused, state["itm_head.0.weight"], state["itm_head.0.bias"])
+    hidden = torch.layer_norm(hidden, (width,), state["itm_head.1.weight"], state["itm_head.1.bias"])
+    hidden = torch.nn.functional.gelu(hidden)
+    near(linear(hidden, state["itm_head.3.weight"], state["itm_head.3.bias"]), "match", "logits")
+"""
+BLIP = """
+    vit = timm.models.VisionTransformer(
+        img_size=vision["image_size"], patch_size=vision["patch_size"], embed_dim=vision["width"],
+        depth=vision["layers"], num_heads=vision["heads"], mlp_ratio=vision["mlp_ratio"], num_classes=0,
+        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+    ).eval()
+    vit.load_state_dict(under("visual_encoder."))
+    tokens = vit.forward_features(given["vision"]["image"])
+    near(tokens, "vision", "tokens")
+    near(projected(tokens, "vision_proj"), "vision", "feature")
+    reader = bert("text_encoder.", 0, text["layers"], True)
+    states = reader(given["text"]["ids"], given["text"]["atts"]).last_hidden_state
+    near(projected(states, "text_proj"), "text", "feature")
+    pairs = given["match"]
+    fused = reader(pairs["states"], pairs["atts"], encoder_hidden_states=pairs["tokens"]).last_hidden_state[:, 0]
+    near(linear(fused, state["itm_head.weight"], state["itm_head.bias"]), "match", "logits")
+"""
+
+
+@pytest.mark.parametrize(("model", "body"), [("xvlm", XVLM), ("blip", BLIP)])
+def test_towers_of_the_bundled_models(exported, tmp_path: Path, model: str, body: str) -> None:
     out = exported(model, pruning=("-p", "omp", "--pattern", "2:4"))
     names = {path.name for path in (out / "onnx").iterdir()}
-    assert names == {"vision.onnx", "text.onnx", "tensorrt.txt"}
+    assert names == {"vision.onnx", "text.onnx", "match.onnx", "tensorrt.txt"}
     lines = (out / "onnx" / "tensorrt.txt").read_text()
     assert "--sparsity=enable" in lines and "plugin" in lines and "--minShapes=image:1x3x" in lines
-    assert json.loads((out / "dense" / "config.json").read_text())["embed_dim"] > 0
+    foreign(TOWERS.format(body=body.strip()), out / "dense", tmp_path)
 
 
 def test_a_timm_model_loads_in_timm(exported, tmp_path: Path) -> None:
@@ -150,6 +189,34 @@ def processor(kind: str):
     if kind == "clip":
         return transformers.CLIPProcessor(images, words)
     return transformers.LlavaProcessor(images, words, patch_size=8, vision_feature_select_strategy="default")
+
+
+# What the parts give together is what the whole model gives.
+WHOLE = {
+    "clip": """
+import numpy, onnxruntime
+given = {name: tensor.numpy() for name, tensor in load_file(sys.argv[2]).items()}
+def run(part, *names):
+    session = onnxruntime.InferenceSession(f"{sys.argv[1]}/{part}.onnx")
+    found, = session.run(None, {name: given[name] for name in names})
+    return found / numpy.linalg.norm(found, axis=-1, keepdims=True)
+scores = run("vision", "pixel_values") @ run("text", "input_ids", "attention_mask").T
+scale = given["out"] / scores  # the temperature, which is no part
+assert numpy.ptp(scale) < 1e-4 * scale.mean()
+""",
+    "llava": """
+import numpy, onnxruntime
+given = {name: tensor.numpy() for name, tensor in load_file(sys.argv[2]).items()}
+def run(part, **inputs):
+    return onnxruntime.InferenceSession(f"{sys.argv[1]}/{part}.onnx").run(None, inputs)[0]
+tokens, embeddings = run("vision", pixel_values=given["pixel_values"]), run("embed", input_ids=given["input_ids"])
+embeddings[given["input_ids"] == 98] = tokens.reshape(-1, tokens.shape[-1])
+logits = run("step", inputs_embeds=embeddings, attention_mask=given["attention_mask"])
+real = given["attention_mask"] == 1
+error = numpy.abs(logits[real] - given["out"][real]).max()
+assert error < 1e-4, error
+""",
+}
 
 
 @pytest.mark.parametrize(("kind", "output"), [("clip", "logits_per_image"), ("llava", "logits")])
@@ -178,6 +245,7 @@ assert error < 1e-4, error
 assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) > 10000
 """
     foreign(body, out / "dense", tmp_path / "whole.safetensors", output)
+    foreign(WHOLE[kind], out / "onnx", tmp_path / "whole.safetensors")
 
 
 PARTS = {"captioning": {"vision", "step"}, "vqa": {"vision", "question", "step"}}

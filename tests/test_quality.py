@@ -97,6 +97,31 @@ def test_what_is_asked_for_behind_flags(tmp_path, recipe):
 
 # Tables
 
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is needed")
+def test_allocations_and_budgets_behind_flags(recipe):
+    *commands, _ = recipe(STUDIES="", ALLOCATIONS="1", BUDGETS="1")
+    asked = {}
+    for _, *arguments in commands:
+        args = compare.parse(arguments)
+        study = args.output_dir.parent.name
+        assert args.pruners in read_yaml(args.plans), "a plan of its file"
+        asked.setdefault((study, args.sparsities, len(args.seeds)), []).append(args.pruners)
+    shared = [("vit_allocations", "63,75,90", 3), ("xvlm_allocations", "63,75,90", 3)]
+    budgets = [(f"{model}_budgets", level, 1) for model in ("xvlm", "blip") for level in ("75", "90")]
+    assert {*asked} == {*shared, *budgets}
+    assert all({*asked[key]} == {*read_yaml(ROOT / "configs/quality/allocations.yaml")} for key in shared)
+    assert all(len(asked[key]) == 5 for key in budgets)
+
+
+def test_plans_that_have_a_level_each_are_drawn_side_by_side(tmp_path):
+    for plan, level in (("vision70", "75"), ("vision75", "75"), ("vision88", "90")):
+        write(tmp_path, "xvlm_budgets", plan, [(plan, level, "42", 1, {"top-1": 9.0})])
+    compare.main(["--quality", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"xvlm_budgets_75.png", "xvlm_budgets_90.png"}
+
+
 COSTS = {"calibration_seconds": 1.0, "peak_mb": 100}
 
 

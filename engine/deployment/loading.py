@@ -1,32 +1,34 @@
 """Models with their zeros, from what the scripts of this project write."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
+from engine.pruning.start import updated
 from sparsity.errors import MissingFileError, UserError
 from sparsity.masks import Masks
+from sparsity.resume.start import begun
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
 _MASKS, _WEIGHTS = "_pruning_masks", "_weights"  # how prune.py names a mask file, and updated weights beside it
 
 
-def masks_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> Masks:
-    """Return the masks of a file, with the updated weights that prune.py wrote beside it, where there are some.
-
-    read: what reads a weights file. Raises UserError where masks of a reconstruction have lost their weights.
+def masks_of(view: PrunableView, path: Path) -> Masks:
+    """Return the masks of a file under the names of a view, with the updated weights and biases that prune.py wrote
+    beside it, where there are some. Raises UserError where masks of a reconstruction have lost their weights, or where
+    the file is for another model.
     """
     masks = Masks.load(path)
     beside = path.with_name(path.name.replace(_MASKS, _WEIGHTS))
-    if beside != path and beside.is_file():
+    there = beside != path and beside.is_file()
+    if there:
         log.info("%s: the updated weights that belong to the mask", beside)
-        return Masks(dict(masks), masks.provenance, masks.aliases, read(beside))
-    if masks.provenance.get("reconstruction", "none") != "none":
+    elif masks.provenance.get("reconstruction", "none") != "none" or masks.provenance.get("block_steps"):
         raise MissingFileError(f"{beside}: the mask was found with updated weights, and their file is not there")
-    return masks
+    try:
+        return begun(view, masks, *(updated(view, beside) if there else ()))
+    except UserError as error:
+        raise UserError(f"--mask {path}: {error}") from None
 
 
 def zeros_of(view: PrunableView) -> Masks:

@@ -36,6 +36,8 @@ class Graph(Protocol):
     def outputs(self) -> tuple[str, ...]: ...
     @property
     def lengths(self) -> tuple[str, ...]: ...
+    @property
+    def longest(self) -> int: ...
     def random(self, batch: int, seed: int) -> dict[str, Tensor]: ...
 
 
@@ -68,7 +70,7 @@ def write_onnx(graph: Graph, path: Path) -> Path:
 
 def _dynamic(graph: Graph) -> Any:
     """Return which dimensions of the arguments change, as torch.export wants them: those of *args as one tuple."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=graph.longest)
     shapes = tuple({0: batch, 1: length} if name in graph.lengths else {0: batch} for name in graph.inputs)
     code = type(graph.module).forward.__code__
     return (shapes,) if code.co_flags & 0x04 else shapes

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from engine.deployment.by_files import computed_by, methods_of
 from engine.deployment.measure import Variant, multiply_adds
 from engine.deployment.onnx_files import Graph, OnnxModel, quantise, write_onnx
 from engine.export import save_state
@@ -18,13 +19,26 @@ KINDS = ("dense", "masked", "packed", "accelerated", "onnx", "int8")
 Evaluate = Callable[[], Mapping[str, float]]
 
 
+def by_column(evaluate: Evaluate, columns: Mapping[str, str]) -> Evaluate:
+    """Return an evaluation that gives its metrics by the columns of tables. columns: column -> metric."""
+
+    def measured() -> dict[str, float]:
+        found = evaluate()
+        return {column: found[metric] for column, metric in columns.items()}
+
+    return measured
+
+
 @dataclass
 class Model:
-    """A model that is measured. graphs: the parts that run, one after the other. evaluate: measures it as it is."""
+    """A model that is measured. graphs: the parts that run, one after the other. evaluate: measures it as it is. own:
+    whether it is a model of this project, which `evaluate` runs by its parts.
+    """
 
     view: PrunableView
     graphs: Sequence[Graph]
     evaluate: Evaluate | None = None
+    own: bool = False
     _inputs: dict[int, list[list[Tensor]]] = field(default_factory=dict)
 
     def inputs(self, batch: int) -> list[list[Tensor]]:
@@ -133,16 +147,10 @@ class Variants:
 
     @staticmethod
     def _quality(model: Model, sessions: Sequence[OnnxModel]) -> Mapping[str, float]:
-        """Return the quality of a classifier whose logits come from its file; nothing of other models."""
-        owner: nn.Module = model.view.model
-        if model.evaluate is None or [graph.name for graph in model.graphs] != ["classifier"]:
+        """Return the quality of a model whose parts are computed by these; none where an evaluation looks elsewhere."""
+        names = [graph.name for graph in model.graphs]
+        methods = methods_of(dict(zip(names, sessions, strict=True))) if model.own else {}
+        if model.evaluate is None or not methods:
             return {}
-
-        def classify(image: Tensor) -> Tensor:
-            return sessions[0]({next(iter(model.graphs[0].inputs)): image.cpu()})[0].to(image.device)
-
-        vars(owner)["classify"] = classify
-        try:
+        with computed_by(model.view.model, methods):
             return model.evaluate()
-        finally:
-            del vars(owner)["classify"]

@@ -188,12 +188,18 @@ def _cell(summary: Sequence[tuple[float, float | None]]) -> str:
 def write_table(folder: Path) -> tuple[Path, str]:
     """Write `table` of the results in `folder` to `folder`/table.md, with all rows in results.csv, a picture of the
     curves of each study with several levels, and one of all of them, `PICTURE`; return the path and the table.
+
+    Of a study whose plans have a level each (budgets of modalities) a picture of each level has the plans side by side.
     """
     studies = read_studies(folder)
     text, path = table(studies), folder / "table.md"
     write_atomic(path, f"# Quality at each sparsity\n\n{WHAT}\n\n{text}\n".encode())
     write_atomic(folder / "results.csv", _merged(studies).encode())
-    drawn = [study for study in studies if len(study.levels) > 1]
+    several = [study for study in studies if len(study.levels) > 1]
+    drawn = [study for study in several if any(len(plan.values) > 1 for plan in study.plans)]
+    for study in several:
+        if study not in drawn:
+            _plot_side_by_side(folder, study)
     for study in drawn:
         levels, curves, flat = _curves(study)
         panels = [Panel(axis_name(column), levels, plans, flat[column]) for column, plans in curves.items()]
@@ -201,6 +207,17 @@ def write_table(folder: Path) -> tuple[Path, str]:
     if drawn:
         plot_panels(folder / PICTURE, [_panel(study) for study in drawn], "Quality without training")
     return path, text
+
+
+def _plot_side_by_side(folder: Path, study: Study) -> None:
+    for level in study.levels:
+        plans = sorted((plan for plan in study.plans if level in plan.values), key=lambda plan: plan.name)
+        values = zip(*(plan.summary(level) for plan in plans), strict=True)
+        curves = {column: {_named(level): list(own)} for column, own in zip(study.columns, values, strict=True)}
+        flat = _curves(study)[2]
+        plot_curves(
+            folder / f"{study.name}_{level}.png", [p.name for p in plans], curves, flat, f"{study.name}, {level} %"
+        )
 
 
 def _panel(study: Study) -> Panel:

@@ -5,17 +5,20 @@ from argparse import Namespace
 from engine.finished import finetuning_table, nm_table, quality_table
 from engine.finished.page import write_page
 from engine.finished.records import write_records
+from engine.finished.tradeoff import write_tradeoff
 
 
 def finished_table(args: Namespace) -> str:
     """Write what is wanted of the folder that is given, and return it for the reader of the terminal.
 
-    args: `finetuned` (with `metrics`), `nm`, `quality`, `pruned` and `records`, one of which is a folder.
+    args: `finetuned` (with `metrics`), `nm`, `quality`, `pruned`, `records` and `tradeoff`, one of which is a folder.
     """
     if args.pruned:
         path, table = write_page(args.pruned)
     elif args.records:
         path, table = write_records(args.records)
+    elif args.tradeoff:
+        path, table = write_tradeoff(args.tradeoff)
     elif args.finetuned:
         path, table = finetuning_table.write_table(args.finetuned, args.metrics)
     elif args.nm:

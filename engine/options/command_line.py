@@ -20,7 +20,16 @@ from engine.recipes.expand import RECIPE, RECIPES, Recipe, expanded
 from sparsity.allocation.budget import SCHEDULES, parse_sparsities
 from sparsity.errors import UserError
 from sparsity.pattern import NM, pattern_of
-from sparsity.run.axes import BOUNDS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WINDOWS, dense_share
+from sparsity.run.axes import (
+    BOUNDS,
+    CALIBRATED_WITHIN,
+    CALIBRATIONS,
+    POOLS,
+    RECONSTRUCTIONS,
+    SCOPES,
+    WINDOWS,
+    dense_share,
+)
 
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
 OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
@@ -155,7 +164,7 @@ def byte_count(text: str) -> int:
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
 PLAN += BOUNDS
 PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
-PLAN += ("target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
+PLAN += ("calibrate_within", "target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
 
 
 def add_pruner_options(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +184,8 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: sequential for SparseGPT and with --reconstruct, else dense)"
     add("--calibration_mode", "--calibration-mode", choices=CALIBRATIONS, help=given)
+    parts = "what sequential calibration measures at a time; stage: the layers of a block that read the same input"
+    add("--calibrate_within", choices=CALIBRATED_WITHIN, help=f"{parts} (default: block)")
     add("--offload", action="store_true", help=OFFLOAD)
     add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
     add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
@@ -260,14 +271,15 @@ def add_finished_options(add: Callable[..., Any]) -> None:
     add("--nm", type=Path, metavar="FOLDER", help="only the table of these N:M results (default: no)")
     add("--quality", type=Path, metavar="FOLDER", help="only tables and curves of these comparisons (default: no)")
     add("--records", type=Path, metavar="FOLDER", help="only the table of these records (default: no)")
+    add("--tradeoff", type=Path, metavar="FOLDER", help="only the table of these benchmarks (default: no)")
     add("--pruned", type=Path, metavar="FOLDER", help="only the page of these runs of prune.py (default: no)")
 
 
 def check_finished(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error unless a model, or one folder of finished runs, is given."""
-    folders = (args.finetuned, args.nm, args.quality, args.pruned, args.records)
+    folders = (args.finetuned, args.nm, args.quality, args.pruned, args.records, args.tradeoff)
     if sum(given is not None for given in (args.model, *folders)) != 1:
-        parser.error("give one of -m/--model, --finetuned, --nm, --quality, --pruned and --records")
+        parser.error("give one of -m/--model, --finetuned, --nm, --quality, --pruned, --records and --tradeoff")
 
 
 def globs(text: str) -> list[str]:

@@ -31,12 +31,12 @@ def load_start(view: PrunableView, mask: Path | None, weights: Path | None = Non
             "--from_mask %s: the model's own weights are taken; --from_weights %s has updated ones", mask, beside
         )
     try:
-        return begun(view, masks, *(_stored(view, weights) if weights else ()))
+        return begun(view, masks, *(updated(view, weights) if weights else ()))
     except UserError as error:
         raise UserError(f"--from_mask {mask}: {error}") from None
 
 
-def _stored(view: PrunableView, path: Path) -> tuple[StoredTensors, StoredTensors]:
+def updated(view: PrunableView, path: Path) -> tuple[StoredTensors, StoredTensors]:
     """Return name of each prunable weight -> what it was updated to, and the same of other parameters that were."""
     weights, biases = StoredTensors(), StoredTensors()
     weights.add(path, {name: name for name in view.weights})

@@ -1,5 +1,5 @@
 """The parts of a model that are exported one by one, as modules from tensors to tensors: a classifier, the towers of a
-vision-language model, the step of a decoder that writes captions or answers.
+vision-language model and what matches pairs, the step of a decoder that writes captions or answers.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _EXAMPLES = 2  # of which a graph is traced: one would be taken for a size that 
 class Graph:
     """One part. inputs: name -> example, in the order of the module's arguments; the first dimension of each is the
     batch. outputs: names. lengths: inputs whose second dimension, the number of tokens, may differ too. highest: input
-    of integers -> ids that it may hold are below that.
+    of integers -> ids that it may hold are below that. longest: most tokens of `lengths`.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Graph:
     outputs: tuple[str, ...]
     lengths: tuple[str, ...] = ()
     highest: Mapping[str, int] = field(default_factory=dict)
+    longest: int = 512
 
     def random(self, batch: int, seed: int, length: int | None = None) -> dict[str, Tensor]:
         """Return other inputs of this size, of texts of this length where it may differ: normal numbers, ids, and masks
@@ -71,6 +72,17 @@ class _Text(nn.Module):
         return self.model.encode_text(ids, atts)
 
 
+class _Match(nn.Module):
+    """Logits (B, 2) of pairs of a text and an image, from what the two towers give."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: Tensor, atts: Tensor, tokens: Tensor) -> Tensor:
+        return self.model.match(states, atts, tokens)
+
+
 class _Classify(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
@@ -98,7 +110,7 @@ class _Step(nn.Module):
 
     def forward(self, ids: Tensor, tokens: Tensor) -> Tensor:
         decoder = self.model.text_decoder
-        states = decoder.bert(ids, torch.ones_like(ids), tokens)
+        states = decoder.bert(self.model.started(ids), torch.ones_like(ids), tokens)
         return head(decoder.cls, states[:, -1])
 
 
@@ -189,19 +201,20 @@ def _texts(length: int, highest: int) -> dict[str, Tensor]:
     return {"ids": ids, "atts": torch.ones_like(ids)}
 
 
+@torch.no_grad()
 def _towers(model: Any) -> list[Graph]:
-    config = model.config
-    words = config.text.vocab_size
+    """Both towers, and what matches pairs of what they give: states of texts, or ids (BLIP), and image tokens."""
+    config, device = model.eval().config, next(model.parameters()).device
+    words, images = config.text.vocab_size, _images(config.vision.image_size)
+    texts = _texts(config.max_tokens, words)
+    states, _ = model.encode_text(texts["ids"].to(device), texts["atts"].to(device))
+    tokens, _ = model.encode_image(images[IMAGE].to(device))
+    pairs = {"states": states.cpu(), "atts": texts["atts"], "tokens": tokens.cpu()}
+    highest = {} if states.is_floating_point() else {"states": words}
     return [
-        Graph("vision", _Vision(model), _images(config.vision.image_size), ("tokens", "feature")),
-        Graph(
-            "text",
-            _Text(model),
-            _texts(config.max_tokens, words),
-            ("states", "feature"),
-            lengths=("ids", "atts"),
-            highest={"ids": words},
-        ),
+        Graph("vision", _Vision(model), images, ("tokens", "feature")),
+        Graph("text", _Text(model), texts, ("states", "feature"), lengths=("ids", "atts"), highest={"ids": words}),
+        Graph("match", _Match(model), pairs, ("logits",), lengths=("states", "atts"), highest=highest),
     ]
 
 
@@ -274,9 +287,10 @@ def _of_transformers(model: Any, config: Any, own: set[str]) -> list[Graph]:
     ids = torch.randint(3, min(words, 90), (_EXAMPLES, 8), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if {"get_image_features", "get_text_features"} <= own:
+        longest = text.max_position_embeddings
         return [
             Graph("vision", _Features(model, False), images, ("feature",)),
-            Graph("text", _Features(model, True), texts, ("feature",), highest={"input_ids": words}),
+            Graph("text", _Features(model, True), texts, ("feature",), (*texts,), {"input_ids": words}, longest),
         ]
     if type(model).__name__ != "LlavaForConditionalGeneration" or not isinstance(config.vision_feature_layer, int):
         raise UserError(f"{type(model).__name__}: {UNKNOWN}")

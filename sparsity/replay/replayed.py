@@ -25,6 +25,7 @@ from sparsity.replay.trace import Trace, UnfitError, executed, trace
 from sparsity.replay.uses import NO_USES, Uses, own_calls, trainable, uncached_casts, use_of
 from sparsity.statistics.inputs import Statistics, untouched
 from sparsity.statistics.passes import measures_of, scaled
+from sparsity.statistics.readers import by_inputs
 from sparsity.view import PrunableView, eager
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ class Replayed:
     those before it have become what they will be. progress: wraps the batches of a pass. reduce: sums a tensor over
     ranks, each of which has its own batches. dense: the weights stay as they are, so that one call of each block does.
     budget: bytes of captured tensors that are held in memory; beyond it they lie in a file in the folder `spill`, which
-    vanishes with the process. offload: sums are kept in the processor's memory. both: the dense model runs beside the
-    pruned one, for statistics of both. outputs: what it gives is kept for `uses`, which needs both. Autocast is the
-    caller's.
+    vanishes with the process. divided: stages are divided into the layers that read the same tensors. offload: sums are
+    kept in the processor's memory. both: the dense model runs beside the pruned one, for statistics of both. outputs:
+    what it gives is kept for `uses`, which needs both. Autocast is the caller's.
 
     put: set it where weights change between stages: called with the numbers of the stages whose pruned weights a
     measurement needs, it puts these into the model, and all others back to what they were.
@@ -62,6 +63,7 @@ class Replayed:
         progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         dense: bool = False,
+        divided: bool = False,
         budget: int | None = None,
         spill: Path | None = None,
         offload: bool = False,
@@ -75,7 +77,7 @@ class Replayed:
         self._states: list[State] = []
         self._position = -1  # the stage that was measured last
         self._trace = self._traced()
-        self.order = self._agreed([list(names) for names in order])
+        self.order = self._agreed(self._divided(order) if divided else [list(names) for names in order])
         self._numbers = {tuple(names): number for number, names in enumerate(self.order)}
         self._stages = {name: number for number, names in enumerate(self.order) for name in names}
         self._calls = Calls(view, self._trace, self._stages, self._store)
@@ -293,6 +295,13 @@ class Replayed:
         if found.unfit:
             logger.warning("sequential calibration runs the whole model for each block: %s", found.unfit)
         return found
+
+    def _divided(self, order: Sequence[Sequence[str]]) -> list[list[str]]:
+        batch = next(iter(self._batches()), None)
+        if batch is None:  # other ranks know
+            return [list(names) for names in order]
+        with self._quiet():
+            return by_inputs(self._view, order, batch)
 
     def _agreed(self, order: list[list[str]]) -> list[list[str]]:
         """Return the stages as they are executed, where all ranks have seen the same; else as they are given."""

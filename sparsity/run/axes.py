@@ -20,7 +20,8 @@ CALIBRATIONS = ("dense", "sequential")
 # Options of every plan; a score and a reconstruction add their own.
 AXES = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule")
 BOUNDS = ("allocation_within", "min_keep", "max_keep")
-AXES += (*BOUNDS, "target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
+AXES += (*BOUNDS, "calibrate_within", "target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
+CALIBRATED_WITHIN = ("block", "stage")  # what is measured at a time in sequential calibration
 WINDOWS = ("attention", "mlp", "block")  # which layers of a block its steps train
 WITHIN = ("model", "group")  # what competes for the budget: all layers, or those of each modality
 # One word for allocation and scope.

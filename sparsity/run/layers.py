@@ -103,6 +103,7 @@ class Layers:
                 progress=reading.progress,
                 reduce=reading.reduce,
                 dense=not plan.sequential,
+                divided=plan.calibrate_within == "stage",
                 budget=reading.capture_budget,
                 spill=folder,
                 offload=plan.offload,

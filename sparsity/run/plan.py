@@ -12,18 +12,27 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import LAYER_ERRORS, PROBES, Allocation
+from sparsity.allocation.base import PROBES, Allocation
 from sparsity.allocation.budget import Sparsity, check_schedule, fraction
 from sparsity.allocation.given import Given
-from sparsity.allocation.ratios import check_bounds
 from sparsity.errors import UserError
 from sparsity.reconstruction.base import Reconstruction
 from sparsity.reconstruction.block_steps import check_steps
 from sparsity.reconstruction.damping import AUTO, Damp
-from sparsity.run.axes import ALLOCATIONS, CALIBRATIONS, POOLS, RECONSTRUCTIONS, SCOPES, WINDOWS, WITHIN, dense_share
+from sparsity.run.axes import (
+    ALLOCATIONS,
+    CALIBRATED_WITHIN,
+    CALIBRATIONS,
+    POOLS,
+    RECONSTRUCTIONS,
+    SCOPES,
+    WINDOWS,
+    WITHIN,
+    dense_share,
+)
 from sparsity.run.registry import options_of, unread
 from sparsity.run.request import Request
-from sparsity.run.select import check_block_steps, check_blocks, check_target
+from sparsity.run.select import check_allocation, check_block_steps, check_blocks, check_target
 from sparsity.solvers.swaps import check_swaps
 from sparsity.statistics.hessian import DAMPING
 from sparsity.statistics.passes import OF_INPUTS
@@ -56,11 +65,12 @@ class Plan:
     """One value on each axis, but for how much is pruned. Made by `make_plan`.
 
     calibration: "dense": layers see the inputs that the dense model gives them. "sequential": block by block, those
-    that the already pruned blocks before them give. steps, schedule: the sparsity is reached in so many steps, each on
-    fresh statistics of the model that the step before has left. offload: what is added up is kept on the host. within:
-    "model", or "group": each modality loses the same share, which the allocation spreads inside it. min_keep, max_keep:
-    fractions of each layer that must, and that may, be kept. preset: what the provenance of masks says of the preset
-    that stood for this plan.
+    that the already pruned blocks before them give; calibrate_within "stage": and, within a block, the already pruned
+    layers before them, one measurement for those that read the same input. steps, schedule: the sparsity is reached in
+    so many steps, each on fresh statistics of the model that the step before has left. offload: what is added up is
+    kept on the host. within: "model", or "group": each modality loses the same share, which the allocation spreads
+    inside it. min_keep, max_keep: fractions of each layer that must, and that may, be kept. preset: what the provenance
+    of masks says of the preset that stood for this plan.
 
     dense_share: a of the target "dense:a", the share of the output that a reconstruction aims at which is the dense
     model's. correct_bias: biases keep the mean output of layers. swaps: rounds of exchanges that refine each mask.
@@ -73,6 +83,7 @@ class Plan:
     scope: str
     reconstruction: Reconstruction | None = None
     calibration: str = "dense"
+    calibrate_within: str = "block"
     steps: int = 1
     schedule: str = "exp"
     offload: bool = False
@@ -245,6 +256,8 @@ class Plan:
             found["from_mask"] = request.start.digest()
         if self.of_inputs:
             found["calibration_mode"] = self.calibration
+        if self.calibrate_within != "block":
+            found["calibrate_within"] = self.calibrate_within
         found["reconstruction"] = self.reconstruction.name if self.reconstruction else NONE
         found |= options_of(self.score) | (self.reconstruction.options() if self.reconstruction else {})
         if self.dense_share:
@@ -262,6 +275,7 @@ def make_plan(
     scope: str | None = None,
     reconstruct: str | Reconstruction | None = None,
     calibration_mode: str | None = None,
+    calibrate_within: str | None = None,
     offload: bool = False,
     epochs: int = 1,
     schedule: str | None = None,
@@ -279,9 +293,9 @@ def make_plan(
     """Return the plan of a score: the preset of its pruner, but for the axes that are given.
 
     pool: one word for allocation and scope, see `POOLS`. allocation: a name, "error:output", or rules, glob or group ->
-    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. correct_bias, swaps, layer_errors,
-    block_steps, block_window: of `Plan`. own: options of the reconstruction. UserError, in one line, for a value that
-    does not exist, an option that the plan does not read, and what cannot be combined.
+    sparsity (see `Given`). target: "same", or "dense:a", see `dense_share`. calibrate_within, correct_bias, swaps,
+    layer_errors, block_steps, block_window: of `Plan`. own: options of the reconstruction. UserError, in one line, for
+    a value that does not exist, an option that the plan does not read, and what cannot be combined.
     """
     name = score.name
     if pool is not None:
@@ -304,7 +318,8 @@ def make_plan(
     plan = replace(plan, within=allocation_within, min_keep=min_keep, max_keep=max_keep)
     plan = replace(plan, dense_share=0.0 if target is None else dense_share(target), correct_bias=correct_bias)
     plan = replace(plan, swaps=check_swaps(swaps), layer_errors=layer_errors)
-    _check_bounds(plan)
+    _among("allocation_within", plan.within, WITHIN)
+    check_allocation(plan)
     for option, given in (("target", target), ("correct_bias", correct_bias), ("layer_errors", layer_errors)):
         if given and (solver is None or solver.whole):
             raise UserError(f"--{option} is for what updates each layer's weights: leave it out, or give --reconstruct")
@@ -316,7 +331,10 @@ def make_plan(
     if calibration_mode is None:
         calibration_mode = score.calibration if solver is None or solver.whole else solver.calibration
     _among("calibration_mode", calibration_mode, CALIBRATIONS)
-    plan = replace(plan, calibration=calibration_mode)
+    plan = replace(plan, calibration=calibration_mode, calibrate_within=calibrate_within or "block")
+    _among("calibrate_within", plan.calibrate_within, CALIBRATED_WITHIN)
+    if calibrate_within is not None and (plan.whole or not plan.sequential):
+        raise UserError("--calibrate_within divides the blocks of --calibration_mode sequential: leave it out")
     check_target(plan)
     if block_window is not None and not block_steps:
         raise UserError("--block_window says which layers --block_steps trains: leave it out, or give --block_steps")
@@ -337,27 +355,6 @@ def _allocation(given: str | Mapping[str, Sparsity] | Allocation) -> Allocation:
     if colon and not inspect.signature(kind).parameters:
         raise UserError(f"--allocation {given}: {name} takes nothing after it")
     return kind(of) if colon else kind()
-
-
-def _check_bounds(plan: Plan) -> None:
-    """Raise UserError for bounds, and for what an allocation measures, that the plan cannot have."""
-    _among("allocation_within", plan.within, WITHIN)
-    check_bounds(plan.min_keep, plan.max_keep)
-    if plan.whole:
-        for option in plan.bounds:
-            raise UserError(f"{plan.name} decides by itself how many weights each block keeps: leave --{option} out")
-    if plan.learned and LAYER_ERRORS in plan.allocation.statistics:
-        raise UserError(
-            f"--allocation error measures what the masks of a layer cost, and {plan.name} learns its scores for the"
-            " layers' shares: take another allocation"
-        )
-    if plan.learned and plan.allocation.by_scores and {"min_keep", "max_keep"} & set(plan.bounds):
-        raise UserError(
-            f"--allocation {plan.allocation.name}: {plan.name} learns its scores for what each layer loses, and they"
-            " would decide that: leave --min_keep and --max_keep out, or take another allocation"
-        )
-    if plan.steps > 1 and "max_keep" in plan.bounds:
-        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave it out")
 
 
 def _reconstruction(score: Score, given: str | Reconstruction | None, own: Mapping[str, Any]) -> Reconstruction | None:

@@ -44,7 +44,7 @@ from sparsity.view import PrunableView
 
 logger = logging.getLogger(__name__)
 
-BATCHES = 16  # of all ranks together, with which the whole model is run for each layer
+BATCHES = 8  # of all ranks together, with which the whole model is run for each layer
 
 Curves = dict[str, dict[Fraction, float]]
 Scorer = Callable[[str, Tensor | None], Tensor]  # (name, its prepared statistic) -> scores (out, in)
@@ -122,7 +122,7 @@ class Probing:
         before = None
         if OUTPUT_SENSITIVITY in self.wanted:
             with self.reading.arithmetic():
-                before = Outputs(self.view, few)
+                before = Outputs(self.view, few, self._held)
         batches = max(self._total(len(few)), 1)
         for name, statistics in self._inputs():
             if name not in targets:  # stays dense
@@ -176,7 +176,7 @@ class Probing:
                 progress=reading.progress,
                 reduce=reading.reduce,
                 dense=True,
-                budget=reading.capture_budget,
+                budget=self._held,
                 spill=reading.scratch and reading.scratch.path.parent,
                 offload=self.plan.offload,
             )
@@ -187,6 +187,12 @@ class Probing:
                     found = replayed.measure(names, wanted)
                 for name in names:
                     yield name, {statistic: of_each.pop(name) for statistic, of_each in found.items()}
+
+    @property
+    def _held(self) -> int | None:
+        """Return how many bytes of captured tensors may be held for the errors, and as many for the model's output."""
+        budget = self.reading.capture_budget
+        return budget and budget // 2
 
     @property
     def _solved(self) -> bool:

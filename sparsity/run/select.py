@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsity.allocation.base import Allocation, Contest, Part, by_groups
+from sparsity.allocation.base import LAYER_ERRORS, Allocation, Contest, Part, by_groups
 from sparsity.allocation.budget import Sparsity, budget, fraction
+from sparsity.allocation.ratios import check_bounds, rounded, spread, total_of
 from sparsity.allocation.ratios import limits as bounds_of
-from sparsity.allocation.ratios import rounded, spread, total_of
 from sparsity.errors import UserError
 from sparsity.pattern import NM, Block
 from sparsity.selection import (
@@ -304,6 +304,26 @@ def _whole_blocks(counts: Sequence[int], block: Block) -> list[int]:
     return [whole + (i in first) for i, (whole, _) in enumerate(parts)]
 
 
+def check_allocation(plan: "Plan") -> None:
+    """Raise UserError for bounds, and for what an allocation measures, that the plan cannot have."""
+    check_bounds(plan.min_keep, plan.max_keep)
+    if plan.whole:
+        for option in plan.bounds:
+            raise UserError(f"{plan.name} decides by itself how many weights each block keeps: leave --{option} out")
+    if plan.learned and LAYER_ERRORS in plan.allocation.statistics:
+        raise UserError(
+            f"--allocation error measures what the masks of a layer cost, and {plan.name} learns its scores for the"
+            " layers' shares: take another allocation"
+        )
+    if plan.learned and plan.allocation.by_scores and {"min_keep", "max_keep"} & set(plan.bounds):
+        raise UserError(
+            f"--allocation {plan.allocation.name}: {plan.name} learns its scores for what each layer loses, and they"
+            " would decide that: leave --min_keep and --max_keep out, or take another allocation"
+        )
+    if plan.steps > 1 and "max_keep" in plan.bounds:
+        raise UserError("--max_keep: the first of several steps prunes less than that of each layer: leave it out")
+
+
 def check_target(plan: "Plan") -> None:
     """Raise UserError for a dense target that the plan cannot have."""
     solver = plan.reconstruction
@@ -326,5 +346,7 @@ def check_block_steps(plan: "Plan") -> None:
     if not plan.sequential:
         how = "--calibration_mode sequential" if plan.of_inputs else "--reconstruct lsq"
         raise UserError(f"--block_steps trains block by block, which {plan.name} is not pruned here: give {how}")
+    if plan.calibrate_within != "block":
+        raise UserError("--block_steps trains whole blocks: leave --calibrate_within out")
     if plan.steps > 1:
         raise UserError("--block_steps needs --epochs 1: after the first step the model is not dense any more")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import UserError
+from sparsity.replay.repeated import Budget, Repeated
+from sparsity.replay.trace import units
 from sparsity.statistics.inputs import untouched
-from sparsity.view import Output, PrunableView, PrunableWeight
+from sparsity.view import Output, PrunableView, PrunableWeight, eager
 
 _MOST = 1 << 20  # numbers of an output that are compared: of a larger one, evenly spread
 
@@ -17,13 +19,21 @@ _MOST = 1 << 20  # numbers of an output that are compared: of a larger one, even
 class Outputs:
     """The outputs of the model as it is for a few batches, on the host: those of its view, or what its forward returns.
     Raises UserError where that is no tensor.
+
+    budget: bytes of what blocks take and give for these batches that are kept, so that blocks before the one that is
+    changed, and other towers, run once only (default: all).
     """
 
-    def __init__(self, view: PrunableView, batches: Sequence[Any]):
+    def __init__(self, view: PrunableView, batches: Sequence[Any], budget: int | None = None):
         self._view, self._batches = view, batches
         self._run: Callable[[Any], Any] = view.outputs if view.has_outputs else view.forward
+        blocks, left = units(view), Budget(budget)
+        self._repeated = [Repeated(blocks, left) for _ in batches]
+        self._before: list[list[Tensor]] = []
         with _quiet(view):
-            self._before = [_tensors(self._run(batch)) for batch in batches]
+            for batch, repeated in zip(batches, self._repeated, strict=True):
+                with repeated.recorded():
+                    self._before.append(_tensors(self._run(batch)))
         if not all(self._before):
             raise UserError(
                 "--allocation error:output compares what the model gives for a batch, and its view's forward returns no"
@@ -36,8 +46,10 @@ class Outputs:
         """
         total = 0.0
         with _quiet(self._view), _replaced(weight, changed):
-            for batch, before in zip(self._batches, self._before, strict=True):
-                for was, now in zip(before, _tensors(self._run(batch)), strict=True):
+            for batch, before, repeated in zip(self._batches, self._before, self._repeated, strict=True):
+                with repeated.repeated(weight.parameter):
+                    after = _tensors(self._run(batch))
+                for was, now in zip(before, after, strict=True):
                     size = float(was.square().sum())
                     total += float((now - was).square().sum()) / size if size > 0 else 0.0
         return total
@@ -45,7 +57,7 @@ class Outputs:
 
 @contextmanager
 def _quiet(view: PrunableView) -> Iterator[None]:
-    with untouched(view.model), torch.inference_mode(False), torch.no_grad():
+    with untouched(view.model), eager(view.model), torch.inference_mode(False), torch.no_grad():
         yield
 
 
