@@ -20,7 +20,8 @@ _HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-wid
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1em; color: #222;
   background: #fff; overflow-wrap: break-word }
-h1 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: .8em; margin-top: 1.6em } p, dl { max-width: 75ch }
+h1 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: .8em; margin-top: 1.6em }
+p, dl { max-width: 75ch }
 nav { background: #f4f4f4; padding: .6em 1em; border-radius: 4px } nav p { margin: .3em 0; max-width: none }
 a { color: #0b57a4 } small { color: #555 } summary { cursor: pointer; padding: .3em 0 }
 dt { font-weight: 600 } dd { margin: 0 0 .4em 1.2em }

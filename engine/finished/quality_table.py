@@ -213,11 +213,12 @@ def _plot_side_by_side(folder: Path, study: Study) -> None:
     for level in study.levels:
         plans = sorted((plan for plan in study.plans if level in plan.values), key=lambda plan: plan.name)
         values = zip(*(plan.summary(level) for plan in plans), strict=True)
-        curves = {column: {_named(level): list(own)} for column, own in zip(study.columns, values, strict=True)}
-        flat = _curves(study)[2]
-        plot_curves(
-            folder / f"{study.name}_{level}.png", [p.name for p in plans], curves, flat, f"{study.name}, {level} %"
-        )
+        names, flat = [plan.name for plan in plans], _curves(study)[2]
+        panels = [
+            Panel(axis_name(column), names, {level_name(level): list(own)}, flat[column], across="plan")
+            for column, own in zip(study.columns, values, strict=True)
+        ]
+        plot_panels(folder / f"{study.name}_{level}.png", panels, f"{study.name}, {level_name(level)}")
 
 
 def _panel(study: Study) -> Panel:

@@ -79,7 +79,10 @@ def _summary(runs: Sequence[Run]) -> Iterator[Section]:
         " which weights these are; some pruners (solvers) also update the weights that are kept. Only rows that are"
         " called “recovered” were trained afterwards."
     )
-    parts = [f"<p>{what}</p>", f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in known)}</ul>" if known else ""]
+    parts = [
+        f"<p>{what}</p>",
+        f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in known)}</ul>" if known else "",
+    ]
     if measures := _drawn(runs):
         parts.append("<p>Quality that is left, the best first at each sparsity; bars: of the dense model's.</p>")
         parts.append(_left(runs, measures))
@@ -229,7 +232,9 @@ def _ranking(run: Run) -> Iterator[str]:
     if not rows:
         return
     near = min((float(row["sparsity"]) for row in rows), key=lambda level: abs(level - target))
-    rows = sorted((row for row in rows if float(row["sparsity"]) == near), key=lambda row: -float(row["relative_error"]))
+    rows = sorted(
+        (row for row in rows if float(row["sparsity"]) == near), key=lambda row: -float(row["relative_error"])
+    )
     most = float(rows[0]["relative_error"])
     ends = rows if len(rows) <= 2 * _SHOWN else rows[:_SHOWN] + rows[-_SHOWN:]
     body = [

@@ -186,7 +186,7 @@ Curve = Sequence[tuple[float, float | None] | None]  # mean and standard error a
 @dataclass(frozen=True)
 class Panel:
     """Curves of quality by level. measure: what they show, with its unit. levels: from left to right. curves: by plan.
-    flat: name -> a value at all levels, such as the dense model's. heading: above the panel.
+    flat: name -> a value at all levels, such as the dense model's. heading: above the panel. across: what levels are.
     """
 
     measure: str
@@ -194,6 +194,7 @@ class Panel:
     curves: Mapping[str, Curve]
     flat: Mapping[str, float]
     heading: str = ""
+    across: str = "sparsity, or N:M pattern"
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
@@ -218,7 +219,7 @@ def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
             deviation = [error or 0.0 for error in errors]
             lines[plan] = axis.errorbar(places, means, deviation, capsize=2, linewidth=1.4, **look)
         axis.set(xticks=range(len(panel.levels)), xticklabels=panel.levels, title=panel.heading)
-        axis.set(xlabel="sparsity, or N:M pattern", ylabel=panel.measure)
+        axis.set(xlabel=panel.across, ylabel=panel.measure)
         low, high = axis.get_ylim()
         if 0 < low < high / 2:  # lengths can be compared; else the curves would be flat
             axis.set_ylim(bottom=0)
