@@ -20,10 +20,11 @@ needs_browser = pytest.mark.skipif(
     not _BROWSER, reason=f"none of {', '.join(_NAMES)} is on PATH: apt-get install chromium, or Google Chrome's package"
 )
 
-# The page is in a frame of the wanted width, of the same origin, so that a script beside it can look into it; nothing is
-# added to the page. Long tables are unfolded first.
+# The page is in a frame of the wanted width, of the same origin, so that a script beside it can look into it; nothing
+# is added to the page. Long tables are unfolded first.
 _WRAPPER = """<!doctype html><html><head><meta charset="utf-8"><link rel="icon" href="data:,"></head>
-<body style="margin: 0"><iframe style="border: 0; width: {width}px; height: {height}px" srcdoc="{page}"></iframe><script>
+<body style="margin: 0"><iframe style="border: 0; width: {width}px; height: {height}px" srcdoc="{page}"></iframe>
+<script>
 addEventListener("load", () => {{
   const view = document.querySelector("iframe").contentWindow, page = view.document;
   const all = (what, told) => [...page.querySelectorAll(what)].map(told);

@@ -75,14 +75,12 @@ def _summary(runs: Sequence[Run]) -> Iterator[Section]:
     facts = runs[0].told.get("facts", {})
     known = [f"{key}: {facts[key]}" for key in ("weights", "prunable weights", "calibration data") if key in facts]
     what = (
-        "Pruning sets weights to zero; the sparsity is the share of the prunable weights that are zero. A pruner chooses"
+        "Pruning sets weights to zero; the sparsity is the share of the prunable weights that are zero. A pruner says"
         " which weights these are; some pruners (solvers) also update the weights that are kept. Only rows that are"
         " called “recovered” were trained afterwards."
     )
-    parts = [
-        f"<p>{what}</p>",
-        f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in known)}</ul>" if known else "",
-    ]
+    known.insert(0, f"runs: {'; '.join(run.told['title'] for run in runs)}")
+    parts = [f"<p>{what}</p>", f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in known)}</ul>"]
     if measures := _drawn(runs):
         parts.append("<p>Quality that is left, the best first at each sparsity; bars: of the dense model's.</p>")
         parts.append(_left(runs, measures))
@@ -189,8 +187,8 @@ def _retrieved(runs: Sequence[Run]) -> Iterator[Section]:
         rows.append(own + [_picture(found, numbers[i], right) for _, found, numbers in columns])
     what = (
         "The picture that each model ranks first for a caption (text-to-image retrieval), among all pictures of the"
-        f" evaluation, for its first {len(rows)} captions. Green and ✓: the picture that belongs to the caption; red and"
-        " ✗: another one, though it may look alike."
+        f" evaluation, for its first {len(rows)} captions. Green and ✓: the picture that belongs to the caption; red"
+        " and ✗: another one, though it may look alike."
     )
     head = ("caption (query)", "its picture", *(name for name, _, _ in columns))
     yield Section("Retrieved pictures", f"<p>{what}</p>{table(head, rows, 'found')}")

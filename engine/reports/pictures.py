@@ -25,8 +25,8 @@ _HEAT = (
 )
 _MAGNITUDES = (
     "Histograms of the weights by their magnitude, both axes logarithmic: grey, all weights of the dense model; lines,"
-    " those that each mask keeps, at their dense values. A line that follows the grey area on the right and falls on the"
-    " left: small weights are pruned."
+    " those that each mask keeps, at their dense values. A line that follows the grey area on the right and falls on"
+    " the left: small weights are pruned."
 )
 _OVERLAP = (
     "How far two masks agree: of the weights that either keeps (left) or prunes (right), the share that both do; 1: the"
