@@ -29,6 +29,7 @@ dt { font-weight: 600 } dd { margin: 0 0 .4em 1.2em }
 table { border-collapse: collapse; font-size: 13px }
 th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .left th, .left td { text-align: left }
+.number { display: inline-block; min-width: 2.8em; text-align: right }
 .bar { display: inline-block; width: 110px; height: .7em; background: #e4e4e4 }
 .bar i { display: block; height: 100%; background: #1f77b4 }
 .plot { max-width: 100%; height: auto }
@@ -36,7 +37,8 @@ th:first-child, td:first-child, .left th, .left td { text-align: left }
 .found td:first-child { text-align: left; min-width: 130px; max-width: 260px }
 .found img { width: 96px; border: 4px solid #ccc; border-radius: 4px }
 .found img.right { border-color: #2a8a3c } .found img.wrong { border-color: #c0392b }
-@media (max-width: 800px) { .plot { max-width: none; width: 800px } .bar { width: 50px } }
+@media (max-width: 800px) { .plot { max-width: none; width: 800px } .bar { width: 50px }
+  .parts { display: none } }
 """
 
 
@@ -80,7 +82,7 @@ def _navigation(compared: Sequence[Section], runs: Sequence[Run], reports: Seque
     lines = [" · ".join(_link(each.id, each.heading) for each in compared)]
     for run, report in zip(runs, reports, strict=True):
         inside = ", ".join(_link(anchor(run.name, heading), heading) for heading in headings(report))
-        lines.append(f"Run {_link(anchor('run', run.name), run.name)}: {inside}")
+        lines.append(f'Run {_link(anchor("run", run.name), run.name)}<span class="parts">: {inside}</span>')
     return f"<nav>{''.join(f'<p>{line}</p>' for line in lines)}</nav>"
 
 

@@ -105,8 +105,13 @@ def _bar(value: float, whole: float | None) -> str:
     if not whole:
         return f"{value:.1f}"
     share = 100 * value / whole
+    return f"{_length(f'{value:.1f}', share)} <small>{share:.0f} %</small>"
+
+
+def _length(number: str, share: float) -> str:
+    """Return a number and a bar of a length in per cent."""
     bar = f'<span class="bar"><i style="width: {min(100.0, max(0.0, share)):.0f}%"></i></span>'
-    return f"{value:.1f} {bar} <small>{share:.0f} %</small>"
+    return f'<span class="number">{number}</span> {bar}'
 
 
 def _numbers(runs: Sequence[Run]) -> Iterator[Section]:
@@ -215,9 +220,9 @@ def _sensitive(runs: Sequence[Run]) -> Iterator[Section]:
     if not parts:
         return
     what = (
-        "How much a layer suffers when it is pruned by itself, while the others stay dense: the error of its output,"
-        " relative to the size of that output, in per cent (0: nothing is lost, 100: as bad as an output of zero). An"
-        " allocation that knows this prunes sensitive layers less, and the others more."
+        "How much a layer suffers when it is pruned on the inputs of the dense model: the squared error of its output,"
+        " relative to the squared size of that output, in per cent (0: nothing is lost, 100: as bad as an output of"
+        " zero). An allocation that knows this prunes sensitive layers less, and the others more."
     )
     yield Section("Sensitivity of layers", f"<p>{what}</p>{''.join(parts)}")
 
@@ -233,12 +238,13 @@ def _ranking(run: Run) -> Iterator[str]:
     rows = sorted(
         (row for row in rows if float(row["sparsity"]) == near), key=lambda row: -float(row["relative_error"])
     )
-    most = float(rows[0]["relative_error"])
+    most = float(rows[0]["relative_error"]) or 1.0
     ends = rows if len(rows) <= 2 * _SHOWN else rows[:_SHOWN] + rows[-_SHOWN:]
-    body = [
-        [html.escape(row["layer"]), html.escape(row["group"]), f"{int(row['weights']):,}", _length(row, most)]
-        for row in ends
-    ]
+    body = []
+    for row in ends:
+        error = float(row["relative_error"])
+        names = [html.escape(row["layer"]), html.escape(row["group"]), f"{int(row['weights']):,}"]
+        body.append([*names, _length(f"{100 * error:.3g}", 100 * error / most)])
     if len(rows) > len(ends):
         body.insert(_SHOWN, [f"… {len(rows) - len(ends)} layers between", "", "", ""])
     percent = f"{100 * near:.3g} %"
@@ -248,9 +254,3 @@ def _ranking(run: Run) -> Iterator[str]:
         f' (<a href="#{where}">all layers, at all sparsities</a>):</p>'
     )
     yield table(["layer", "modality", "weights", f"error of its output at {percent} (%)"], body, "left")
-
-
-def _length(row: Mapping[str, str], most: float) -> str:
-    error = float(row["relative_error"])
-    width = 100 * error / most if most else 0.0
-    return f'{100 * error:.3g} <span class="bar"><i style="width: {width:.0f}%"></i></span>'

@@ -19,6 +19,7 @@ from sparsity.files import replacing
 _TAIL = 1e-4  # share of the smallest weights that histograms leave out
 _GAP = "#e8e8e8"  # where a block has no such weight
 _MARKS = "osD^vPX"  # of curves, so that they are told apart without colours
+_COLUMNS = 2  # of panels, so that their text is read in a page of usual width
 _DASHES = ("--", ":", "-.")
 
 
@@ -174,7 +175,7 @@ def plot_sensitivity(
             axes[1, column].plot(places, [value for name in curves for value in outputs[name]], ".", markersize=5)
             axes[1, column].set(xlabel="prunable layer, in the model's order", yscale="log")
             axes[1, column].grid(alpha=0.3)
-    axes[0, 0].set_ylabel("relative error of its output (%)\ndark: first layers, light: last")
+    axes[0, 0].set_ylabel("relative squared error of its output (%)\na line for each layer, dark: first, light: last")
     if outputs:
         axes[1, 0].set_ylabel("change of the model's output\nfor each unit of error")
     _save(figure, path, title)
@@ -198,16 +199,20 @@ class Panel:
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Plot curves of quality by level, a panel beside the other, with one legend for all.
+    """Plot curves of quality by level, two panels in a row, with one legend for all.
 
     A plan has the same colour and mark in all panels.
     """
     names = list(dict.fromkeys(plan for panel in panels for plan in panel.curves))
     flat = list(dict.fromkeys(name for panel in panels for name in panel.flat))
-    figure = _figure(1 + 5.0 * len(panels), 4.6)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(1 + 5.0 * columns, 0.8 + 3.8 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     lines: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels, strict=True):
+    for axis, panel in zip(axes, panels, strict=False):
         for name, value in panel.flat.items():
             style = _DASHES[flat.index(name) % len(_DASHES)]
             lines[name] = axis.axhline(value, color="black", linewidth=1.2, linestyle=style)
