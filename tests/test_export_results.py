@@ -127,7 +127,8 @@ def round_trip(folder: Path, weights: list[str], graphs: list, load: str) -> Pat
     return out / "dense"
 
 
-@pytest.mark.parametrize("library", ["timm", pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["timm", "hf"])
 def test_a_result_of_another_library(tmp_path: Path, images: Path, graphs: list, library: str) -> None:
     if library == "hf":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
