@@ -45,6 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> PrunedModel:
     """Everything that can be refused before heavy imports."""
+    if args.task and models.kind(args.model) == "external":
+        raise UserError("--task is for models of this project: leave it out, and give the result's folder to -m")
     if args.task:
         models.check_task(args.model, args.task)
     config = configured(args, models.kind(args.model), models.NAMES, models.ANY)

@@ -311,7 +311,7 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def own(self) -> bool:
-        """Whether the data is a folder of the user's."""
+        """Return whether the data is a folder of the user."""
         return self.dataset not in CLASSIFICATION
 
     def overridden(self, options: Mapping[str, Any]) -> Self:
@@ -326,5 +326,5 @@ class ClassificationConfig(TaskConfig):
             LabelledImages(self.dataset, split, self.folder).check()
 
     def sizes(self, pretrained: Any) -> Any:
-        """Those of the pretrained model, a dataclass with `image_size`, with the task's images."""
+        """Return the sizes of the pretrained model, a dataclass with `image_size`, with the task's image size."""
         return replace(pretrained, image_size=self.image_res or pretrained.image_size)

@@ -202,7 +202,7 @@ def _here(value: Any) -> Any:
 
 
 def _number(value: Any, where: str) -> float:
-    """YAML 1.1 reads 1e-4 as text: accept it as the number that it is meant to be."""
+    """Convert text such as 1e-4, which YAML 1.1 does not read as a number, to a number."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -213,7 +213,7 @@ def _number(value: Any, where: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    """The value for a message: short, also where aliases in a file make it endless."""
+    """Return the value for a message, shortened, even if aliases in the file make it endless."""
     shown = reprlib.Repr()
     shown.maxstring = shown.maxother = 60
     shown.maxlevel = 2

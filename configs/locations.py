@@ -1,4 +1,4 @@
-"""Where the project's own files are, from whichever folder a script was started."""
+"""The places of the project's own files, independent of the folder in which a script was started."""
 
 from pathlib import Path
 from typing import TypeVar

@@ -72,7 +72,7 @@ class PrunedModel:
 
     @property
     def checkpoint(self) -> str | None:
-        """The file with the weights; None for random ones."""
+        """Return the file with the weights; None for random ones."""
         return None if self.weights == "random" else self.weights
 
     @property
@@ -81,7 +81,7 @@ class PrunedModel:
         return {}
 
     def learning(self) -> PrunedModel:
-        """This, where something is learned step by step, which needs the bits of float32."""
+        """Return this configuration for training, which needs the precision of float32."""
         return self
 
     def check(self, where: str, evaluate: bool) -> None:
@@ -156,7 +156,7 @@ class PruneConfig(PrunedModel):
         return {"k_test": self.evaluation.k_test}
 
     def reranking(self, k_test: int) -> PruneConfig:
-        """This, where the evaluation re-ranks `k_test` candidates."""
+        """Return this configuration with an evaluation that re-ranks `k_test` candidates."""
         return replace(self, evaluation=replace(self.evaluation, k_test=k_test))
 
 
@@ -294,7 +294,7 @@ class ExternalPruneConfig(PrunedModel):
             raise UserError(f"loss must be package.module:function, got {self.loss!r}")
 
     def learning(self) -> ExternalPruneConfig:
-        """This, in float32."""
+        """Return this configuration in float32."""
         return replace(self, dtype="float32")
 
     @property

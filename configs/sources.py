@@ -95,12 +95,12 @@ class LabelledImages:
 
     @property
     def images(self) -> Path:
-        """Where the images are."""
+        """Return the folder of the images."""
         return self.folder / LABELLED[self.dataset].format(split=self.split)
 
     @property
     def classes(self) -> Path:
-        """The file with the names of the classes."""
+        """Return the file with the names of the classes."""
         return self.folder / "annots" / "metadata.csv"
 
     def check(self) -> None:

@@ -118,7 +118,7 @@ _SHOWN.maxstring = _SHOWN.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value of JSON, for messages."""
+    """Return the beginning of a JSON value, for messages."""
     return _SHOWN.repr(value)[:60]
 
 
@@ -213,7 +213,7 @@ class ImageRoot:
             raise MissingFileError(f"{root}: image folder not found; {HOW_TO_GET}")
 
     def find(self, path: str) -> Path:
-        """Where an image lies; the path in this folder where it lies nowhere."""
+        """Return the path of an image; the path in this folder if it is nowhere."""
         direct = os.path.join(self.root, path)
         if os.path.isfile(direct):  # what pathlib does in more than twice the time
             return Path(direct)

@@ -1,4 +1,4 @@
-"""Which sample is read when: an order that a run can leave and enter again at any batch."""
+"""The order in which samples are read; a run can stop and resume in it at any batch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SIGNS = {
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code with which a script ends on this error."""
+    """Return the exit code with which a script ends on this error."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, UserError):

@@ -174,9 +174,7 @@ def _accelerator(wanted: str) -> str:
 
 
 def set_arithmetic(args: argparse.Namespace) -> None:
-    """The one place where float32 products are told to be exact (TF32 off unless `--tf32`), and algorithms to be the
-    same in each run (`--deterministic`).
-    """
+    """Set the precision of float32 products (`--tf32`) and whether algorithms are reproducible (`--deterministic`)."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = args.tf32

@@ -1,8 +1,8 @@
-"""One run at a time in an output folder: a small file there says who holds it.
+"""One run at a time in an output folder: a small file there names the process that holds it.
 
-The file is only read and written under the system's lock on it, for a moment, so that of two runs that begin together
-one is refused. What says that a holder is gone: on the same machine, its process; on another, that it no longer touches
-the file.
+The file is only read and written under a short lock of the system, so that of two runs that begin together one is
+refused. A holder on the same machine is gone when its process is; one on another machine, when it no longer touches the
+file.
 """
 
 import atexit
@@ -40,7 +40,7 @@ class Holder:
     since: str  # for the reader
 
     def is_gone(self, silent: float) -> bool:
-        """silent: seconds since the file was touched."""
+        """Return whether the process is gone. silent: seconds since the file was touched."""
         if self.host != socket.gethostname():
             return silent > SILENCE
         return self.boot != _boot() or self.began != _began(self.pid)
@@ -54,7 +54,7 @@ def _boot() -> str:
 
 
 def _began(pid: int) -> str:
-    """When a process of this machine began: a number may be given again. "" where there is no such process."""
+    """Return when a process of this machine began, since numbers are reused; "" if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -76,7 +76,7 @@ def _self() -> Holder:
 
 
 class FolderLock:
-    """Holds a folder until `release`, and removes from it what a run that was killed had half written.
+    """Hold a folder until `release`, and remove the half-written files of a killed run from it.
 
     UserError, naming the holder, where another run has the folder.
     """
@@ -129,7 +129,7 @@ def _same(one: Holder, other: Holder) -> bool:
 
 
 def _read(handle: int) -> Holder | None:
-    """Who holds the file; None where nobody does, or a process died while it wrote."""
+    """Return the holder of the file; None if there is none, or a process died while it wrote."""
     try:
         return Holder(**json.loads(os.pread(handle, 10_000, 0)))
     except (ValueError, TypeError):
@@ -138,7 +138,7 @@ def _read(handle: int) -> Holder | None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[int]:
-    """The file, opened and, where the file system can do that, locked for a moment."""
+    """Open the file, and lock it for a moment if the file system can."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

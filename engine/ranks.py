@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 from datasets.place import Place
 
 T = TypeVar("T")
-PAUSE = 0.25  # seconds between two looks at what the other ranks say
+PAUSE = 0.25  # seconds between two checks of the other ranks
 GRACE = 10.0  # seconds in which a rank ends by itself, once another has failed
 
 
@@ -92,7 +92,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.code: int | None = None  # of the rank that failed first, where it is another
-        self.alone = False  # rank 0 has gone without a word
+        self.alone = False  # rank 0 has ended without an exit code
         self._store: Any = None
         self._left = threading.Event()
         self._distributed: Any = None

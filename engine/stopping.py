@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which schedulers send before they kill: a run saves, and ends as one that can go on.
+"""SIGTERM and SIGUSR1, which schedulers send before they kill a run: it saves, and ends so that it can be resumed.
 
 Signals are the process's, so this module keeps the one state that there is of them.
 """
@@ -19,8 +19,8 @@ class Stopped(BaseException):
 
 class _State:
     asked = ""  # name of the signal that came
-    waits = False  # for a place where it is good to stop
-    process = 0  # that listens: children that are forked inherit the handler
+    waits = False  # whether a signal is only noted, and raised later
+    process = 0  # id of the process that listens: forked children inherit the handler
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _come(number: int, _: Any) -> None:
 
 
 def asked() -> str:
-    """The name of the signal that has come; "" where none has."""
+    """Return the name of the signal that was received; "" if there was none."""
     return _State.asked
 
 

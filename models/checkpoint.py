@@ -1,4 +1,4 @@
-"""Weights of public and own checkpoints into a model: wrappers unpacked, prefixes stripped, positions interpolated."""
+"""Load public and own checkpoints into a model: unpack wrappers, strip prefixes, interpolate positions."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WRAPPERS = ("model", "model_state", "state_dict", "student")  # keys under which public checkpoints hold the weights
 AVERAGED = ("state_dict_ema", "model_ema")  # those of averaged weights beside them, as timm's training writes
 TIMM = (*AVERAGED, "state_dict", *WRAPPERS)  # in the order in which timm looks for them: averaged ones first
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like this is a file, there or not
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # names with these endings are files, whether or not they exist
 SHOWN = 3  # names in an error message
 HALF = (torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ def _download(repository: str) -> Path:
             continue
         except UserError:
             raise
-        except Exception as error:  # of the network, of the hub, of a name that is none
+        except Exception as error:  # network, hub, or a malformed name
             raise UserError(f"{repository}: cannot be downloaded: {first_line(error)}") from error
     why = "is neither a folder nor in the cache, and the hub does not answer" if offline else "has no weights"
     raise MissingFileError(f"{repository}: {why}; expected {' or '.join(SAVED)}")
@@ -215,7 +215,7 @@ def half_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 
 def _misfits(weights: dict[str, Tensor], state: dict[str, Tensor], ignored: Sequence[str]) -> dict[str, list[str]]:
-    """List what keeps weights of a file from being those of a model, whose tied tensors are one object in `state`."""
+    """List why the weights of a file do not fit a model, whose tied tensors are one object in `state`."""
     misshapen, tied, first = [], [], {}
     for name, tensor in weights.items():
         if name in state and tensor.shape != state[name].shape:

@@ -1,4 +1,4 @@
-"""Scores, what a weight is worth: one file per method, whose name is its name on the command line.
+"""Scores, the importance of each weight: one file per method, whose name is its name on the command line.
 
 `available()` lists them and imports none; `build(name)` imports that one alone. `prune` is all of it in one call.
 `presets()` lists the names that stand for a pruner with options, which `build` and `prune` take in its place.
@@ -29,7 +29,7 @@ _PRUNERS = Registry("pruner", "pruners", "pruners.base:Pruner", ("base", "preset
 
 
 def available() -> list[str]:
-    """Return the names of the pruners: the files of this folder but for their base and the presets."""
+    """Return the names of the pruners: the files of this folder except their base and the presets."""
     return _PRUNERS.names()
 
 

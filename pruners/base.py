@@ -1,4 +1,4 @@
-"""A pruner is an equation: it turns a weight, and what calibration has told about it, into a score.
+"""A pruner is an equation: it turns a weight, and its calibration statistics, into a score.
 
 How many weights are pruned, where, on which inputs, in how many steps, and what becomes of the others are other axes of
 a plan (sparsity.run.plan); a pruner says which values of them it is published with. A new method is a file with a class

@@ -1,4 +1,4 @@
-"""Presets: names that stand for a pruner with options, which is looked up before anything is loaded.
+"""Presets: names that stand for a pruner with options, looked up before anything is loaded.
 
 What a preset stands for depends on the pattern, or on the sparsity, alone. An option that is given beats the preset's.
 A preset whose table changes gets the next version, which masks and reports record with what it stood for.
@@ -52,15 +52,15 @@ class Preset:
         return found
 
 
-# A target that is half the dense model's, with biases that keep the mean output, is ahead at 75 and 90 % of vit-mini and
-# xvlm-mini; layers whose error moves the output of the model lose less: far ahead at 90 %. At 2:4 nothing is ahead of
-# plain ALPS, which is cheaper.
+# Half the dense model's output as target, with biases that keep the mean output, leads at 75 and 90 % on vit-mini and
+# xvlm-mini. Layers whose error moves the output of the model more lose less, which is far ahead at 90 %. At 2:4 nothing
+# is ahead of plain ALPS, which is cheaper.
 _SOLVED: dict[str, Any] = {"target": "dense:0.5", "damp": "auto", "correct_bias": True}
 _SHARED_OUT = Choice("alps", {**_SOLVED, "allocation": "error:output"})
 _PLAIN, _FAST = Choice("alps"), Choice("wanda")
 
 PRESETS = {
-    "best": Preset("the best quality that is known without training; solves each layer", 4, _PLAIN, {"0": _SHARED_OUT}),
+    "best": Preset("the best known quality without training; solves each layer", 4, _PLAIN, {"0": _SHARED_OUT}),
     "fast": Preset("good masks from one pass over the data; the kept weights stay as they are", 1, _FAST, {"0": _FAST}),
 }
 

@@ -5,7 +5,7 @@ from pruners.base import Pruner
 
 
 class Rand(Pruner):
-    """Random pruning: scores are i.i.d. uniform, one draw from the seed for all sparsities, alike on every device."""
+    """Random pruning: scores are i.i.d. uniform, one draw from the seed for all sparsities and devices."""
 
     draws = True
 

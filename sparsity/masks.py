@@ -56,7 +56,7 @@ TIES = "equal scores: prunable order, then row-major in (out, in), lowest index 
 # Where `report` warns: a layer that keeps one weight in a thousand no longer carries a signal, and a modality that
 # keeps one in fifty has collapsed.
 _LAYER_LIMIT, _GROUP_LIMIT = 0.999, 0.98
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-point number -> what its bits are
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a floating-point number -> integers of its bits
 
 
 class Masks(Mapping[str, Tensor]):
@@ -211,7 +211,7 @@ class Masks(Mapping[str, Tensor]):
         self._names(view)
 
     def apply(self, view: PrunableView) -> None:
-        """Zeroes the pruned weights in place, under all their names, and puts in those that the method has updated.
+        """Zero the pruned weights in place, under all their names, and write those that the method has updated.
 
         Nothing is changed when the masks do not fit.
         """
@@ -274,7 +274,7 @@ class Masks(Mapping[str, Tensor]):
             parameter[~self[own].to(parameter.device)] = before.to(parameter.device)
 
     def hold(self, view: PrunableView, optimizer: torch.optim.Optimizer) -> "Hold":
-        """Applies the masks, and returns what keeps the zeros in training."""
+        """Apply the masks, and return the object that keeps the zeros in training."""
         self.apply(view)
         return Hold(self, view, optimizer)
 
@@ -290,7 +290,7 @@ class Masks(Mapping[str, Tensor]):
 
 
 class Hold:
-    """Keeps pruned weights at zero while a model trains.
+    """Keep pruned weights at zero while a model trains.
 
     A weight that is zero, with a zero gradient and zero moments, stays zero under weight decay and momentum alike: so
     masking the gradients before each step is all that is needed. `verify` makes sure of it before a checkpoint is
@@ -306,7 +306,7 @@ class Hold:
         self._clear_moments()  # a resumed optimizer may have moved while the model was dense
 
     def before_step(self) -> None:
-        """Zeroes the gradients of pruned weights. Call it after backward (and unscaling), before clipping.
+        """Zero the gradients of pruned weights. Call it after backward (and unscaling), before clipping.
 
         Their bits are cleared, which is faster than masked_fill_, and not multiplied: an inf of fp16 times zero would
         be NaN.
@@ -317,7 +317,7 @@ class Hold:
 
     @torch.no_grad()
     def verify(self) -> int:
-        """How many pruned weights are not zero; they are set back to zero, with the optimizer's moments."""
+        """Return how many pruned weights are not zero; set them back to zero, with the optimizer's moments."""
         violations = 0
         for parameter, kept in self._kept:
             moved = int((parameter != 0).logical_and_(kept == 0).count_nonzero())
@@ -395,5 +395,5 @@ def _unpickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on pickles, which says less than the error below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is anyone's guess
+    except Exception as error:  # a damaged pickle can raise anything
         raise BadFileError("neither safetensors nor a pickle of tensors could be read from it") from error

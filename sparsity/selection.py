@@ -1,4 +1,4 @@
-"""Which scores are the k lowest: the one place where a threshold is computed.
+"""Selection of the k lowest scores: the only place where a threshold is computed.
 
 Exactly k go, also when scores tie: ties are pruned in prunable order, then row-major in the (out, in) view, lowest
 index first.

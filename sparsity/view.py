@@ -1,4 +1,4 @@
-"""A prunable model is a view, not a surgery: nothing in the model is replaced, and no state-dict key changes.
+"""A view of a prunable model: nothing in the model is replaced, and no state-dict key changes.
 
 The view names the prunable weights (an nn.Linear's, or a transformers Conv1D's), finds tied ones by parameter identity,
 and refuses by name what it could only prune wrongly. `canonical` is the one place where the prefixes of wrappers
@@ -21,7 +21,7 @@ from sparsity.errors import UserError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # narrower ones need scales of their own
 IN, OUT = "in_proj_weight", "out_proj.weight"  # of nn.MultiheadAttention: (3 d, d) for query, key and value, and (d, d)
-_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that multiply nothing
+_TABLES = ("bias", "pos_embed")  # in names of 3-D parameters that are added, not multiplied
 _WRAPPERS = re.compile(r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod\.|_forward_module\.)(?:module\.)*")
 
 
@@ -72,7 +72,7 @@ def module_name(raw: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """Something that a model gives for a batch of B samples, as another model is taught to give it.
+    """An output of a model for a batch of B samples, which another model is taught to match.
 
     kind: what of it (B, ..., width) is compared: of "logits" the softmax, of an "embedding" the direction, of "states"
     the numbers. real: bool, the shape of `tensor` without its last axis, false at padding; None: all is real.

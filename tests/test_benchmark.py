@@ -8,11 +8,11 @@ import pytest
 
 import benchmark
 import prune
-from engine.deployment import onnx_files
+from engine.deployment.options import PACKAGES
 from sparsity.errors import UserError
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
-ONNX = all(importlib.util.find_spec(name) for name in onnx_files.PACKAGES)
+ONNX = all(importlib.util.find_spec(name) for name in PACKAGES)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """export.py: what it writes is loaded and run by programs that do not know this project."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 import export
 import prune
-from engine.deployment import onnx_files
 from models.checkpoint import read_weights
 from models.external import model as external
 from sparsity.errors import UserError
@@ -73,7 +73,7 @@ assert sum(int((p == 0).sum()) for p in matrices) > 0.8 * sum(p.numel() for p in
 # The dense folder of a tower pair, read by the models of transformers and timm that have the same layers: sizes are
 # those of config.json. `near` compares with what the model itself gave for the inputs of a part.
 TOWERS = """
-import timm, transformers
+import functools, timm, transformers
 from torch.nn.functional import linear, normalize
 sizes, state = json.loads(Path(sys.argv[1], "config.json").read_text()), load_file(sys.argv[1] + "/model.safetensors")
 vision, text = sizes["vision"], sizes["text"]
@@ -101,7 +101,9 @@ def bert(prefix, first, last, crossed):
     missing = set(model.state_dict()) - set(own)
     assert not {{key for key in missing if "position_ids" not in key and "token_type_ids" not in key}}, missing
     model.load_state_dict(own, strict=False)
-    model.config.is_decoder = False  # its mask is not causal
+    model.config.is_decoder = False
+    for module in model.modules():
+        module.is_causal = False
     return model
 
 def near(found, part, output):
@@ -145,7 +147,7 @@ BLIP = """
     vit = timm.models.VisionTransformer(
         img_size=vision["image_size"], patch_size=vision["patch_size"], embed_dim=vision["width"],
         depth=vision["layers"], num_heads=vision["heads"], mlp_ratio=vision["mlp_ratio"], num_classes=0,
-        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
     ).eval()
     vit.load_state_dict(under("visual_encoder."))
     tokens = vit.forward_features(given["vision"]["image"])
@@ -160,7 +162,7 @@ BLIP = """
 """
 
 
-@pytest.mark.parametrize(("model", "body"), [("xvlm", XVLM), ("blip", BLIP)])
+@pytest.mark.parametrize(("model", "body"), [("xvlm", XVLM), pytest.param("blip", BLIP, marks=pytest.mark.slow)])
 def test_towers_of_the_bundled_models(exported, tmp_path: Path, model: str, body: str) -> None:
     out = exported(model, pruning=("-p", "omp", "--pattern", "2:4"))
     names = {path.name for path in (out / "onnx").iterdir()}
@@ -170,9 +172,12 @@ def test_towers_of_the_bundled_models(exported, tmp_path: Path, model: str, body
     foreign(TOWERS.format(body=body.strip()), out / "dense", tmp_path)
 
 
-def test_a_timm_model_loads_in_timm(exported, tmp_path: Path) -> None:
-    model = "tests.tiny_models:pruned_timm"
-    out = exported(model)
+BASE = ("timm:vit_base_patch16_224", "--weights", "random")
+
+
+@pytest.mark.parametrize("model", [("tests.tiny_models:pruned_timm",), pytest.param(BASE, marks=pytest.mark.slow)])
+def test_a_timm_model_loads_in_timm(exported, tmp_path: Path, model: tuple[str, ...]) -> None:
+    out = exported(*model)
     body = """
 import timm
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
@@ -197,7 +202,7 @@ WHOLE = {
 import numpy, onnxruntime
 given = {name: tensor.numpy() for name, tensor in load_file(sys.argv[2]).items()}
 def run(part, *names):
-    session = onnxruntime.InferenceSession(f"{sys.argv[1]}/{part}.onnx")
+    session = onnxruntime.InferenceSession(f"{sys.argv[4]}/{part}.onnx")
     found, = session.run(None, {name: given[name] for name in names})
     return found / numpy.linalg.norm(found, axis=-1, keepdims=True)
 scores = run("vision", "pixel_values") @ run("text", "input_ids", "attention_mask").T
@@ -208,7 +213,7 @@ assert numpy.ptp(scale) < 1e-4 * scale.mean()
 import numpy, onnxruntime
 given = {name: tensor.numpy() for name, tensor in load_file(sys.argv[2]).items()}
 def run(part, **inputs):
-    return onnxruntime.InferenceSession(f"{sys.argv[1]}/{part}.onnx").run(None, inputs)[0]
+    return onnxruntime.InferenceSession(f"{sys.argv[4]}/{part}.onnx").run(None, inputs)[0]
 tokens, embeddings = run("vision", pixel_values=given["pixel_values"]), run("embed", input_ids=given["input_ids"])
 embeddings[given["input_ids"] == 98] = tokens.reshape(-1, tokens.shape[-1])
 logits = run("step", inputs_embeds=embeddings, attention_mask=given["attention_mask"])
@@ -244,28 +249,7 @@ with torch.no_grad():
 assert error < 1e-4, error
 assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim == 2) > 10000
 """
-    foreign(body, out / "dense", tmp_path / "whole.safetensors", output)
-    foreign(WHOLE[kind], out / "onnx", tmp_path / "whole.safetensors")
-
-
-PARTS = {"captioning": {"vision", "step"}, "vqa": {"vision", "question", "step"}}
-
-
-@pytest.mark.parametrize("task", PARTS)
-@pytest.mark.parametrize("model", ["xvlm", "blip"])
-def test_the_step_of_a_decoder(tmp_path: Path, graphs: list, model: str, task: str) -> None:
-    """The sizes of the model are those that the configuration of the run names."""
-    prune.main(
-        ["-m", model, "-p", "omp", "-s", "50", "--accelerator", "cpu", "--output_dir", str(tmp_path), "--save_model"]
-    )
-    (weights,) = tmp_path.glob("omp/*_model.safetensors")
-    (tmp_path / "result").mkdir()
-    weights.rename(tmp_path / "result" / "model.safetensors")
-    (tmp_path / "result" / "config.yaml").write_text(f"config:\n  model_config: configs/{model}/model_mini.yaml\n")
-    arguments = ["-m", model, "--task", task, "--weights", str(tmp_path / "result"), "-o", str(tmp_path / "out")]
-    export.main([*arguments, "--formats", "onnx"])
-    assert {path.stem for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == PARTS[task]
-    foreign(RUN_ONNX, tmp_path, *(tmp_path / "out" / "onnx" / f"{name}.onnx" for name in expected(tmp_path, graphs)))
+    foreign(body + WHOLE[kind], out / "dense", tmp_path / "whole.safetensors", output, out / "onnx")
 
 
 def test_learned_masks_become_zeros(tmp_path: Path) -> None:
@@ -287,8 +271,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
         export.main(["-m", "dino", "--formats", "packed", "-o", str(tmp_path)])
     with pytest.raises(UserError, match="there is no such file"):
         export.main(["-m", "dino", "--mask", str(tmp_path / "none.safetensors"), "-o", str(tmp_path)])
+    with pytest.raises(UserError, match="--task is for models of this project"):
+        export.main(["-m", "hf:folder", "--task", "captioning", "-o", str(tmp_path)])
     with pytest.raises(SystemExit):
         export.main(["-m", "dino", "--formats", "tensorrt"])
-    monkeypatch.setattr(onnx_files.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="--formats onnx,int8 needs packages .*: pip install onnxscript"):
         export.main(["-m", "dino", "-o", str(tmp_path)])

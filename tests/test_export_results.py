@@ -1,5 +1,6 @@
 """export.py of what other scripts write: fine-tuned results of every task and library, and learned masks."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from models.external import model as external
 from sparsity.masks import Masks
 from sparsity.pattern import NM
 from tests.foreign import RUN_ONNX, expected, foreign, recorded
-from tests.test_own_folder import CLASSES, FIXED, NEW, picture, prunable, toss
+from tests.test_own_folder import CLASSES, FIXED, NEW, picture, toss
 from tests.test_scripts import CONFIGS
 
 pytestmark = [pytest.mark.script, pytest.mark.usefixtures("no_network")]
@@ -91,7 +92,9 @@ def test_a_result_of_fine_tuning(
     assert all(f"{part}.onnx: " in told for part in parts) and told.count("bundled ") == len(parts), told
     state, held = load_file(out / "dense" / "model.safetensors"), Masks.load(tuned / "result" / "mask.safetensors")
     before = load_file(tuned / "result" / "model.safetensors")
-    assert zeros(state, held) and all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    rebuilt = models.find(model).REBUILT  # momentum copies and queues, which no part reads
+    kept = [name for name in before if not any(fnmatchcase(name, glob) for glob in (*rebuilt, "ptr_queue"))]
+    assert zeros(state, held) and len(kept) > 30 and all(torch.equal(state[name], before[name]) for name in kept)
     names = expected(tmp_path, graphs)
     assert names == parts
     foreign(RUN_ONNX, tmp_path, *(out / "onnx" / f"{name}.onnx" for name in names))
@@ -114,35 +117,38 @@ assert error < 1e-4, error
 """
 
 
-def round_trip(folder: Path, weights: list[str], graphs: list, load: str) -> dict[str, torch.Tensor]:
-    """Export what --model and --weights name, and run it elsewhere; return the weights that were written."""
+def round_trip(folder: Path, weights: list[str], graphs: list, load: str) -> Path:
+    """Export what --model and --weights name, and run it elsewhere; return the dense folder."""
     out = folder / "out"
     export.main([*weights, "--formats", "dense,onnx", "-o", str(out)])
     assert expected(folder, graphs) == ["classifier"]
     foreign(load + SAME, out / "dense", folder / "classifier.safetensors")
     foreign(RUN_ONNX, folder, out / "onnx" / "classifier.onnx")
-    return load_file(out / "dense" / "model.safetensors")
+    return out / "dense"
 
 
-@pytest.mark.parametrize("library", ["timm", pytest.param("hf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["timm", "hf"])
 def test_a_result_of_another_library(tmp_path: Path, images: Path, graphs: list, library: str) -> None:
     if library == "hf":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
         config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
         transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
         transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-        model, own, load = f"hf:{tmp_path / 'vit'}", prunable(tmp_path / "vit", "encoder"), IN_TRANSFORMERS
+        model, load = f"hf:{tmp_path / 'vit'}", IN_TRANSFORMERS
     else:
         untrained = tmp_path / "untrained"
         given = ["--model", "timm:vit_tiny_patch16_224", "--dataset", str(images), "--output_dir", str(untrained)]
         image_classification.main([*given, "--dense", "--epochs", "0", "--skip_eval", *FIXED, *NEW])
-        model, own, load = f"timm:local-dir:{untrained / 'result'}", prunable(untrained / "result", "blocks"), IN_TIMM
-    mask = toss(own, tmp_path / "m.safetensors")
+        model, load = f"timm:local-dir:{untrained / 'result'}", IN_TIMM
+    weights = external.prunable_view(external.build(model)).weights
+    mask = toss({name: tuple(weight.parameter.shape) for name, weight in weights.items()}, tmp_path / "m.safetensors")
     given = ["--model", model, "--dataset", str(images), "--output_dir", str(tmp_path / "tuned"), "--mask", str(mask)]
     image_classification.main([*given, "--epochs", "1", "--skip_eval", *FIXED])
     source = f"{model.partition(':')[0]}:{'local-dir:' if library == 'timm' else ''}{tmp_path / 'tuned' / 'result'}"
-    state = round_trip(tmp_path, ["-m", source], graphs, load)
-    assert zeros(state, Masks.load(tmp_path / "tuned" / "result" / "mask.safetensors"))
+    dense = round_trip(tmp_path, ["-m", source], graphs, load)
+    found = external.build(source.replace(str(tmp_path / "tuned" / "result"), str(dense))).state_dict()
+    assert zeros(found, Masks.load(tmp_path / "tuned" / "result" / "mask.safetensors"))
 
 
 @pytest.mark.slow
@@ -156,14 +162,7 @@ def test_learned_masks(tmp_path: Path, images: Path, graphs: list, file: str) ->
     given += ["--accelerator", "cpu", "--workers", "0", "--batch-size", "3", "--epochs", "1", "--lr", "0.05"]
     maskllm_train.main([*given, "--mask-only", "--sparse-checkpoint", str(tmp_path / "prior.safetensors")])
     run = tmp_path / "run"
-    source = [
-        "-m",
-        "timm:test_vit",
-        "--weights",
-        str(run / file),
-        "--img_size",
-        "32",
-        "--model_kwargs",
-        "num_classes=3",
-    ]
-    assert zeros(round_trip(tmp_path, source, graphs, IN_TIMM), Masks.load(run / "mask.safetensors"))
+    source = ["-m", "timm:test_vit", "--weights", str(run / file)]
+    source += ["--img_size", "32", "--model_kwargs", "num_classes=3"]
+    state = load_file(round_trip(tmp_path, source, graphs, IN_TIMM) / "model.safetensors")
+    assert zeros(state, Masks.load(run / "mask.safetensors"))

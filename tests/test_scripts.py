@@ -31,6 +31,7 @@ from sparsity.allocation.budget import budget
 from sparsity.masks import Masks, model_digest
 from sparsity.run.axes import POOLS
 from sparsity.view import members
+from tests.browser import PHONE, look, needs_browser
 from tests.processes import PATIENCE, PLAIN, error_line, held, only_bars
 
 pytestmark = pytest.mark.script
@@ -200,6 +201,22 @@ def test_a_page_shows_what_captions_find(whole_run):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     # The curves, the pictures of the report, and for each caption its own and what each model finds.
     assert len(sources) == 1 + len(list(whole_run[0].glob("*.png"))) + SHOWN * 4
+
+
+@needs_browser
+def test_a_browser_shows_all_of_the_page(whole_run, tmp_path):
+    compare.main(["--pruned", str(whole_run[0].parent)])
+    seen = look((whole_run[0].parent / "report.html").read_text(), tmp_path, PHONE)
+    assert not (seen.broken or seen.repeated or seen.requests or seen.console)
+    assert seen.width == PHONE, "wide tables and pictures scroll by themselves"
+    pictures = re.findall(r"!\[(.*)\]", (whole_run[0] / "report.md").read_text())
+    assert len(seen.images) == 1 + len(pictures) + SHOWN * 4 and all(alt and width for alt, width in seen.images)
+    compared = ["Summary", "Quality by sparsity", "Retrieved pictures", "All numbers"]
+    assert seen.headings == ["Pruning report", *compared, "xvlm pruned with multiflow", *pictures, "Layers"]
+    rows = json.loads((whole_run[0] / "report.json").read_text())["rows"]
+    numbers = [[f"{value:.1f}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+    assert [[*rows[0]], *numbers] in seen.tables, "of the run"
+    assert [row[1:] for row in next(table for table in seen.tables if table[0][0] == "pruner")[1:]] == numbers
 
 
 def test_the_table_is_on_stdout_and_the_bars_are_not(whole_run):

@@ -27,7 +27,7 @@ class SceneObject:
 
 
 def coarse_position(box: tuple[int, int, int, int], side: int) -> str:
-    """Where the box's centre is: "top", "bottom", "left", "right", two of them, or "middle"."""
+    """Return where the centre of the box is: "top", "bottom", "left", "right", two of them, or "middle"."""
     x, y, w, h = box
     across, down = (x + w / 2) / side, (y + h / 2) / side
     words = ["top"] if down < 0.42 else ["bottom"] if down > 0.58 else []

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 
 from configs.decoding import Decoding
-from datasets.annotations import ImageRoot, Records, get_texts, parse_json
+from datasets.annotations import ImageRoot, Records, get_path, get_texts, parse_json, shown
 from datasets.collate import Skipped
 from datasets.images import DEFAULT
 from datasets.labelled.class_folders import EXTENSIONS, images_below, in_order
@@ -25,9 +25,10 @@ class ItemFolder(Dataset):
     It is indexed by a running number n = epoch * len(dataset) + index, and an item is {kind: what `read` makes of the
     file, "caption": text or None, "class": name or None}, or `Skipped` where the file cannot be read.
 
-    Captions stand in `captions.json` of the folder, {path: text or [texts]}, or beside each item in a text file of
-    its name, 1.txt for 1.jpg, a caption in a line; of several one is drawn. Classes are the names of the folders
-    directly in this one, in natural order, where every item lies in one of them.
+    Captions stand in `captions.json` of the folder, {path: text or [texts]} or a list of records {"image": path,
+    "caption": text or [texts]}, or beside each item in a text file of its name, 1.txt for 1.jpg, a caption in a line;
+    of several one is drawn. Classes are the names of the folders directly in this one, in natural order, where every
+    item lies in one of them.
 
     root: as it was given. seed: of all that is drawn. Raises UserError where there is no item, or only some have
     captions.
@@ -96,13 +97,20 @@ def _captions(folder: Path, paths: Sequence[str], kind: str) -> dict[str, list[s
 
 
 def _read_listed(path: Path) -> dict[str, list[str]]:
+    """Return path -> captions of a mapping, or of a list of records."""
     try:
         content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise UserError(f"it holds a {type(content).__name__}")
-        return {image: get_texts(content, image) for image in content}
+        if isinstance(content, dict):
+            return {image: get_texts(content, image) for image in content}
+        found: dict[str, list[str]] = {}
+        for record in content if isinstance(content, list) else [content]:
+            if not isinstance(record, dict):
+                raise UserError(f"it holds {shown(record)}")
+            found.setdefault(get_path(record), []).extend(get_texts(record, "caption"))
+        return found
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, {{image path: caption or [captions]}}: {error}") from None
+        how = '{image: caption or [captions]}, or a list of {"image": path, "caption": caption or [captions]}'
+        raise UserError(f"{path}: expected JSON, {how}: {error}") from None
 
 
 def captions_beside(image: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the images of a user's own data lie: in a folder, or in WebDataset shards, which are never unpacked."""
+"""The images of a user's own data: in a folder, or in WebDataset shards, which are never unpacked."""
 
 from __future__ import annotations
 

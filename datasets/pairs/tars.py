@@ -65,7 +65,7 @@ def open_shard(path: Path) -> int:
 
 
 def miscounted(path: Path, count: int) -> str:
-    """Why a shard with other than `count` samples is refused."""
+    """Return the message for a shard with other than `count` samples."""
     return f"{path}: does not hold the {count} samples of {stats_path(path)}; get both again, or remove the latter"
 
 
@@ -88,7 +88,7 @@ def count_samples(path: Path) -> int:
 
 
 def stats_path(path: Path) -> Path:
-    """Where img2dataset writes the counts of a shard."""
+    """Return the file into which img2dataset writes the counts of a shard."""
     return path.with_name(f"{path.stem}_stats.json")
 
 

@@ -1,10 +1,10 @@
 """ONNX: models written by torch.onnx.export, checked with onnxruntime, made int8, and what TensorRT needs for them.
 
-onnx, onnxscript and onnxruntime are optional packages: `check_packages` says in one line which of them is missing.
+onnx, onnxscript and onnxruntime are optional packages: `engine.deployment.options.check_packages` says in one line
+which of them is missing.
 """
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from sparsity.errors import UserError
 from sparsity.files import replacing
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 20
 
 
@@ -39,13 +38,6 @@ class Graph(Protocol):
     @property
     def longest(self) -> int: ...
     def random(self, batch: int, seed: int) -> dict[str, Tensor]: ...
-
-
-def check_packages(option: str) -> None:
-    """Raise UserError where a package is not installed. option: what needs it."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{option} needs packages that are not installed: pip install {' '.join(missing)}")
 
 
 def write_onnx(graph: Graph, path: Path) -> Path:

@@ -1,6 +1,7 @@
 """The options that export.py and benchmark.py share: a model with its zeros, and where to write."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from configs.loading import configure
 from configs.pruning import PRUNE_CONFIGS, PrunedModel
 from engine.options import command_line as options
 from engine.options.external import add_external_options, check_external
-from sparsity.errors import MissingFileError
+from sparsity.errors import MissingFileError, UserError
 from sparsity.files import check_writable
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def add_model_options(parser: argparse.ArgumentParser, folder: str, names: Sequence[str], forms: str) -> None:
@@ -39,7 +42,12 @@ def check_files(args: argparse.Namespace, config: PrunedModel, option: str, want
     if args.mask and not args.mask.is_file():
         raise MissingFileError(f"--mask {args.mask}: there is no such file")
     if {"onnx", "int8"} & set(wanted):
-        from engine.deployment.onnx_files import check_packages
-
         check_packages(f"{option} onnx,int8")
     check_writable(args.output_dir, "--output_dir")
+
+
+def check_packages(option: str) -> None:
+    """Raise UserError where a package is not installed. option: what needs it."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{option} needs packages that are not installed: pip install {' '.join(missing)}")

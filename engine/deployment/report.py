@@ -107,7 +107,7 @@ def _plot(path: Path, title: str, variants: Sequence[Variant], batches: Sequence
         axis.barh([variant.name for variant in timed], rates, xerr=[lower, upper], capsize=3)
         axis.invert_yaxis()
         axis.set_title(f"batch {batch}")
-        axis.set_xlabel("samples per second")
+        axis.set_xlabel("samples per second (median, quartiles)")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

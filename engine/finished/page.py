@@ -2,48 +2,44 @@
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from engine.finished.markdown import data_uri, to_html
-from engine.reports.plots import plot_panels
-from engine.reports.report import DENSE, FACTS, markdown_table
+from engine.finished.markdown import anchor, headings, to_html
+from engine.finished.sections import Run, Section, sections, together
+from engine.reports.report import FACTS, markdown_table
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
 PAGE = "report.html"
-_FIRST = "R@1"  # of the measures of retrieval, those that are drawn; of others the first
+# Nothing but what is in the file: a browser refuses all else.
+_HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">"""
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
-th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; height: auto } summary { cursor: pointer }
-.found td, .found th { text-align: center; vertical-align: top } .found td:first-child { max-width: 260px }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 0 auto; padding: 1em; color: #222;
+  background: #fff; overflow-wrap: break-word }
+h1 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: .8em; margin-top: 1.6em }
+p, dl { max-width: 75ch }
+nav { background: #f4f4f4; padding: .6em 1em; border-radius: 4px } nav p { margin: .3em 0; max-width: none }
+a { color: #0b57a4 } small { color: #555 } summary { cursor: pointer; padding: .3em 0 }
+dt { font-weight: 600 } dd { margin: 0 0 .4em 1.2em }
+.wide { overflow-x: auto; margin: 1em 0 }
+table { border-collapse: collapse; font-size: 13px }
+th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:first-child, td:first-child, .left th, .left td { text-align: left }
+.number { display: inline-block; min-width: 2.8em; text-align: right }
+.bar { display: inline-block; width: 110px; height: .7em; background: #e4e4e4 }
+.bar i { display: block; height: 100%; background: #1f77b4 }
+.plot { max-width: 100%; height: auto }
+.found td, .found th { text-align: center; vertical-align: top; white-space: normal; min-width: 104px }
+.found td:first-child { text-align: left; min-width: 130px; max-width: 260px }
 .found img { width: 96px; border: 4px solid #ccc; border-radius: 4px }
 .found img.right { border-color: #2a8a3c } .found img.wrong { border-color: #c0392b }
+@media (max-width: 800px) { .plot { max-width: none; width: 800px } .bar { width: 50px }
+  .parts { display: none } }
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, and what `FACTS` of it has."""
-
-    folder: Path
-    told: Mapping[str, Any]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of its table, the dense model first where it was evaluated."""
-        return self.told["rows"]
-
-    @property
-    def pruned(self) -> list[dict[str, Any]]:
-        """Return the rows without the dense model."""
-        return [row for row in self.rows if row["sparsity"] != DENSE]
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -69,72 +65,26 @@ def _read(path: Path) -> dict[str, Any]:
 def write_page(folder: Path) -> tuple[Path, str]:
     """Write `folder`/report.html of all runs in it; return its path, and their table."""
     runs = read_runs(folder)
-    table = markdown_table(_together(runs))
-    parts = [to_html(f"# Pruning runs\n\n{table}", folder), *_curves(runs), *_retrieved(runs)]
-    for run in runs:
-        parts.append(f"<section>{to_html((run.folder / 'report.md').read_text(), run.folder)}</section>")
-    head = f'<meta charset="utf-8"><title>Pruning runs</title><style>{_STYLE}</style>'
+    compared = sections(runs)
+    reports = [(run.folder / "report.md").read_text() for run in runs]
+    parts = ["<h1>Pruning report</h1>", _navigation(compared, runs, reports)]
+    parts += [f'<section id="{each.id}"><h2>{each.heading}</h2>{each.content}</section>' for each in compared]
+    for run, report in zip(runs, reports, strict=True):
+        parts.append(f'<section id="{anchor("run", run.name)}">{to_html(report, run.folder, run.name)}</section>')
+    head = f"{_HEAD}<title>Pruning report</title><style>{_STYLE}</style>"
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
     write_atomic(folder / PAGE, page.encode())
-    return folder / PAGE, table
+    return folder / PAGE, markdown_table(together(runs))
 
 
-def _together(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the rows of all runs, the dense model once; "-" where a run has no such column."""
-    columns = list(dict.fromkeys(column for run in runs for row in run.rows for column in row))
-    first = [("-", row) for row in runs[0].rows if row["sparsity"] == DENSE]
-    rows = [*first, *((run.folder.name, row) for run in runs for row in run.pruned)]
-    return [{"pruner": name} | {column: row.get(column, "-") for column in columns} for name, row in rows]
+def _navigation(compared: Sequence[Section], runs: Sequence[Run], reports: Sequence[str]) -> str:
+    """Return links to the sections that compare the runs, and a line of links for each run."""
+    lines = [" · ".join(_link(each.id, each.heading) for each in compared)]
+    for run, report in zip(runs, reports, strict=True):
+        inside = ", ".join(_link(anchor(run.name, heading), heading) for heading in headings(report))
+        lines.append(f'Run {_link(anchor("run", run.name), run.name)}<span class="parts">: {inside}</span>')
+    return f"<nav>{''.join(f'<p>{line}</p>' for line in lines)}</nav>"
 
 
-def _curves(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the picture of quality by sparsity, where it was measured."""
-    levels = list(dict.fromkeys(row["sparsity"] for run in runs for row in run.pruned))
-    levels.sort(key=lambda level: (":" in level, float(level.split(":")[0].split()[0])))
-    panels = []
-    measures = runs[0].told["measures"]
-    for measure in [name for name in measures if name.endswith(_FIRST)] or measures[:1]:
-        found = {run.folder.name: {row["sparsity"]: row.get(measure) for row in run.pruned} for run in runs}
-        curves = {
-            name: [None if values.get(level) is None else (values[level], None) for level in levels]
-            for name, values in found.items()
-        }
-        curves = {name: curve for name, curve in curves.items() if any(curve)}
-        dense = [row[measure] for run in runs for row in run.rows if row["sparsity"] == DENSE and measure in row]
-        names = [level if ":" in level else f"{level} %" for level in levels]
-        panels += [(measure, names, curves, {DENSE: dense[0]} if dense else {})] if curves else []
-    if panels:
-        with TemporaryDirectory() as folder:
-            path = Path(folder, "curves.png")
-            plot_panels(path, panels, "Quality by sparsity")
-            yield f'<h2>Quality by sparsity</h2><img src="{data_uri(path)}" alt="curves">'
-
-
-def _retrieved(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the table of captions and what the dense and the pruned models find for them."""
-    runs = [run for run in runs if run.told["retrieved"]]
-    if not runs:
-        return
-    shown = runs[0].told["retrieved"]
-    runs = [run for run in runs if run.told["retrieved"]["captions"] == shown["captions"]]
-    columns = [(DENSE, shown, DENSE)] if DENSE in shown["found"] else []
-    for run in runs:
-        found = run.told["retrieved"]
-        columns += [(f"{run.folder.name} {label}", found, label) for label in found["found"] if label != DENSE]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("caption", "its picture", *(c[0] for c in columns)))
-    body = ""
-    for i, caption in enumerate(shown["captions"]):
-        right = shown["right"][i]
-        cells = [f"<td>{html.escape(caption)}</td>", _picture(shown, right, "")]
-        cells += [_picture(told, told["found"][label][i], right) for _, told, label in columns]
-        body += f"<tr>{''.join(cells)}</tr>"
-    yield (
-        "<h2>What captions find</h2><p>The picture that each model ranks first for a caption, of all that it is tested"
-        f' on.</p><table class="found"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
-
-
-def _picture(told: Mapping[str, Any], number: int, right: Any) -> str:
-    kind = "" if right == "" else ' class="right"' if number == right else ' class="wrong"'
-    source = told["pictures"].get(str(number))
-    return f'<td><img src="{source}" alt="picture {number}"{kind}></td>' if source else "<td>unreadable</td>"
+def _link(target: str, text: str) -> str:
+    return f'<a href="#{target}">{html.escape(text)}</a>'

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.reports.plots import Panel, plot_curves, plot_panels
+from engine.reports.measures import axis_name, level_name
+from engine.reports.plots import Panel, plot_panels
 from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
@@ -145,7 +146,7 @@ def verdict(study: Study, level: str) -> dict[str, str]:
         if plan.name == best or abs(ahead) <= ERRORS * error:
             break
     behind = "-" if plan.name == best else with_error(abs(ahead), error, digits=1)
-    return {"study": study.name, "level": _named(level), "best": best, "take": plan.name, "behind by": behind}
+    return {"study": study.name, "level": level_name(level), "best": best, "take": plan.name, "behind by": behind}
 
 
 def table(studies: Sequence[Study]) -> str:
@@ -175,17 +176,13 @@ def _rows(study: Study) -> Iterator[dict[str, str]]:
         row = {"plan": plan.name}
         for level in study.levels:
             own = level if pruned else "0"
-            row[_named(level)] = _cell(plan.summary(own)) if own in plan.values else "-"
+            row[level_name(level)] = _cell(plan.summary(own)) if own in plan.values else "-"
         row["seconds"] = f"{statistics.fmean(plan.seconds):.1f}" if pruned else "-"
         yield row | {"MB": f"{max(plan.peaks):.0f}" if pruned else "-"}
 
 
 def _cell(summary: Sequence[tuple[float, float | None]]) -> str:
     return " / ".join(with_error(*value, digits=1) for value in summary)
-
-
-def _named(level: str) -> str:
-    return level if ":" in level else f"{level} %"
 
 
 def write_table(folder: Path) -> tuple[Path, str]:
@@ -204,7 +201,9 @@ def write_table(folder: Path) -> tuple[Path, str]:
         if study not in drawn:
             _plot_side_by_side(folder, study)
     for study in drawn:
-        plot_curves(folder / f"{study.name}.png", *_curves(study), study.name)
+        levels, curves, flat = _curves(study)
+        panels = [Panel(axis_name(column), levels, plans, flat[column]) for column, plans in curves.items()]
+        plot_panels(folder / f"{study.name}.png", panels, f"{study.name}: quality without training")
     if drawn:
         plot_panels(folder / PICTURE, [_panel(study) for study in drawn], "Quality without training")
     return path, text
@@ -214,18 +213,19 @@ def _plot_side_by_side(folder: Path, study: Study) -> None:
     for level in study.levels:
         plans = sorted((plan for plan in study.plans if level in plan.values), key=lambda plan: plan.name)
         values = zip(*(plan.summary(level) for plan in plans), strict=True)
-        curves = {column: {_named(level): list(own)} for column, own in zip(study.columns, values, strict=True)}
-        flat = _curves(study)[2]
-        plot_curves(
-            folder / f"{study.name}_{level}.png", [p.name for p in plans], curves, flat, f"{study.name}, {level} %"
-        )
+        names, flat = [plan.name for plan in plans], _curves(study)[2]
+        panels = [
+            Panel(axis_name(column), names, {level_name(level): list(own)}, flat[column], across="plan")
+            for column, own in zip(study.columns, values, strict=True)
+        ]
+        plot_panels(folder / f"{study.name}_{level}.png", panels, f"{study.name}, {level_name(level)}")
 
 
 def _panel(study: Study) -> Panel:
     """The curves of a study's first measure."""
     levels, curves, flat = _curves(study)
     column = study.columns[0]
-    return f"{study.name}: {column}", levels, curves[column], flat[column]
+    return Panel(axis_name(column), levels, curves[column], flat[column], study.name)
 
 
 def _merged(studies: Sequence[Study]) -> str:
@@ -252,4 +252,4 @@ def _curves(study: Study) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
             for plan in study.plans
         }
         flat[column] = {plan.name: plan.summary("0")[i][0] for plan in study.dense}
-    return [_named(level) for level in levels], curves, flat
+    return [level_name(level) for level in levels], curves, flat

@@ -32,7 +32,7 @@ from sparsity.run.axes import (
 )
 
 ROW_DTYPES = ("float32", "bfloat16")  # of sparsity.statistics.gradient_rows, which needs torch
-OFFLOAD = "keep what Wanda and SparseGPT add up in the processor's memory, not the accelerator's (default: no)"
+OFFLOAD = "keep the sums of Wanda and SparseGPT in the memory of the CPU, not of the accelerator (default: no)"
 
 OPTIONAL = {"wandb": ("wandb", "wandb"), "tensorboard": ("tensorboard", "tensorboard")}  # option -> module, package
 
@@ -179,7 +179,7 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
         choices=updates,
         help="what updates the weights that are kept (default: the pruner's)",
     )
-    update = "--reconstruct sparsegpt, for -p sparsegpt: it chooses the mask on the way (default: no)"
+    update = "-p sparsegpt as published: it also updates the kept weights (default: no)"
     add("--enable_update", "--enable-update", action="store_true", help=update)
     mode = "inputs of layers: of the dense model, or of each block after those before it are pruned"
     given = f"{mode} (default: sequential for SparseGPT and with --reconstruct, else dense)"
@@ -187,8 +187,8 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
     parts = "what sequential calibration measures at a time; stage: the layers of a block that read the same input"
     add("--calibrate_within", choices=CALIBRATED_WITHIN, help=f"{parts} (default: block)")
     add("--offload", action="store_true", help=OFFLOAD)
-    add("-e", "--epochs", type=positive_int, default=1, help="steps to the sparsity (default: %(default)s)")
-    add("--schedule", choices=SCHEDULES, default="exp", help="of the steps (default: %(default)s)")
+    add("-e", "--epochs", type=positive_int, default=1, help="pruning steps (default: %(default)s)")
+    add("--schedule", choices=SCHEDULES, default="exp", help="how the sparsity rises (default: %(default)s)")
     add_reconstruction_options(add)
     add("--lambda_", type=positive_float, default=1e-5, help="ridge penalty of CHITA (default: %(default)s)")
     held = "gradients that CHITA holds in memory, e.g. 500MB; more go to files in the output folder (default: 4GB)"
@@ -205,7 +205,7 @@ def add_reconstruction_options(add: Callable[..., Any]) -> None:
     blocks one by one.
     """
     held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
-    add("--damp", type=damp, default=0.01, help=f"of Gram matrices; auto: {held_out} (default: %(default)s)")
+    add("--damp", type=damp, default=0.01, help=f"damping of Gram matrices; auto: {held_out} (default: %(default)s)")
     wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
     add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
     add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")
@@ -314,8 +314,8 @@ def add_finetuning_options(parser: Parser, task: str, models: Sequence[str], *, 
     add("-m", "--mask", type=Path, help="mask file of the pretrained model; default: none, with --dense")
     add("--dense", action="store_true", help="train the dense model, whatever --mask says (default: no)")
     add("--output_dir", type=Path, help="default: output/<model>_<configuration>/<mask, or dense>")
-    add("--snapshot", type=Path, help="checkpoint to go on from, and to write; default: last.pt in --output_dir")
-    add("--incremental", action="store_true", help="stop after one epoch; the same command goes on (default: no)")
+    add("--snapshot", type=Path, help="checkpoint to resume from, and to write; default: last.pt in --output_dir")
+    add("--incremental", action="store_true", help="stop after one epoch; the same command continues (default: no)")
     add("--skip_eval", action="store_true", help="train only; the last weights are the result (default: no)")
     if measures:
         what = "train nothing: evaluate the run in --output_dir, or where there is none the weights as they are given"
@@ -371,7 +371,7 @@ def add_device_options(parser: argparse.ArgumentParser, *short: str) -> None:
     add("--num_nodes", type=positive_int, default=1, help="nodes, under SLURM or torchrun (default: %(default)s)")
     add("--strategy", default="auto", choices=("auto", "ddp"), help="default: %(default)s")
     _add_arithmetic(add, *short)
-    add("--seed", type=seed, default=42, help="of all randomness (default: %(default)s)")
+    add("--seed", type=seed, default=42, help="seed of all random numbers (default: %(default)s)")
     add("--verbose", action="store_true", help="log more, such as the order in which blocks are executed (default: no)")
 
 
@@ -384,10 +384,10 @@ def add_one_device(parser: argparse.ArgumentParser) -> None:
 def _add_arithmetic(add: Callable[..., Any], *short: str) -> None:
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "mps"), help="default: %(default)s")
     precisions = ("32-true", "bf16-mixed", "16-mixed")
-    arithmetic = "arithmetic of the forward (default: %(default)s)"
+    arithmetic = "precision of the forward pass (default: %(default)s)"
     add(*short, "--precision", default="32-true", choices=precisions, help=arithmetic)
     add("--tf32", action="store_true", help="float32 products on the tensor cores, with 10 bits (default: no)")
-    add("--deterministic", action="store_true", help="the same bits in each run, also on a GPU; slower (default: no)")
+    add("--deterministic", action="store_true", help="the same bits in each run on a GPU, too; slower (default: no)")
 
 
 def check_loggers(wanted: Mapping[str, bool]) -> None:

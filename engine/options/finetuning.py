@@ -81,9 +81,7 @@ def is_foreign(model: str) -> bool:
 
 
 def default_folder(model: str, task: str, config: Path, mask: Path | None, sparse: str = "") -> Path:
-    """Where the results of a run go unless told otherwise: other models, tasks, masks and ways of sparse training have
-    other folders.
-    """
+    """Return the default output folder of a run: each model, task, mask and way of sparse training has its own."""
     kind = config.stem if config.stem.startswith(task) else f"{task}_{config.stem}"
     name = "dense" if mask is None else mask.stem.removesuffix("_pruning_masks")
     return Path("output", f"{re.sub(r'[:/]+', '_', model)}_{kind}", f"{name}_{sparse}" if sparse else name)

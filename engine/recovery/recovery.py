@@ -1,4 +1,4 @@
-"""Recovery: all that pruning has kept learns, without labels, to give what the dense model gives.
+"""Recovery: everything that pruning has kept is trained, without labels, towards the outputs of the dense model.
 
 Weights that are kept, biases, norms, embeddings: whatever parameter the outputs depend on is trained, the masks are
 held, and nothing is drawn at random in the model (dropout is off). The best weights by the loss on held-out samples are
@@ -69,7 +69,7 @@ class Student(nn.Module):
     def __init__(self, view: PrunableView):
         super().__init__()
         self.model = view.model
-        self.teachers: list[nn.Module] = []  # a list, so that it is no part of what is trained and saved
+        self.teachers: list[nn.Module] = []  # a list, so that it is neither trained nor saved
         self._view = view
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class Recovery:
 
     @property
     def told(self) -> str:
-        """How it is done, for the report."""
+        """Describe the recovery, for the report."""
         batches = self.options.rounds * self.rest.batches_in_round
         held, every = self.held.samples, self.held.samples + self.rest.samples
         return (
@@ -154,12 +154,12 @@ class Recovery:
             )
         finally:
             view.model.load_state_dict(teacher.state_dict())
-            view.model.zero_grad()  # of a step that was broken off
+            view.model.zero_grad()  # of an interrupted step
             if self._student is not None:
                 self._student.module.teachers.clear()
 
     def _run(self, masks: Masks, folder: Path, teacher: nn.Module) -> Run:
-        """A run that begins with the pruned weights, which the model has from here on."""
+        """Return a run that starts from the pruned weights, and put these into the model."""
         fabric, options = self.fabric, self.options
         dense = state_digest(teacher)
         optimizer = adamw(
@@ -217,7 +217,7 @@ class Recovery:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """The mean loss of the held-out batches, over all ranks, at the precision of the run."""
+        """Return the mean loss of the held-out batches, over all ranks, at the precision of the run."""
         student, total, count = self._student.module, 0.0, 0
         with self.fabric.autocast():
             for batch in self._progress(self.held):

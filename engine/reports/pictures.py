@@ -14,6 +14,25 @@ from sparsity.masks import Masks, Report
 from sparsity.sensitivity.measured import Sensitivity
 from sparsity.view import PrunableView
 
+# How each picture is read.
+_SPARSITY = (
+    "Left: the share of each layer's weights that are zero, in the model's order, a line for each sparsity that was"
+    " asked for. Right: the same share for all weights of a modality. A layer at 100 % passes nothing on."
+)
+_HEAT = (
+    "A cell is a weight matrix: its block is the row, its place in the block the column, and the number its sparsity in"
+    " per cent. Grey: the block has no such matrix. Even colours: all layers lose the same; dark cells are spared."
+)
+_MAGNITUDES = (
+    "Histograms of the weights by their magnitude, both axes logarithmic: grey, all weights of the dense model; lines,"
+    " those that each mask keeps, at their dense values. A line that follows the grey area on the right and falls on"
+    " the left: small weights are pruned."
+)
+_OVERLAP = (
+    "How far two masks agree: of the weights that either keeps (left) or prunes (right), the share that both do; 1: the"
+    " same mask. By chance: what random masks of this sparsity would have."
+)
+
 
 class Pictures:
     """Sparsity of layers, groups and matrices, magnitudes of weights, and overlap with the masks of other pruners.
@@ -41,9 +60,9 @@ class Pictures:
         """Write the files; returns the sections of the report."""
         group_of = {weight.name: weight.group for weight in self.view.weights.values()}
         pictures = [
-            Picture("Sparsity per layer and group", "sparsity.png"),
-            Picture("Sparsity per block and matrix", "heatmap.png"),
-            Picture("Magnitudes before and after pruning", "magnitudes.png"),
+            Picture("Sparsity of layers and modalities", "sparsity.png", [_SPARSITY]),
+            Picture("Heat map of the sparsity of each weight matrix", "heatmap.png", [_HEAT]),
+            Picture("Magnitudes before and after pruning", "magnitudes.png", [_MAGNITUDES]),
         ]
         files = [self.folder / picture.file for picture in pictures]
         plot_sparsity(files[0], self.layers, self.groups, group_of, title)
@@ -65,7 +84,7 @@ class Pictures:
         file = self.folder / "overlap.png"
         if overlaps:
             plot_overlap(file, overlaps, title)
-            return [Picture("Overlap with other pruners", file.name, notes)]
+            return [Picture("Overlap with other pruners", file.name, [_OVERLAP, *notes])]
         file.unlink(missing_ok=True)  # of an earlier run
         return [Picture("Overlap with other pruners", "", notes)] if notes else []
 

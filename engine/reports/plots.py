@@ -6,16 +6,21 @@ Sparsities are in per cent; a label names a mask of the run, such as "63" or "2:
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.reports.measures import level_name
 from engine.reports.weight_places import EXPONENTS, place
 from sparsity.files import replacing
 
 _TAIL = 1e-4  # share of the smallest weights that histograms leave out
 _GAP = "#e8e8e8"  # where a block has no such weight
+_MARKS = "osD^vPX"  # of curves, so that they are told apart without colours
+_COLUMNS = 2  # of panels, so that their text is read in a page of usual width
+_DASHES = ("--", ":", "-.")
 
 
 def plot_sparsity(
@@ -34,7 +39,7 @@ def plot_sparsity(
     by_layer, by_group = figure.subplots(1, 2, width_ratios=(4, 1))
     names = list(group_of)
     for label, sparsities in layers.items():
-        by_layer.plot([sparsities[name] for name in names], ".-", label=_named(label), linewidth=0.8, markersize=4)
+        by_layer.plot([sparsities[name] for name in names], ".-", label=level_name(label), linewidth=0.8, markersize=4)
     order = list(dict.fromkeys(group_of.values()))
     for first, name in enumerate(names):
         if first and group_of[name] != group_of[names[first - 1]]:
@@ -86,7 +91,7 @@ def plot_heat(path: Path, layers: Mapping[str, Mapping[str, float]], group_of: M
                 axis.xaxis.tick_top()
                 axis.set_xticks(range(len(kinds[group])), kinds[group], rotation=90)
                 axis.set_title(f"{group}\n{prefix}*" if prefix else group, fontsize=8)
-        axes[number, 0].set_ylabel(_named(label), fontsize=10, fontweight="bold")
+        axes[number, 0].set_ylabel(f"{level_name(label)}: block", fontsize=9, fontweight="bold")
     figure.colorbar(image, ax=axes, label="sparsity (%)", fraction=0.03, pad=0.01, aspect=30)
     _save(figure, path, title)
 
@@ -107,7 +112,7 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
     for axis, group in zip(axes, dense, strict=True):
         for i, (label, values) in enumerate(counts.items()):
             left = values[group].sum() / max(dense[group].sum(), 1)
-            share = f"{_named(label)}: {100 * left:.1f} % left" if i else label
+            share = f"{level_name(label)}: {100 * left:.1f} % kept" if i else label
             filled = {"fill": True, "color": "lightgrey"} if not i else {"color": f"C{i - 1}", "linewidth": 1.2}
             axis.stairs(np.asarray(values[group]), edges, label=share, **filled)
         axis.set(xlim=edges[[low, high + 1]], ylim=(max(top / 1e6, 0.5), 2 * top), title=group)
@@ -115,7 +120,7 @@ def plot_magnitudes(path: Path, counts: Mapping[str, Mapping[str, Any]], title: 
         axis.set_xlabel("magnitude of the weight")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", fontsize=8)
-    axes[0].set_ylabel("weights in the bin")
+    axes[0].set_ylabel("weights in each bin")
     _save(figure, path, title)
 
 
@@ -136,7 +141,7 @@ def plot_overlap(
             axis.set_aspect("equal")
             axis.set_xticks(range(len(names)), names, rotation=90)
             axis.set_yticks(range(len(names)), names)
-            axis.set_title(f"{_named(label)}: {what} weights\nby chance {part / (2 - part):.2f}", fontsize=9)
+            axis.set_title(f"{level_name(label)}: {what} weights\nby chance {part / (2 - part):.2f}", fontsize=9)
     figure.colorbar(image, ax=axes, label="intersection over union", fraction=0.03, pad=0.02, aspect=30)
     _save(figure, path, title)
 
@@ -170,7 +175,7 @@ def plot_sensitivity(
             axes[1, column].plot(places, [value for name in curves for value in outputs[name]], ".", markersize=5)
             axes[1, column].set(xlabel="prunable layer, in the model's order", yscale="log")
             axes[1, column].grid(alpha=0.3)
-    axes[0, 0].set_ylabel("relative error of its output (%)\ndark: first layers, light: last")
+    axes[0, 0].set_ylabel("relative squared error of its output (%)\na line for each layer, dark: first, light: last")
     if outputs:
         axes[1, 0].set_ylabel("change of the model's output\nfor each unit of error")
     _save(figure, path, title)
@@ -179,48 +184,54 @@ def plot_sensitivity(
 Curve = Sequence[tuple[float, float | None] | None]  # mean and standard error at each level, None where there is none
 
 
-def plot_curves(
-    path: Path,
-    levels: Sequence[str],
-    curves: Mapping[str, Mapping[str, Curve]],
-    flat: Mapping[str, Mapping[str, float]],
-    title: str,
-) -> None:
-    """Quality by level, a panel for each measure.
-
-    levels: names, from left to right. curves: measure -> plan -> its curve. flat: measure -> name -> the same value at
-    all levels, such as the dense model's.
+@dataclass(frozen=True)
+class Panel:
+    """Curves of quality by level. measure: what they show, with its unit. levels: from left to right. curves: by plan.
+    flat: name -> a value at all levels, such as the dense model's. heading: above the panel. across: what levels are.
     """
-    plot_panels(path, [(measure, levels, plans, flat[measure]) for measure, plans in curves.items()], title)
 
-
-Panel = tuple[str, Sequence[str], Mapping[str, Curve], Mapping[str, float]]  # see plot_panels
+    measure: str
+    levels: Sequence[str]
+    curves: Mapping[str, Curve]
+    flat: Mapping[str, float]
+    heading: str = ""
+    across: str = "sparsity, or N:M pattern"
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Curves of quality by level, a panel beside the other.
+    """Plot curves of quality by level, two panels in a row, with one legend for all.
 
-    panels: what a panel measures, its levels from left to right, plan -> curve, and name -> a value at all levels.
+    A plan has the same colour and mark in all panels.
     """
-    figure = _figure(1 + 5.5 * len(panels), 4.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (measure, levels, plans, flat) in zip(axes, panels, strict=True):
-        for (name, value), style in zip(flat.items(), ("-", ":", "-."), strict=False):
-            axis.axhline(value, color="grey", linewidth=1, linestyle=style, label=name)
-        for plan, curve in plans.items():
+    names = list(dict.fromkeys(plan for panel in panels for plan in panel.curves))
+    flat = list(dict.fromkeys(name for panel in panels for name in panel.flat))
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(1 + 5.0 * columns, 0.8 + 3.8 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    lines: dict[str, Any] = {}
+    for axis, panel in zip(axes, panels, strict=False):
+        for name, value in panel.flat.items():
+            style = _DASHES[flat.index(name) % len(_DASHES)]
+            lines[name] = axis.axhline(value, color="black", linewidth=1.2, linestyle=style)
+        for plan, curve in panel.curves.items():
             found = [(x, *point) for x, point in enumerate(curve) if point is not None]
             places, means, errors = ([values[i] for values in found] for i in range(3))
+            number = names.index(plan)
+            look = {"color": f"C{number % 10}", "marker": _MARKS[number % len(_MARKS)], "markersize": 5}
             deviation = [error or 0.0 for error in errors]
-            axis.errorbar(places, means, deviation, fmt=".-", capsize=2, linewidth=1.2, label=plan)
-        axis.set(xticks=range(len(levels)), xticklabels=levels, xlabel="sparsity, or pattern", ylabel=measure)
+            lines[plan] = axis.errorbar(places, means, deviation, capsize=2, linewidth=1.4, **look)
+        axis.set(xticks=range(len(panel.levels)), xticklabels=panel.levels, title=panel.heading)
+        axis.set(xlabel=panel.across, ylabel=panel.measure)
+        low, high = axis.get_ylim()
+        if 0 < low < high / 2:  # lengths can be compared; else the curves would be flat
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="best", fontsize=8)
+    order = [*flat, *names]
+    figure.legend([lines[name] for name in order], order, loc="outside lower center", ncols=min(4, len(order)))
     _save(figure, path, title)
-
-
-def _named(label: str) -> str:
-    """A sparsity with its unit, or a pattern."""
-    return label if ":" in label else f"{label} %"
 
 
 def _figure(width: float, height: float) -> Any:

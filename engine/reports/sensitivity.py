@@ -19,9 +19,9 @@ from sparsity.view import PrunableView
 
 _COLUMNS = range(10, 100, 10)  # sparsities in per cent, at which the table has errors
 _WHAT = (
-    "Relative error of a layer's output, in per cent, when the layer is pruned by the run's method to the sparsity of"
-    " the column, on the inputs of the dense model (linear between what was measured); of a modality, the mean over its"
-    " weights."
+    "Relative squared error of a layer's output, in per cent, when the layer is pruned by the run's method to the"
+    " sparsity of the column, on the inputs of the dense model (linear between what was measured); of a modality, the"
+    " mean over its weights."
 )
 _OUTPUT = (
     "Output: by how much the model's output moves (squared, relative) for each unit of that error, when the layer alone"

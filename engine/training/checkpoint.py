@@ -1,4 +1,4 @@
-"""Training checkpoints: one file that is always whole, and says which configuration it belongs to."""
+"""Training checkpoints: one file that is always complete and records its configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def load_checkpoint(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Any
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two configurations of plain values differ, as "training.lr 0.1 -> 0.2"."""
+    """Return the differences of two configurations of plain values, as "training.lr 0.1 -> 0.2"."""
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
@@ -52,7 +52,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A configuration as a checkpoint gives it back: tuples are lists, so that equal ones are equal."""
+    """Return a configuration as a checkpoint stores it: tuples become lists, so that equal ones compare equal."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

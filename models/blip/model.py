@@ -37,7 +37,7 @@ IMAGE_FED = ("crossattention.self.key.weight", "crossattention.self.value.weight
 POSITIONS = ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed")
 MOMENTUM = ("visual_encoder_m.*", "vision_proj_m.*", "text_encoder_m.*", "text_proj_m.*")
 QUEUES = ("image_queue", "text_queue", "idx_queue")
-REBUILT = (*MOMENTUM, *QUEUES, "queue_ptr")  # state that a checkpoint need not have, since it is made anew
+REBUILT = (*MOMENTUM, *QUEUES, "queue_ptr")  # state that a checkpoint need not have, since it can be rebuilt
 HARMLESS = ("*.position_ids",)  # may be missing from or superfluous in a checkpoint
 
 

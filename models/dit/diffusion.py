@@ -90,7 +90,7 @@ class Diffusion:
         return len(self.times)
 
     def respaced(self, kept: int) -> "Diffusion":
-        """The same with this many times."""
+        """Return the same diffusion with this many times."""
         options = {"learned_variance": self.learned_variance, "clip": self.clip, "steps": self.steps}
         return Diffusion(self.schedule, self.prediction, kept=kept, **options)
 
@@ -219,5 +219,5 @@ def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """By the approximation with tanh that the published code has."""
+    """Return the normal CDF by the tanh approximation of the published code."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

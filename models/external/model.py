@@ -179,7 +179,7 @@ def _transformers(
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **local)
     except Exception as error:  # of the network, of the hub, of files: each its own kind
-        where = "cannot be read" if Path(name).is_dir() else "no folder, and not to be had from the hub or its cache"
+        where = "cannot be read" if Path(name).is_dir() else "no such folder, and not found on the hub or in its cache"
         way_out = "give a folder that save_pretrained wrote, or the name of a model on the hub"
         raise UserError(f"-m hf:{name}: {where}: {first_line(error)}; {way_out}") from error
     kind = _class_of(transformers, config, name)

@@ -1,4 +1,4 @@
-"""Where a model is looked at to say how faithful a pruned one is to it: its towers, what its heads read, its output."""
+"""Probes by which a pruned model is compared with the dense one: its towers, the inputs of its heads, its output."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -24,7 +24,7 @@ def gather_features(features: Tensor) -> Tensor:
 
 
 def own_rows(count: int, device: torch.device | None = None) -> Tensor:
-    """Where the `count` rows of this rank stand among the rows that `gather_features` gives."""
+    """Return the place of the `count` rows of this rank among those of `gather_features`."""
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     return (gather_features(torch.full((count,), rank, device=device)) == rank).nonzero().flatten()
 

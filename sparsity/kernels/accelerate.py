@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer stands in the model, what it was, and what takes its place."""
+    """A layer of the model: its place, the original, and its replacement."""
 
     parent: nn.Module
     name: str

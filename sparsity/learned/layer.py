@@ -213,7 +213,7 @@ def checked_pattern(n: int, m: int) -> NM:
 
 
 def gate_place(weight: Tensor) -> dict[str, Any]:
-    """Where the gate of a weight is; in half precision it would lose the steps of the optimizer."""
+    """Return device and dtype of a weight's gate; in half precision the steps of the optimizer would be lost."""
     return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
 

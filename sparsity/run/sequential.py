@@ -1,4 +1,4 @@
-"""Layer-wise methods block by block: each block is calibrated on what the already pruned blocks before it put out.
+"""Layer-wise methods block by block: each block is calibrated on the outputs of the pruned blocks before it.
 
 Memory holds the statistics of one block. They come from `sparsity.replay`, or from a pass through the whole model for
 each block. What is done with a block is written beside the results, so that a run that was killed goes on after it.

@@ -1,4 +1,4 @@
-"""CHITA's block-wise solver, arXiv 2302.14623: which weights are kept, and what they become.
+"""CHITA's block-wise solver, arXiv 2302.14623: chooses the kept weights and their values.
 
 With the gradient rows A (n, p), the weights w0 that enter the step, y = A w0 and the first-order term a = (1/b) sum of
 A's rows, it minimises over w with at most k non-zeros
@@ -81,7 +81,7 @@ def objective(rows: Rows, before: Mapping[str, Tensor], after: Mapping[str, Tens
 
 
 def cut(numel: int, size: int = BLOCK, unit: int = 1) -> list[int]:
-    """Where the blocks of a weight begin, and its end: as few as can be, of even sizes, none above `size`.
+    """Return where the blocks of a weight begin, and its end: as few as possible, of even sizes, none above `size`.
 
     unit: so many neighbours stay together; it divides `numel`.
     """
@@ -143,7 +143,7 @@ class _Problem:
         return torch.sub(self.weight(piece), self.rows.sum(piece.first, piece.last), alpha=step * self.shift)
 
     def scores(self, step: float) -> Iterator[tuple[_Piece, Tensor]]:
-        """The magnitudes after a gradient step."""
+        """Return the magnitudes after a gradient step."""
         for piece in self.pieces():
             score = self.moved(piece, step).abs_()
             if self.alive:
@@ -151,7 +151,7 @@ class _Problem:
             yield piece, score
 
     def largest(self, step: float, count: int) -> dict[str, Tensor]:
-        """Where the `count` largest magnitudes after a gradient step are."""
+        """Return where the `count` largest magnitudes after a gradient step are."""
         masks = {name: torch.empty_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         scores = partial(self.scores, step)
         for piece, kept in keep(scores, *thresholds(scores, [self.numel - count])):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FINISHED = 0.75  # rows that have stopped are set aside once the others are at most so many of those that are computed
+_FINISHED = 0.75  # finished rows are set aside once at most this share of the computed rows is unfinished
 
 
 def least_squares(
@@ -28,10 +28,10 @@ def least_squares(
     B = (W if start is None else start.to(dtype)) * M
     C = W @ H if target is None else target.to(dtype)
     limits = torch.linalg.vector_norm(C * M, dim=1).mul_(tolerance)  # (out,)
-    # W H - B H has cancelled more than (W - B) H has, and of a row without a pruned weight that is exactly 0.
+    # W H - B H cancels more digits than (W - B) H, which is exactly 0 in a row without a pruned weight.
     R = ((W - B) @ H if target is None else C - B @ H).mul_(M)
     del C
-    going = (torch.linalg.vector_norm(R, dim=1) > limits).nonzero().squeeze(1)  # rows that are not there yet
+    going = (torch.linalg.vector_norm(R, dim=1) > limits).nonzero().squeeze(1)  # rows that have not converged
     preconditioner = torch.where(H.diagonal() > 0, 1 / H.diagonal(), 0)
     state = _Rows.begin(B[going], R[going], M[going], preconditioner)
     for _ in range(steps if len(going) else 0):

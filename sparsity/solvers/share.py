@@ -1,4 +1,4 @@
-"""The layers of a block are solved by turns on the ranks, and each rank gets what the others have solved."""
+"""The layers of a block are distributed over the ranks, and each rank gets the solutions of all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where gradient rows are kept: in memory, or in a file that a run which was killed goes on with."""
+"""Stores of gradient rows: in memory, or in a file from which a killed run resumes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _PIECE = 1 << 21  # bytes read together
 
 @dataclass(frozen=True)
 class Scratch:
-    """Where a pass may keep what is too large for memory.
+    """The place for data of a pass that is too large for memory.
 
     path: of a file of this rank's own, which need not exist. identity: of all that decides the data; what was kept of
     other data is not used.

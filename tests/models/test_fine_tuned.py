@@ -31,7 +31,7 @@ def test_weights_say_what_images_they_were_tuned_on(name, task, side, tmp_path):
     state = view.model.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
     parts = {graph.name: graph for graph in graphs_of(view.model, found)}
-    assert set(parts) == ({"vision", "question", "step"} if task == "vqa" else {"vision", "text"})
+    assert set(parts) == ({"vision", "question", "step"} if task == "vqa" else {"vision", "text", "match"})
     image = parts["vision"].random(2, 0)
     assert image["image"].shape == (2, 3, side, side)
 

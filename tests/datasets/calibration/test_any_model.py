@@ -123,11 +123,16 @@ def test_captions_beside_the_images(photos, tmp_path):
 
 
 def test_captions_of_a_list(photos, tmp_path):
-    (photos / "captions.json").write_text(json.dumps({f"{i}.png": [f"caption {i}"] for i in range(10)}))
-    found = list(batches(photos, tmp_path))
-    assert [captions for _, captions, _ in found] == [[f"caption {i}" for i in batch] for batch in shades(found)]
+    records = [{"image": f"{i}.png", "caption": f"caption {i}"} for i in range(10)]
+    for content in ({f"{i}.png": [f"caption {i}"] for i in range(10)}, records):
+        (photos / "captions.json").write_text(json.dumps(content))
+        found = list(batches(photos, tmp_path))
+        assert [captions for _, captions, _ in found] == [[f"caption {i}" for i in batch] for batch in shades(found)]
     for content, told in (
-        ("[]", "it holds a list"),
+        ("1", "it holds 1"),
+        ("[1]", "it holds 1"),
+        ('[{"image": "0.png"}]', "no key 'caption'"),
+        ("[]", "10 of 10 images have no caption"),
         ("{", "captions.json: expected JSON"),
         ('{"0.png": 1}', "'0.png' must be a text"),
         ('{"0.png": "a"}', "9 of 10 images have no caption"),

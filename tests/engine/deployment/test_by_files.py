@@ -14,7 +14,7 @@ from models.parts.graphs import Graph
 
 
 class File:
-    """What a file of ONNX would give: the shapes of its inputs, and a constant."""
+    """A file of ONNX that gives a constant for each sample."""
 
     def __init__(self, outputs: int):
         self.outputs = outputs

@@ -66,7 +66,7 @@ def test_masks_of_the_same_model_sparsity_and_seed_are_compared(tmp_path, view, 
     both = sum(int((one[name] & two[name]).sum()) for name in one)
     either = sum(int((one[name] | two[name]).sum()) for name in one)
     assert kept[0, 1] == both / either and pruned[0, 1] == (320 - either) / (320 - both)
-    (note,) = overlap.notes
+    _, note = overlap.notes
     assert "localmp/m_localmp_63_seed42_pruning_masks.safetensors (masks of another model)" in note
     assert "snip/m_snip_63_seed42_pruning_masks.safetensors (not a usable mask file)" in note
     assert "rand" not in note and "l2/" not in note

@@ -521,7 +521,7 @@ def test_half_precision_weights_are_pruned_in_float32(tmp_path):
         (
             "hf:nobody/nothing",
             "published",
-            "-m hf:nobody/nothing: no folder, and not to be had from the hub or its cache",
+            "-m hf:nobody/nothing: no such folder, and not found on the hub or in its cache",
         ),
         ("hf:tests", "random", "-m hf:tests: cannot be read: "),
         ("timm:test_vit", "absent.pth", "--weights absent.pth: there is no such file"),
