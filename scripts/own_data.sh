@@ -93,7 +93,7 @@ all() { # COMMAND: of each line that is read, JOBS at a time
 }
 
 export -f mask run prune begin image_way caption_way
-mkdir -p "$output"
+mkdir -p "$output/data"
 settings="SPARSITY=$sparsity EPOCHS=$epochs TUNED=$tuned IMAGES=${IMAGES:-80} CAPTIONED=$captioned DEBUG=${DEBUG:-}"
 if [ -f "$output/settings" ] && [ "$(cat "$output/settings")" != "$settings" ]; then
     echo "scripts/own_data.sh: $output is of $(cat "$output/settings"), not of $settings: choose another OUTPUT" >&2
