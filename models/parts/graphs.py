@@ -287,7 +287,7 @@ def _of_transformers(model: Any, config: Any, own: set[str]) -> list[Graph]:
     ids = torch.randint(3, min(words, 90), (_EXAMPLES, 8), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if {"get_image_features", "get_text_features"} <= own:
-        longest = text.max_position_embeddings
+        longest = getattr(text, "max_position_embeddings", 512)
         return [
             Graph("vision", _Features(model, False), images, ("feature",)),
             Graph("text", _Features(model, True), texts, ("feature",), (*texts,), {"input_ids": words}, longest),
