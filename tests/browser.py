@@ -62,7 +62,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class Seen:
-    """What a browser has made of a page.
+    """Hold what a browser made of a page.
 
     images: alternative text and width in pixels, 0 where it is not a picture. broken: links that lead to nothing in
     the page. repeated: ids that are there twice. requests: addresses outside the page. tables: rows of cells. width: of

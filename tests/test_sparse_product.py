@@ -118,7 +118,7 @@ def class_folders(folder):
 
 
 def settings(script, kind, folder):
-    """What is the same in all runs of a script with a kind of model: the model, its data, and the recipe."""
+    """Return the arguments that all runs of a script with a kind of model share: model, data and recipe."""
     folder.mkdir(parents=True)
     if kind in OWN:
         given = own_settings(script, kind, folder)
@@ -146,7 +146,7 @@ def trained(script, given, out):
 
 
 def check_zeros(result, kind):
-    """What its mask prunes is zero in the result, as its library loads it."""
+    """Weights that its mask prunes are zero in the result, as its library loads it."""
     if kind in OWN:
         weights = load_file(result / "model.safetensors")
     elif kind == "timm":

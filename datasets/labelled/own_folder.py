@@ -23,7 +23,7 @@ from datasets.labelled.class_folders import EXTENSIONS, class_folders, image_fil
 from datasets.labelled.data_path import VALIDATION
 from datasets.labelled.public import ClassificationDataset
 from datasets.labelled.unlabelled import UnlabelledImages
-from datasets.own.splits import split
+from datasets.splits import split
 from sparsity.errors import UserError, listed
 
 log = logging.getLogger(__name__)

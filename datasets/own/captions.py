@@ -17,7 +17,7 @@ from datasets.labelled.class_folders import images_below
 from datasets.labelled.image_folder import CAPTIONS, captions_beside
 from datasets.own.images import Packed, ShardImages, Source, packed
 from datasets.own.records import HOW, Fault, parsed, rows, whole
-from datasets.own.splits import split
+from datasets.splits import split
 from sparsity.errors import MissingFileError, UserError
 
 EXPECTED = '{"image": path, "caption": text or [texts]}'

@@ -12,7 +12,7 @@ from configs.task import OwnDataConfig
 from datasets.annotations import ImageRoot, get_id, get_path, get_text, get_texts
 from datasets.images import DEFAULT
 from datasets.own.records import Fault, parsed, rows, whole
-from datasets.own.splits import split
+from datasets.splits import split
 
 EXPECTED = '{"image": path, "question": text, "answers": text or [texts]}'
 

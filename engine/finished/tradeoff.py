@@ -42,7 +42,7 @@ class _Line:
 
 @dataclass
 class _Model:
-    """What is known of a model. lines: (level, variant) -> line, the level of dense models is ""."""
+    """Hold the results of a model. lines: (level, variant) -> line, the level of dense models is ""."""
 
     name: str
     columns: tuple[str, ...]

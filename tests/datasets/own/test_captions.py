@@ -8,7 +8,7 @@ from datasets.collate import Skipped
 from datasets.own.captions import read_captions
 from datasets.own.check import check_own
 from datasets.own.sets import OwnImages, OwnPairs
-from datasets.own.splits import split
+from datasets.splits import split
 from sparsity.errors import MissingFileError, UserError
 from tests.own_data import captioned, captions_of, pictures, png, shard
 

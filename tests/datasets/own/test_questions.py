@@ -7,7 +7,7 @@ import pytest
 
 from datasets.own.check import check_own
 from datasets.own.questions import read_questions
-from datasets.own.splits import split
+from datasets.splits import split
 from datasets.tasks.own_questions import OwnAnswers, OwnAsked
 from datasets.vqa_accuracy import Asked, accuracies, exact_match
 from sparsity.errors import UserError
