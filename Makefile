@@ -56,7 +56,7 @@ PAGES := output/docs/pages
 docs: .venv-docs/.installed
 	rm -rf $(PAGES)
 	mkdir -p $(PAGES)/images
-	cp docs/*.md CONTRIBUTING.md CHANGELOG.md $(PAGES)
+	cp docs/*.md docs/site.css CONTRIBUTING.md CHANGELOG.md $(PAGES)
 	cp README.md $(PAGES)/index.md
 	cp images/*.png $(PAGES)/images
 	sed -i.bak 's#](docs/#](#g; s#](\.\./README\.md#](index.md#g; s#](\.\./#](#g' $(PAGES)/*.md
