@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets.bundled.generation import labels_of
     from engine.generation.sampling import draw
     from engine.generation.vae import VAE, write_samples
+    from engine.updated_weights import warn_of_updates
     from models.dit import model as dit
     from sparsity.masks import Masks
 
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = [f"{args.model} with {weights or 'random weights'}"]
     if args.mask:
         masks, view = Masks.load(args.mask), dit.prunable_view(model)
+        warn_of_updates(masks, view, args.mask)
         masks.apply(view)
         facts.append(
             f"{100 * masks.report(view).overall.sparsity:.4g} % of its prunable weights are zero ({args.mask})"

@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     from engine.evaluation.classification import Accuracy, Classifier
     from engine.evaluation.sparse_checkpoint import loaded, result, tell_zeros
     from engine.ranks import place_of
+    from engine.updated_weights import warn_of_updates
     from models.external import timm_classifier as classifiers
     from models.external.model import prunable_view
     from sparsity.masks import Masks
@@ -87,7 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         classifiers.load(model, args.checkpoint, weights)
     view = prunable_view(model)
     if args.mask:
-        Masks.load(args.mask).apply(view)
+        masks = Masks.load(args.mask)
+        warn_of_updates(masks, view, args.mask)
+        masks.apply(view)
     if args.sparsity_mode != "dense" or args.mask:
         tell_zeros(view, str(args.checkpoint or args.mask))
     images = classifiers.data_config(model, args.image_size)

@@ -30,6 +30,7 @@ from engine.training.fit import Run, fit
 from engine.training.loggers import Logger, TensorBoardLog, WandbLog
 from engine.training.optimizer import after_each_step, optimizer_of
 from engine.training.schedule import warmup_cosine, warmup_linear
+from engine.updated_weights import warn_of_updates
 from sparsity.errors import UserError
 from sparsity.files import clear_leftovers, write_atomic
 from sparsity.masks import Masks
@@ -78,6 +79,7 @@ class Finetuning:
             sparse_options(args), self.view, (*task.NEW, *model.new), args.seed, fabric.device, model
         )
         if masks:
+            warn_of_updates(masks, self.view, args.mask)
             masks.apply(self.view)
         model.on_pruned()
         if config.gradient_checkpointing:
