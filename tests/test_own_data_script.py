@@ -33,7 +33,7 @@ if given[0] == "prune.py":
 elif given[0] != "-c":
     path = pathlib.Path(at("--output_dir"), "result", "README.md")
 else:
-    sys.exit()
+    path = pathlib.Path(given[2], "images", "done")
 path.parent.mkdir(parents=True, exist_ok=True)
 path.touch()
 """
