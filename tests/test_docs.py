@@ -146,7 +146,7 @@ def test_the_mask_of_the_quickstart_is_held():
         assert not weight[~mask].any() and (weight[mask] != before[name][mask]).all()
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_a_model_of_timm_as_the_readme_prunes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("engine.reports.pictures.Pictures.draw", lambda self, title: [])
