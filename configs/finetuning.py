@@ -197,7 +197,7 @@ class CaptioningConfig(CaptionedConfig):
         return {"num_beams": self.num_beams, "max_length": self.max_length, "min_length": self.min_length}
 
     def check_lengths(self, prompt: int, tokens: int, positions: int) -> None:
-        """UserError unless captions have room beside a prompt of so many tokens: in training in texts of at most
+        """Raise UserError unless captions have room beside a prompt of so many tokens: in training in texts of at most
         `tokens`, in generation in a model of so many positions.
         """
         if prompt + 1 >= tokens:

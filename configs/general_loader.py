@@ -96,7 +96,7 @@ class GeneralLoader:
         return [Annotated(file, root) for file, root in files if file]
 
     def check_sizes(self, model: Mapping[str, Any], where: str) -> None:
-        """UserError where a size is another than in the model's configuration; `where` begins the message."""
+        """Raise UserError where a size is another than in the model's configuration; `where` begins the message."""
         vision = model.get("vision")
         sizes = {**model, **(vision if isinstance(vision, dict) else {})}
         for key, name in OF_THE_MODEL.items():

@@ -31,7 +31,7 @@ class Stage:
             raise UserError("objectives must name at least one loss")
 
     def check(self, objectives: Collection[str], where: str) -> None:
-        """UserError where the model does not have one of the losses."""
+        """Raise UserError where the model does not have one of the losses."""
         for name in self.objectives:
             if name not in objectives:
                 raise UserError(f"{where}: unknown objective {name!r}; the model has {', '.join(objectives)}")

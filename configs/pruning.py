@@ -173,7 +173,7 @@ def _take(config: PruneConfig | LabelsPruneConfig, loader: GeneralLoader, **sour
 
 
 def _check_loader(config: PruneConfig | LabelsPruneConfig) -> None:
-    """UserError where a general loader is for another model."""
+    """Raise UserError where a general loader is for another model."""
     if config.general_loader:
         loader = load_config(config.general_loader, GeneralLoader)
         loader.check_sizes(read_yaml(config.model_config), config.general_loader)

@@ -20,7 +20,7 @@ WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # what ends like thi
 
 
 def at_least(config: Any, minimum: int, *names: str) -> None:
-    """UserError where one of these fields is set and less."""
+    """Raise UserError where one of these fields is set and less."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < minimum:

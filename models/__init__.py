@@ -51,7 +51,7 @@ def foreign_task(task: str) -> bool:
 
 
 def check_task(name: str, task: str) -> None:
-    """UserError unless there is this task of this model."""
+    """Raise UserError unless there is this task of this model."""
     own = kind(name) != "external"
     there = (*of_task(task), *((FOREIGN,) if foreign_task(task) else ()))
     if name not in there and (own or not (foreign_task(task) and name.startswith(LIBRARIES))):

@@ -263,7 +263,7 @@ def check_archive(path: str | Path) -> None:
 
 
 def check_writable(folder: str | Path, option: str) -> None:
-    """UserError naming the option unless files can be written to `folder`, which need not exist; it is not made."""
+    """Raise UserError naming the option unless files can be written to `folder`, which is not made."""
     existing = Path(os.path.abspath(folder))
     while not os.path.lexists(existing):
         existing = existing.parent

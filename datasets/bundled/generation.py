@@ -24,7 +24,7 @@ FILLED = 0.9  # longest side of a glyph as a fraction of the image's
 
 
 def check_pixels(sizes: Any, where: str) -> None:
-    """UserError unless a model of these sizes makes RGB images. where: the file that says so."""
+    """Raise UserError unless a model of these sizes makes RGB images. where: the file that says so."""
     if not sizes.pixels or sizes.channels != 3:
         raise UserError(f"{where}: the bundled glyphs are images: set pixels: true and channels: 3")
 

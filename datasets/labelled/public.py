@@ -157,7 +157,7 @@ def labelled(
 
 
 def check_classes(found: int, expected: int) -> None:
-    """UserError where the data has another number of classes than the model."""
+    """Raise UserError where the data has another number of classes than the model."""
     if found != expected:
         raise UserError(
             f"the data has {found} classes and the model {expected}: set `classes` of the model, or its data"

@@ -28,7 +28,7 @@ _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 def check_package() -> None:
-    """UserError where pycocoevalcap is not installed; does not import it."""
+    """Raise UserError where pycocoevalcap is not installed; does not import it."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise UserError(f"captions are scored by {PACKAGE}: pip install {PACKAGE}, or give --skip_eval")
 

@@ -130,7 +130,7 @@ class Record(NamedTuple):
 
 
 def parse_question(record: dict, answered: bool, identified: bool) -> Record:
-    """UserError where something is missing: the answers where it must be `answered`, `question_id` where it must be
+    """Raise UserError where something is missing: answers where it must be `answered`, `question_id` where it must be
     `identified`.
     """
     source = record.get("dataset", "vqa")
@@ -156,7 +156,7 @@ class Images:
         self.roots = {source: ImageRoot(folder, decoding) for source, folder in roots.items() if folder}
 
     def check(self, file: str | Path, records: Sequence[Record]) -> None:
-        """UserError or FileNotFoundError where images of a file cannot be there."""
+        """Raise UserError or FileNotFoundError where images of a file cannot be there."""
         for source, setting in SOURCES.items():
             paths = [record.image for record in records if record.source == source]
             if paths and source not in self.roots:

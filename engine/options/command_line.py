@@ -391,7 +391,7 @@ def _add_arithmetic(add: Callable[..., Any], *short: str) -> None:
 
 
 def check_loggers(wanted: Mapping[str, bool]) -> None:
-    """UserError where the package of a logger that is wanted is not installed; does not import it."""
+    """Raise UserError where the package of a logger that is wanted is not installed; does not import it."""
     for option, (module, package) in OPTIONAL.items():
         if wanted[option] and importlib.util.find_spec(module) is None:
             raise UserError(f"--{option} needs a package that is not installed: pip install {package}")

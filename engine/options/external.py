@@ -79,7 +79,7 @@ def add_external_options(
 
 
 def check_external(args: argparse.Namespace, external: bool, names: Sequence[str], forms: str) -> None:
-    """UserError where an option of the project's own models (`names`) is given with another (`forms`), or the other
+    """Raise UserError where an option of our models (`names`) is given with another (`forms`), or the other
     way round.
     """
     for option in EXTERNAL:
@@ -94,7 +94,7 @@ def check_external(args: argparse.Namespace, external: bool, names: Sequence[str
 
 
 def _check_token() -> None:
-    """UserError where nothing can be uploaded: there is no token."""
+    """Raise UserError where nothing can be uploaded: there is no token."""
     from huggingface_hub import get_token
 
     if get_token() is None:

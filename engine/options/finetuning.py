@@ -66,7 +66,7 @@ def prepare(args: Namespace, task: str, schema: type[T], arguments: Sequence[str
 
 
 def refuse_nlvr2(*names: str) -> None:
-    """UserError where a file is one of NLVR2's, which none of the tasks is."""
+    """Raise UserError where a file is one of NLVR2's, which none of the tasks is."""
     for name in names:
         if "nlvr" in Path(name).name.lower():
             raise UserError(

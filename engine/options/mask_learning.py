@@ -182,7 +182,7 @@ def check_learning(args: argparse.Namespace) -> Recipe:
 
 
 def check_undecoded(args: argparse.Namespace) -> None:
-    """UserError where options say how images become pictures, which the configuration of this model says."""
+    """Raise UserError where options say how images become pictures, which the configuration of this model says."""
     if decoding(args) != Decoding():
         told = f"of {args.model} `decoding:` in the configuration says that (--config FILE)"
         raise UserError(f"--exif-rotation, --transparency and --max-pixels are for classifiers of timm: {told}")

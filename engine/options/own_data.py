@@ -19,7 +19,7 @@ def add_own_data_options(parser: argparse.ArgumentParser, kind: str) -> None:
 
 
 def check_own_data_options(args: argparse.Namespace, foreign: bool) -> None:
-    """UserError for options that would say nothing: of data without `--data`, of models of other libraries with one of
+    """Raise UserError for options that say nothing: of data without `--data`, of models of other libraries with one of
     this project's.
     """
     for option in ("val_data", "val_fraction"):

@@ -86,7 +86,7 @@ def add_foreign_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_classification(args: argparse.Namespace, foreign: bool) -> None:
-    """UserError for options of classifiers of timm and transformers with another model, and of timm with
+    """Raise UserError for options of classifiers of timm and transformers with another model, and of timm with
     transformers'.
     """
     augmentation = {field.name for field in fields(Augmentation)}

@@ -114,7 +114,7 @@ def names_beside(weights: Path) -> tuple[str, ...]:
 
 
 def check_teacher(names: Sequence[str], teacher: Path | None) -> None:
-    """UserError where the classes of a teacher are known, and are others than these or stand in another order."""
+    """Raise UserError where the classes of a teacher are known, and are others than these or in another order."""
     beside = classes_beside(teacher) if teacher else None
     if beside is not None and beside.order(names) != list(range(len(names))):
         told = f"{_listed(beside.names)}, and those of the data are {_listed(names)}"

@@ -87,7 +87,7 @@ class Pairs(_Items):
         self.contrastive, self.kind = takes(model, "return_loss"), type(model).__name__
 
     def check(self, captioned: bool) -> None:
-        """UserError without captions: one text for all images would say nothing of what the text layers read."""
+        """Raise UserError without captions: one text for all images would say nothing of what the text layers read."""
         if not captioned:
             raise UserError(f"--calibration: {self.kind} reads texts, and the folder has no captions: {CAPTIONS}")
 
@@ -128,7 +128,7 @@ class Generative(_Items):
         self.image = "" if processor.chat_template else self._image_token(getattr(model.config, "image_token_id", None))
 
     def check(self, captioned: bool) -> None:
-        """UserError without captions: one text for all images would say nothing of what the text layers read."""
+        """Raise UserError without captions: one text for all images would say nothing of what the text layers read."""
         if not captioned:
             raise UserError(f"--calibration: {self.kind} reads texts, and the folder has no captions: {CAPTIONS}")
 
@@ -203,7 +203,7 @@ class Sounds(_Classified):
         self.padding = own or "longest"  # Whisper reads 30 seconds, always
 
     def check(self, captioned: bool) -> None:
-        """UserError without texts where the model has a decoder, which would read nothing."""
+        """Raise UserError without texts where the model has a decoder, which would read nothing."""
         if self.decodes and not captioned:
             how = "put captions.json in it, {sound: text}, or 1.txt beside 1.wav"
             raise UserError(f"--calibration: {self.kind} writes texts, and the folder has none: {how}")
@@ -238,7 +238,7 @@ def _decoded(
 
 
 def preprocessing(model: nn.Module, class_map: str = "") -> TimmImages | Images | Pairs | Generative | Sounds:
-    """UserError where a model has no preprocessing of its own, or none for images or sounds.
+    """Raise UserError where a model has no preprocessing of its own, or none for images or sounds.
 
     class_map: a JSON file, {folder: class}, for models with classes; by default their names say which they are.
     """

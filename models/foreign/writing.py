@@ -207,7 +207,7 @@ def end_of(model: nn.Module, tokenizer: Any) -> int:
 
 
 def check_writes(model: nn.Module, name: str, task: str) -> None:
-    """UserError unless this is a model that writes about images."""
+    """Raise UserError unless this is a model that writes about images."""
     if not (model.can_generate() and takes(model, "pixel_values") and takes(model, "labels")):
         raise UserError(
             f"--model {name}: {type(model).__name__} does not write about images: {task} needs a model such as BLIP-2, "

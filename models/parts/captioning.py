@@ -91,7 +91,7 @@ def outputs(model: Captioner, batch: dict) -> Outputs:
 
 
 def check_captioning_weights(path: str | Path) -> None:
-    """UserError unless the file is a checkpoint of a captioning model, of which captioning_pretrain.py makes one."""
+    """Raise UserError unless the file is a checkpoint of a captioning model, as captioning_pretrain.py makes one."""
     if not any(name.startswith("text_decoder.bert.") for name in read_weights(path)):
         raise UserError(
             f"{path}: no text decoder in this file, so it is no checkpoint of captioning_pretrain.py; leave "

@@ -7,7 +7,7 @@ from sparsity.errors import UserError
 
 
 def check_sizes(config: Any, *zero: str) -> None:
-    """UserError where a number of this dataclass is negative, or an integer is 0 that is not among `zero`."""
+    """Raise UserError where a number of this dataclass is negative, or an integer is 0 that is not among `zero`."""
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, int | float) and not isinstance(value, bool):

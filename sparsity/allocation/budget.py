@@ -51,7 +51,7 @@ def budget(sparsity: Sparsity, numel: int) -> int:
 
 
 def check_schedule(steps: int, schedule: str) -> None:
-    """UserError for a number of steps, or a name of a schedule, that cannot be."""
+    """Raise UserError for a number of steps, or a name of a schedule, that cannot be."""
     if steps < 1:
         raise UserError(f"epochs must be at least 1, got {steps!r}")
     if schedule not in SCHEDULES:

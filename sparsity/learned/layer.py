@@ -206,7 +206,7 @@ def masked_kind(kind: type[nn.Module], calls: bool) -> type[nn.Module]:
 
 
 def checked_pattern(n: int, m: int) -> NM:
-    """UserError unless 1 <= N < M."""
+    """Raise UserError unless 1 <= N < M."""
     if not 1 <= n < m:
         raise UserError(f"N of every M weights are kept, 1 <= N < M, got N = {n!r} and M = {m!r}")
     return NM(n, m)

@@ -105,7 +105,7 @@ class LearnableMasks:
         return total
 
     def check_gradients(self) -> None:
-        """UserError naming a layer whose gate got none: the model reads its weight past the layer's forward."""
+        """Raise UserError naming a layer whose gate got none: the model reads its weight past the layer's forward."""
         idle = [name for name, gate in self.gates.items() if gate.grad is None]
         if idle:
             raise UserError(
