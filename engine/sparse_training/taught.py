@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.sparse_training.distillation import distillation
+from sparsity.errors import UserError
 from sparsity.view import Outputs, PrunableView
 
 
@@ -46,7 +47,14 @@ class Taught(nn.Module):
         return losses | {"loss": loss, "task": losses["loss"], "distill": match}
 
     def _taught(self, outputs: Outputs) -> Outputs:
-        return {name: output for name, output in outputs.items() if name not in self.untaught}
+        """Return what the teacher has to teach of some outputs. UserError where that is nothing."""
+        found = {name: output for name, output in outputs.items() if name not in self.untaught}
+        if not found:
+            raise UserError(
+                f"--distill: the weights that the run starts from have no {', '.join(self.untaught)} to teach (the head"
+                " is new), and nothing else: give --teacher FILE, or leave --distill out"
+            )
+        return found
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
         return self.model.state_dict(*args, **options)

@@ -16,6 +16,7 @@ from engine.sparse_training.training import SparseTraining, load_teacher
 from models.dino import classification
 from models.dino import model as dino
 from models.parts.vqa import by_question
+from sparsity.errors import UserError
 from tests.test_scripts import CONFIGS
 
 SIZES = load_config(CONFIGS / "dino_model.yaml", dino.Config)
@@ -109,6 +110,12 @@ def test_a_new_head_teaches_nothing(view, tmp_path):
         training(view, distill=1.0).module()
     save_file(view.model.state_dict(), tmp_path / "m.safetensors")
     assert training(view, distill=1.0, teacher=tmp_path / "m.safetensors").module().untaught == ()
+
+
+def test_where_nothing_is_left_to_teach_it_is_refused(view):
+    names = tuple(view.outputs(batch()))
+    with pytest.raises(UserError, match="--distill: .*the head is new.*give --teacher FILE"):
+        Taught(view, copy.deepcopy(view.model), 0.5, untaught=names)(batch())
 
 
 def test_the_weights_of_a_teacher(view, teacher, tmp_path):
