@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 from engine.pruning.start import updated
+from engine.updated_weights import found_with_updates, weights_beside
 from sparsity.errors import MissingFileError, UserError
 from sparsity.masks import Masks
 from sparsity.resume.start import begun
 from sparsity.view import PrunableView
 
 log = logging.getLogger(__name__)
-_MASKS, _WEIGHTS = "_pruning_masks", "_weights"  # how prune.py names a mask file, and updated weights beside it
 
 
 def masks_of(view: PrunableView, path: Path) -> Masks:
@@ -19,11 +19,11 @@ def masks_of(view: PrunableView, path: Path) -> Masks:
     the file is for another model.
     """
     masks = Masks.load(path)
-    beside = path.with_name(path.name.replace(_MASKS, _WEIGHTS))
+    beside = weights_beside(path)
     there = beside != path and beside.is_file()
     if there:
         log.info("%s: the updated weights that belong to the mask", beside)
-    elif masks.provenance.get("reconstruction", "none") != "none" or masks.provenance.get("block_steps"):
+    elif found_with_updates(masks):
         raise MissingFileError(f"{beside}: the mask was found with updated weights, and their file is not there")
     try:
         return begun(view, masks, *(updated(view, beside) if there else ()))

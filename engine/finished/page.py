@@ -56,8 +56,9 @@ def read_runs(folder: Path) -> list[Run]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text())
-        assert {"title", "rows", "measures", "retrieved"} <= told.keys()
-    except (ValueError, AttributeError, AssertionError):
+        if not {"title", "rows", "measures", "retrieved"} <= told.keys():
+            raise ValueError("a part is missing")
+    except (ValueError, AttributeError):
         raise UserError(f"{path}: not what prune.py writes; delete it, and run that again") from None
     return told
 

@@ -190,9 +190,11 @@ class Probing:
 
     @property
     def _held(self) -> int | None:
-        """Return how many bytes of captured tensors may be held for the errors, and as many for the model's output."""
+        """Return how many bytes of captured tensors may be held for the errors; where the model's output is measured,
+        too, half of the budget, of which that has the other half.
+        """
         budget = self.reading.capture_budget
-        return budget and budget // 2
+        return budget // 2 if budget is not None and OUTPUT_SENSITIVITY in self.wanted else budget
 
     @property
     def _solved(self) -> bool:
