@@ -48,7 +48,7 @@ from sparsity.run.request import Request
 PLANS = {
     "wanda": "-p wanda -s 50",
     "sparsegpt 2:4": "-p sparsegpt --pattern 2:4",
-    "magnitude + lsq": "-p magnitude -s 50 --reconstruct lsq",
+    "magnitude + lsq": "-p magnitude -s 50 --reconstruct lsq --rounds 30",
 }
 ALLOWED = 3e9  # bytes above the model's
 IMAGES, SIDE, PATCH = 16, 112, 14

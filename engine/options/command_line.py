@@ -163,7 +163,7 @@ def byte_count(text: str) -> int:
 # The axes of a plan, and the options of single scores and reconstructions; those that are given go to the plan.
 PLAN = ("pool", "allocation", "scope", "reconstruct", "calibration_mode", "offload", "epochs", "schedule", "lambda_")
 PLAN += BOUNDS
-PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp")
+PLAN += ("memory_budget", "row_dtype", "mask_lr", "mask_decay", "enable_update", "damp", "rounds")
 PLAN += ("calibrate_within", "target", "correct_bias", "swaps", "layer_errors", "block_steps", "block_window")
 
 
@@ -201,11 +201,13 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reconstruction_options(add: Callable[..., Any]) -> None:
-    """`--damp`, `--target`, `--correct_bias`, `--swaps`, `--layer_errors` and `--block_steps`: what works on layers or
-    blocks one by one.
+    """Add `--damp`, `--rounds`, `--target`, `--correct_bias`, `--swaps`, `--layer_errors` and `--block_steps`: what works
+    on layers or blocks one by one.
     """
     held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
     add("--damp", type=damp, default=0.01, help=f"damping of Gram matrices; auto: {held_out} (default: %(default)s)")
+    usual = "lsq 100, conjugate gradients; admm 20; alps 300"
+    add("--rounds", type=positive_int, metavar="N", help=f"rounds of the solver, at most (default: {usual})")
     wanted = "output that layers are fitted to: their own, or A of the dense model's, e.g. dense:0.5 (default: same)"
     add("--target", type=target, metavar="{same,dense[:A]}", help=wanted)
     add("--correct_bias", action="store_true", help="biases keep the mean output of layers (default: no)")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparsity.reconstruction.base import Problem, Reconstruction, check_mask, check_problem
+from sparsity.reconstruction.base import Problem, Reconstruction, check_mask, check_problem, check_rounds
 from sparsity.reconstruction.damping import Damp, check_damp, damping
 from sparsity.reconstruction.equations import equations
 from sparsity.selection import check_finite
@@ -13,13 +13,13 @@ from sparsity.statistics.hessian import DAMPING
 class LeastSquares(Reconstruction):
     """The weights that give the smallest error of the layer's output for a given mask: b_S = H_SS^-1 C_S in each row.
 
-    damp: lambda over the mean of G's diagonal; the ridge pulls towards W.
+    damp: lambda over the mean of G's diagonal; the ridge pulls towards W. rounds: at most, of conjugate gradients.
     """
 
     targets = ("same", "dense")
 
-    def __init__(self, damp: Damp = DAMPING):
-        self.damp = check_damp(damp)
+    def __init__(self, damp: Damp = DAMPING, rounds: int = 100):
+        self.damp, self.rounds = check_damp(damp), check_rounds(rounds)
 
     def solve(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return the mask of the problem and the weights. UserError for a problem that it does not take."""
@@ -28,6 +28,7 @@ class LeastSquares(Reconstruction):
         layer = equations(problem)
         ridge = layer.ridge(damping(self.damp, problem))
         target = None if layer.same else layer.right(ridge)
-        updated = least_squares(layer.weight, layer.matrix(ridge), kept, target).to(problem.weight.dtype)
+        updated = least_squares(layer.weight, layer.matrix(ridge), kept, target, steps=self.rounds)
+        updated = updated.to(problem.weight.dtype)
         check_finite(problem.name, updated)
         return kept, updated
