@@ -21,7 +21,7 @@ from sparsity.view import PrunableView
 TEXT = {"add_sep": True}  # [ENC] question [SEP]
 ANSWER_ENDS = 2  # [DEC] answer [SEP] [SEP]
 NEW = ()
-DROP_PATH = 0.1  # of the visual encoder
+DROP_PATH = 0.1  # of the visual encoder, where the configuration says nothing
 DROPPED = ("*_m.*", "*_queue", "queue_ptr", "vision_proj.*", "text_proj.*", "temp", "itm_head.*")  # of pretraining
 IGNORED = (*blip.HARMLESS, "text_decoder.cls.predictions.bias", "*.weight_pruning_mask", "*.bias_pruning_mask")
 
@@ -32,7 +32,10 @@ class BLIPVQA(Answering):
     def __init__(self, config: blip.Config):
         super().__init__(config, inherit_mask=True)
         self.decoder_start, self.encoder_start = config.text.vocab_size - 2, config.text.vocab_size - 1
-        self.visual_encoder = blip.vision_transformer(dataclasses.replace(config.vision, drop_path=DROP_PATH))
+        vision = config.vision
+        if vision.drop_path is None:
+            vision = dataclasses.replace(vision, drop_path=DROP_PATH)
+        self.visual_encoder = blip.vision_transformer(vision)
         self.text_encoder = Bert(config.text, config.vision.width)
         self.text_decoder = BertForMaskedLM(config.text, config.text.width, causal=True)
 

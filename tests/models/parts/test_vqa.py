@@ -198,9 +198,11 @@ def test_positions_are_interpolated(name, weights):
     assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 17, 32)
 
 
-def test_drop_path_of_blip():
-    blocks = blip_vqa.build(SIZES["blip"]).visual_encoder.blocks
-    assert blocks[-1].drop_path1.drop_prob == blocks[-1].drop_path2.drop_prob == pytest.approx(0.1)
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_drop_path_of_blip(given, rate):
+    sizes = dataclasses.replace(SIZES["blip"], vision=dataclasses.replace(SIZES["blip"].vision, drop_path=given))
+    block = blip_vqa.build(sizes).visual_encoder.blocks[-1]
+    assert [getattr(drop, "drop_prob", 0.0) for drop in (block.drop_path1, block.drop_path2)] == pytest.approx([rate, rate])
 
 
 # Masks
