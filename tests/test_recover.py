@@ -14,7 +14,9 @@ import prune
 from configs.loading import load_config
 from models.dit import model as dit
 from models.external import model as external
+from sparsity.errors import UserError
 from sparsity.masks import Masks
+from sparsity.run.memory import Memory
 from tests import tiny_models
 from tests.test_dino_scripts import script
 from tests.tiny_models import image_processor, tokenizer
@@ -140,6 +142,14 @@ def test_a_two_tower_model_of_transformers(tmp_path, clip, photos):
 def test_without_data_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--calibration, a folder of images"):
         pruned(tmp_path, "timm:test_vit", *QUICK, "--weights", "random")
+
+
+def test_where_its_copies_do_not_fit_it_is_refused(tmp_path, monkeypatch):
+    """The dense model, gradients and two moments: four times the bytes of the parameters."""
+    monkeypatch.setattr("engine.pruning.free_memory.free_on_host", lambda: 10**9)
+    monkeypatch.setattr("engine.recovery.recovery.needed_memory", lambda view: Memory(0, 10**9 + 1))
+    with pytest.raises(UserError, match="--recover needs 1 GB on the host.*leave it out"):
+        pruned(tmp_path, "dino", *QUICK)
 
 
 @pytest.mark.slow

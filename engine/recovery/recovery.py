@@ -31,6 +31,7 @@ from engine.training.optimizer import adamw
 from engine.training.schedule import warmup_cosine
 from sparsity.errors import UserError
 from sparsity.masks import Masks, state_digest
+from sparsity.run.memory import Memory
 from sparsity.view import PrunableView, accelerators, canonical
 
 HELD_BATCHES = 32  # of each kind of data, on all ranks: what a validation reads
@@ -245,15 +246,26 @@ class Recovery:
             path.unlink(missing_ok=True)
 
 
+def needed_memory(view: PrunableView) -> Memory:
+    """Return what recovery takes beside the model and its activations: the dense model, gradients, two moments."""
+    copies = 4 * sum(parameter.numel() * parameter.element_size() for parameter in view.model.parameters())
+    return Memory(0, copies) if not view.accelerators else Memory(copies, 0)
+
+
 def build_recovery(
-    args: argparse.Namespace, fabric: Any, view: PrunableView, data: Any, config: Any
+    args: argparse.Namespace, fabric: Any, view: PrunableView, data: Any, config: Any, free: Memory
 ) -> Recovery | None:
-    """Return what `--recover` asks for, of the arguments of prune.py; None where it does not. data, config: see
-    `Recovery`.
+    """Return what `--recover` asks for, of the arguments of prune.py; None where it does not.
+
+    data, config: see `Recovery`. free: bytes before the run. Raises UserError where they are too few.
     """
     options = recovery_options(args)
     if options is None:
         return None
+    needed = needed_memory(view)
+    if needed.device > free.device or needed.host > free.host:
+        told = f"--recover needs {needed}, besides the model and its activations, where {free} are free"
+        raise UserError(f"{told}: leave it out, or use a machine with more memory")
     settings = {name: getattr(args, name) for name in SETTINGS}
     return Recovery(options, fabric, view, data, config, seed=args.seed, settings=settings)
 

@@ -10,7 +10,7 @@ from torch import nn
 from configs.pruning import ExternalPruneConfig
 from datasets.calibration.any_model import LoaderBatches, SomeBatches
 from engine.options.recovery import RecoveryOptions
-from engine.recovery.recovery import Recovery
+from engine.recovery.recovery import Recovery, needed_memory
 from engine.training.checkpoint import load_checkpoint
 from engine.training.fit import Run
 from sparsity.errors import UserError
@@ -62,6 +62,11 @@ def recovery(view, options=OPTIONS, data=None):
     config = ExternalPruneConfig(calibration="tests.engine.recovery.test_recovery:batches")
     data = data or LoaderBatches(batches, config.calibration, 20, 0)
     return Recovery(options, fabric, view, data, config, seed=0, settings=SETTINGS)
+
+
+def test_memory_is_that_of_the_dense_model_the_gradients_and_two_moments(view):
+    parameters = sum(tensor.numel() for tensor in view.model.parameters())
+    assert (needed_memory(view).device, needed_memory(view).host) == (0, 4 * 4 * parameters)
 
 
 def state(view):
