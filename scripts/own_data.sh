@@ -10,6 +10,7 @@
 #   DEBUG=1  a few steps of each, in a folder of their own     OUTPUT, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/turns.sh
 export python=${PYTHON:-python} output=${OUTPUT:-output/own_data${DEBUG:+_debug}} sparsity=${SPARSITY:-75} tuned=${TUNED:-4}
 export epochs=${EPOCHS:-6} debug=${DEBUG:+--debug} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 captioned=${CAPTIONED:-320}
@@ -85,13 +86,6 @@ caption_way() { # WAY SEED
         --batch_size 32 --seed "$seed"
 }
 
-all() { # COMMAND: of each line that is read, JOBS at a time
-    xargs -P "${JOBS:-2}" -L 1 bash -c "$1"' "$@"' bash || {
-        echo "scripts/own_data.sh: stopped; the same command goes on from here" >&2
-        exit 1
-    }
-}
-
 export -f mask run prune begin image_way caption_way
 mkdir -p "$output/data"
 settings="SPARSITY=$sparsity EPOCHS=$epochs TUNED=$tuned IMAGES=${IMAGES:-80} CAPTIONED=$captioned DEBUG=${DEBUG:-}"
@@ -108,12 +102,12 @@ write_own_data(sys.argv[1], train=int(sys.argv[2]), val=60, captioned=int(sys.ar
         "${IMAGES:-80}" "$captioned"
     touch "$output/data/done"
 fi
-tr ' ' '\n' <<<"$seeds" | all begin
+tr ' ' '\n' <<<"$seeds" | turns begin
 for seed in $seeds; do
     for way in one_shot plain distilled lora gradual gradual_distilled; do
         echo "$way $seed"
     done
-done | all image_way
+done | turns image_way
 if [ "$captioned" != 0 ]; then
     for seed in $seeds; do
         prune captions "$seed" xvlm --variant mini
@@ -122,7 +116,7 @@ if [ "$captioned" != 0 ]; then
         for way in dense plain distilled gradual; do
             echo "$way $seed"
         done
-    done | all caption_way
+    done | turns caption_way
 fi
 "$python" -c '
 import sys

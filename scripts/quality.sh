@@ -18,8 +18,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
 levels=${LEVELS:-2:4,50,63,75,90} seeds=${SEEDS:-42,43,44}
 [ -z "$DEBUG" ] || levels=75 seeds=42
 export levels seeds towers=configs/xvlm/prune_mini_towers.yaml
-known="xvlm xvlm_towers vit dit blip blip_contrastive" # the longest first
-studies=${STUDIES-$known}
+. scripts/turns.sh
+every="xvlm xvlm_towers vit dit blip blip_contrastive" # the longest first
+studies=${STUDIES-$every}
 updated="best alps multiflow+lsq magnitude+lsq sparsegpt" # the longest first
 scores="omp localmp l2 lamp snip taylor multiflow wanda ria sparsegpt rand"
 updates="none sparsegpt lsq admm"
@@ -59,16 +60,7 @@ run() { # STUDY PLAN: one model with one plan at all levels under all seeds
     [ -z "$sparsities" ] || command+=(-s "$sparsities")
     # shellcheck disable=SC2206 # several words
     command+=($options $more)
-    if [ "$(cat "$folder/done" 2>/dev/null)" = "${command[*]} $(cksum <"$file")" ]; then
-        return
-    fi
-    mkdir -p "$folder"
-    if ! "$PYTHON" "${command[@]}" >>"$folder/log" 2>&1; then
-        tr '\r' '\n' <"$folder/log" | tail -n 3 >&2
-        exit 255 # xargs begins no other
-    fi
-    echo "${command[*]} $(cksum <"$file")" >"$folder/done"
-    echo "$study, $plan: done in $SECONDS s"
+    inputs=$(cksum <"$file") once "$folder" "${command[@]}"
 }
 
 wanted() { # what is to be run: STUDY PLAN, a line each
@@ -101,10 +93,8 @@ plain() { # STUDY: the best mask without an update
 }
 
 for study in $studies; do
-    if [[ " $known " != *" $study "* ]]; then
-        echo "scripts/quality.sh: there is no study $study; there are: $known" >&2
-        exit 2
-    fi
+    # shellcheck disable=SC2086 # several words
+    known "$study" $every
 done
 mkdir -p "$output"
 for score in $scores; do
@@ -112,11 +102,7 @@ for score in $scores; do
         echo "$score $update: {pruner: $score, reconstruct: $update}"
     done
 done >"$output/grid.yaml"
-start='set -euo pipefail; read -ra updates <<<"$updates"; run "$@"'
 export updates
 export -f run plain
-wanted | xargs -r -P "${JOBS:-2}" -L 1 bash -c "$start" bash || {
-    echo "scripts/quality.sh: stopped, see the logs in $output; the same command goes on from here" >&2
-    exit 1
-}
+wanted | turns 'read -ra updates <<<"$updates"; run'
 "$PYTHON" compare.py --quality "$output"

@@ -16,8 +16,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
 export plan=${PLAN:-best} clock=${CLOCK:-cpu} threads=${THREADS:-1} rounds=${ROUNDS:-21}
 export levels=${LEVELS:-75,90} seeds=${SEEDS:-42,43,44}
 [ -z "$DEBUG" ] || levels=75 seeds=42 rounds=3
-known="xvlm dino" # the longest first
-models=${MODELS:-$known} patterns=${PATTERNS:-none block4x4 2:4}
+. scripts/turns.sh
+every="xvlm dino" # the longest first
+models=${MODELS:-$every} patterns=${PATTERNS:-none block4x4 2:4}
 
 run() { # MODEL PATTERN SEED: prunes at all levels of a pattern under one seed, and measures each
     local model=$1 pattern=$2 seed=$3 batches=64 targets labels label mask command
@@ -31,48 +32,28 @@ run() { # MODEL PATTERN SEED: prunes at all levels of a pattern under one seed, 
     esac
     # shellcheck disable=SC2206 # several words
     command=(prune.py -m "$model" -p $plan "${targets[@]}" --num_batches "$batches" --seed "$seed")
-    once "$folder" "${command[@]}"
+    # shellcheck disable=SC2086 # several words
+    once "$folder" "${command[@]}" --output_dir "$folder" $more
     for label in $labels; do
         mask=$(echo "$folder"/*/*_"${label}_seed${seed}"_pruning_masks.safetensors)
         command=(benchmark.py -m "$model" --mask "$mask" --variants dense,packed,accelerated,int8 --batch_sizes 1,8)
         command+=(--rounds "$rounds" --clock "$clock" --threads "$threads" --evaluate)
-        once "$output/$model/$label/$seed" "${command[@]}"
+        # shellcheck disable=SC2086 # several words
+        once "$output/$model/$label/$seed" "${command[@]}" --output_dir "$output/$model/$label/$seed" $more
     done
 }
 
-once() { # FOLDER COMMAND ...: runs it for this folder, unless that is done
-    local folder=$1
-    shift
-    set -- "$@" --output_dir "$folder"
-    if [ "$(cat "$folder/done" 2>/dev/null)" = "$* $more" ]; then
-        return
-    fi
-    mkdir -p "$folder"
-    # shellcheck disable=SC2086 # several words
-    if ! "$PYTHON" "$@" $more >>"$folder/log" 2>&1; then
-        tr '\r' '\n' <"$folder/log" | tail -n 3 >&2
-        exit 255 # xargs begins no other
-    fi
-    echo "$* $more" >"$folder/done"
-    echo "$folder: done in $SECONDS s"
-}
-
 for model in $models; do
-    if [[ " $known " != *" $model "* ]]; then
-        echo "scripts/tradeoff.sh: there is no model $model; there are: $known" >&2
-        exit 2
-    fi
+    # shellcheck disable=SC2086 # several words
+    known "$model" $every
 done
 mkdir -p "$output"
-export -f run once
+export -f run
 for seed in ${seeds//,/ }; do
     for model in $models; do
         for pattern in $patterns; do
             echo "$model $pattern $seed"
         done
     done
-done | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'set -euo pipefail; run "$@"' bash || {
-    echo "scripts/tradeoff.sh: stopped, see the logs in $output; the same command goes on from here" >&2
-    exit 1
-}
+done | turns run
 "$PYTHON" compare.py --tradeoff "$output"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.finished.quality_table import MEASURES
-from engine.reports.report import DENSE, FACTS, markdown_table
+from engine.reports.report import DENSE, FACTS, RECOVERED, markdown_table
 from sparsity.errors import MissingFileError, UserError
 from sparsity.files import write_atomic
 
@@ -18,14 +18,14 @@ _NONE = "-"
 
 
 def write_records(folder: Path) -> tuple[Path, str]:
-    """Write `folder`/table.md of the runs in `folder`/<model>/<level>; return its path and the table.
+    """Write `folder`/table.md of the runs in `folder`/<model>/<levels>; return its path and the table.
 
     Raises MissingFileError where there is no run, UserError for one that is damaged.
     """
-    rows = [_row(path) for path in sorted(folder.glob(f"*/*/*/{FACTS}"), key=_order)]
+    rows = [row for path in sorted(folder.glob(f"*/*/*/{FACTS}"), key=_order) for row in _rows(path)]
     if not rows:
         raise MissingFileError(
-            f"{folder}/<model>/<level>/<pruner>/{FACTS}: there is none; scripts/records.sh makes them"
+            f"{folder}/<model>/<levels>/<pruner>/{FACTS}: there is none; scripts/records.sh makes them"
         )
     table = markdown_table(rows)
     write_atomic(folder / "table.md", f"# Records\n\n{table}\n".encode())
@@ -33,37 +33,46 @@ def write_records(folder: Path) -> tuple[Path, str]:
 
 
 def _order(path: Path) -> tuple[str, float]:
-    level = path.parts[-3]
-    return path.parts[-4], 0.0 if "of" in level else float(level)
+    levels = path.parts[-3]
+    return path.parts[-4], 0.0 if "of" in levels else float(levels.split(",")[0])
 
 
-def _row(path: Path) -> dict[str, str]:
-    """Return the row of a run: what it measured, by what plan and command, and what that took."""
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Return a row for each level of a run: what it measured, by what plan and command, and what that took.
+
+    The seconds of a level are those of the calibration, which serves all levels of the run, and its masks; then those
+    of its recovery.
+    """
     folder = path.parent.parent
+    command = folder / "command"
     try:
         told = json.loads(path.read_text())
         columns = next(columns[:count] for columns, count, _ in MEASURES if columns[0] in told["measures"])
         rows = {row["sparsity"]: row for row in told["rows"]}
-        level = next(label for label in rows if label != DENSE)
-        plan = told["facts"].get("preset", path.parent.name)
-        pruned, recovered = rows[level], rows.get(f"{level} recovered")
-        seconds = [float(row["seconds"]) for row in (pruned, recovered) if row]
-        seconds[0] += float(told["facts"]["calibration"].split()[0])
+        found = []
+        for level in [label for label in rows if label != DENSE and not label.endswith(RECOVERED)]:
+            pruned, recovered = rows[level], rows.get(f"{level}{RECOVERED}")
+            seconds = [float(row["seconds"]) for row in (pruned, recovered) if row]
+            seconds[0] += float(told["facts"]["calibration"].split()[0])
+            found.append(
+                {
+                    "model": folder.parent.name,
+                    "level": level if ":" in level else f"{level} %",
+                    "measure": " / ".join(columns),
+                    "one-shot": _values(pruned, columns),
+                    "recovered": _values(recovered, columns),
+                    "dense": _values(rows.get(DENSE), columns),
+                    "dense int8": _int8(folder.parent / "int8" / "results.csv", columns),
+                    "plan": told["facts"].get("preset", path.parent.name),
+                    "seconds": " + ".join(f"{value:.0f}" for value in seconds),
+                    "command": f"`{command.read_text().strip()}`" if command.is_file() else _NONE,
+                }
+            )
     except (ValueError, KeyError, StopIteration, AttributeError):
-        raise UserError(f"{path}: not what prune.py --evaluate writes; delete it, and run that again") from None
-    command = folder / "command"
-    return {
-        "model": folder.parent.name,
-        "level": level if ":" in level else f"{level} %",
-        "measure": " / ".join(columns),
-        "one-shot": _values(pruned, columns),
-        "recovered": _values(recovered, columns),
-        "dense": _values(rows.get(DENSE), columns),
-        "dense int8": _int8(folder.parent / "int8" / "results.csv", columns),
-        "plan": plan,
-        "seconds": " + ".join(f"{value:.0f}" for value in seconds),
-        "command": f"`{command.read_text().strip()}`" if command.is_file() else _NONE,
-    }
+        found = []
+    if not found:
+        raise UserError(f"{path}: not what prune.py --evaluate writes; delete it, and run that again")
+    return found
 
 
 def _values(row: Mapping[str, Any] | None, columns: Sequence[str]) -> str:

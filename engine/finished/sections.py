@@ -13,10 +13,9 @@ from typing import Any
 from engine.finished.markdown import anchor, image, table, to_html
 from engine.reports.measures import axis_name, level_name, lower_is_better, meanings
 from engine.reports.plots import Panel, plot_panels
-from engine.reports.report import DENSE, markdown_table
+from engine.reports.report import DENSE, RECOVERED, markdown_table
 
 _FIRST = "R@1"  # of the measures of retrieval, those that are drawn; of others the first
-_RECOVERED = " recovered"  # at the end of the label of masks whose kept weights were trained
 _SHOWN = 5  # layers at either end of the ranking by sensitivity
 
 
@@ -152,13 +151,13 @@ def _levels(runs: Sequence[Run]) -> list[str]:
 
 def _curves(runs: Sequence[Run]) -> Iterator[Section]:
     """Yield the picture of quality by sparsity, where it was measured; recovered models have a curve of their own."""
-    levels = list(dict.fromkeys(label.removesuffix(_RECOVERED) for label in _levels(runs)))
+    levels = list(dict.fromkeys(label.removesuffix(RECOVERED) for label in _levels(runs)))
     dense, panels = _dense(runs), []
     for measure in _drawn(runs):
         curves = {}
         for run in runs:
             values = {row["sparsity"]: row[measure] for row in run.pruned if measure in row}
-            for more in ("", _RECOVERED):
+            for more in ("", RECOVERED):
                 curve = [(values[level + more], None) if level + more in values else None for level in levels]
                 curves |= {run.name + more: curve} if any(curve) else {}
         flat = {DENSE: dense[measure]} if measure in dense else {}

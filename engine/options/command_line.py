@@ -201,8 +201,8 @@ def add_pruner_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reconstruction_options(add: Callable[..., Any]) -> None:
-    """Add `--damp`, `--rounds`, `--target`, `--correct_bias`, `--swaps`, `--layer_errors` and `--block_steps`: what works
-    on layers or blocks one by one.
+    """Add what works on layers or blocks one by one: `--damp`, `--rounds`, `--target`, `--correct_bias`, `--swaps`,
+    `--layer_errors` and `--block_steps`.
     """
     held_out = "0.001, 0.01 or 0.1, chosen for each layer on a tenth of the samples that is held out"
     add("--damp", type=damp, default=0.01, help=f"damping of Gram matrices; auto: {held_out} (default: %(default)s)")

@@ -28,7 +28,7 @@ from engine.pruning.recovering import Recovering
 from engine.ranks import on_leader, summed
 from engine.reports.hub import CARD, card, upload
 from engine.reports.pictures import Pictures
-from engine.reports.report import DENSE, Metrics, append_csv, markdown_table, write_report
+from engine.reports.report import DENSE, RECOVERED, Metrics, append_csv, markdown_table, write_report
 from engine.reports.sensitivity import error_rows
 from engine.tensor_stream import stream_tensors
 from sparsity.allocation.given import to_rules
@@ -270,11 +270,11 @@ class Results:
             self._save_tensors(own, ((key, tensors[key]) for key in own), file)
             metrics = evaluate() if evaluate else {}
             if self.options["save_model"]:
-                self._save_model(path.with_name(beside("_recovered_model")), f"{label} recovered", masks, metrics)
-        row = self.rows[-1] | {"sparsity": f"{label} recovered", "seconds": f"{found.seconds:.1f}"}
+                self._save_model(path.with_name(beside("_recovered_model")), f"{label}{RECOVERED}", masks, metrics)
+        row = self.rows[-1] | {"sparsity": f"{label}{RECOVERED}", "seconds": f"{found.seconds:.1f}"}
         self.rows.append(row | {name: metrics[key] for name, key in self.columns.items() if key in metrics})
         loss = f"held-out loss {found.before:.4g} -> {found.after:.4g}, after step {found.step}"
-        self.facts[f"{label} recovered"] = f"{loss}; all that was trained: {file.name}"
+        self.facts[f"{label}{RECOVERED}"] = f"{loss}; all that was trained: {file.name}"
 
     def _save_allocation(self, masks: Masks, path: Path, label: str) -> None:
         """Write what the masks take from each layer, as --allocation reads it."""

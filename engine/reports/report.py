@@ -13,6 +13,7 @@ from sparsity.files import append, write_atomic
 
 Metrics = Mapping[str, float]
 DENSE = "dense"  # the label of the model before pruning
+RECOVERED = " recovered"  # at the end of the label of masks whose kept weights were trained
 FACTS = "report.json"  # what engine.finished.page reads of a run
 ERRORS = (
     "Squared error of a layer's output over the size of that output, on the inputs that it had in calibration: with the"

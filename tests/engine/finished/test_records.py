@@ -34,7 +34,8 @@ def test_a_row_for_each_model_and_level(tmp_path):
         {"sparsity": "2:4", "top-1": 55.0, "seconds": "9"},
     )
     after = {"sparsity": "2:4 recovered", "top-1": 56.04, "seconds": "30.2"}
-    write_run(tmp_path / "dino", "75", [dense, half | {"sparsity": "75", "top-1": 50.0}], ["top-1", "top-5"])
+    levels = [half | {"sparsity": "63", "top-1": 52.0}, half | {"sparsity": "75", "top-1": 50.0}]
+    write_run(tmp_path / "dino", "63,75", [dense, *levels], ["top-1", "top-5"])
     write_run(tmp_path / "dino", "2:4", [dense, half, after], ["top-1", "top-5"])
     (tmp_path / "dino/int8").mkdir()
     (tmp_path / "dino/int8/results.csv").write_text("pruner,top-1\ndense,1\ndense int8,56.63\nrand,3\n")
@@ -45,6 +46,7 @@ def test_a_row_for_each_model_and_level(tmp_path):
     plan, command = "best, version 2: -p alps", "`python prune.py -m dino -p best`"
     assert rows == [
         ["dino", "2:4", "top-1", "55.0", "56.0", "56.6", "56.6", plan, "10 + 30", command],
+        ["dino", "63 %", "top-1", "52.0", "-", "56.6", "56.6", plan, "10", command],
         ["dino", "75 %", "top-1", "50.0", "-", "56.6", "56.6", plan, "10", command],
         ["xvlm", "2:4", "i2t R@1 / t2i R@1", "60.0 / 50.0", "-", "60.0 / 50.0", "-", plan, "10", command],
     ]
@@ -74,7 +76,7 @@ def test_the_script_runs_each_record_once(tmp_path):
     assert commands.count(["compare.py", "--records", str(tmp_path / "out")]) == 2
     pruned = [prune.parse(command[1:]) for command in commands if command[0] == "prune.py"]
     asked = [(args.model, str(args.pattern or args.sparsities)) for args in pruned]
-    levels = ("2:4", "50", "63", "75", "90")
+    levels = ("2:4", "50,63,75,90")
     assert sorted(asked) == sorted((model, level) for model in ("xvlm", "blip", "dino") for level in levels)
     assert all(args.evaluate and args.recover == 300 for args in pruned)
     assert {args.num_batches for args in pruned if args.model == "dino"} == {32}

@@ -202,7 +202,8 @@ def test_positions_are_interpolated(name, weights):
 def test_drop_path_of_blip(given, rate):
     sizes = dataclasses.replace(SIZES["blip"], vision=dataclasses.replace(SIZES["blip"].vision, drop_path=given))
     block = blip_vqa.build(sizes).visual_encoder.blocks[-1]
-    assert [getattr(drop, "drop_prob", 0.0) for drop in (block.drop_path1, block.drop_path2)] == pytest.approx([rate, rate])
+    drawn = [getattr(drop, "drop_prob", 0.0) for drop in (block.drop_path1, block.drop_path2)]
+    assert drawn == pytest.approx([rate, rate])
 
 
 # Masks
