@@ -145,6 +145,7 @@ def test_the_full_size_is_chosen_where_its_weights_are(tmp_path):
         ("a: " + "[" * 20_000, "too many brackets in brackets"),
     ],
 )
+@pytest.mark.script
 def test_yaml_that_its_own_library_stumbles_over(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as error:

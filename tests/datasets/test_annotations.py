@@ -51,6 +51,7 @@ json_values = st.recursive(
 
 @QUICK
 @given(st.sampled_from(PARSERS), st.lists(st.tuples(KEYS, json_values), max_size=3))
+@pytest.mark.script
 def test_a_record_is_read_or_refused_in_one_line(tmp_path, parse, changes):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD, GOOD | dict(changes)]))
@@ -139,6 +140,7 @@ def test_a_dataset_that_is_no_text_is_not_any_other(write_json, tmp_path):
 
 
 @pytest.mark.parametrize("depth", [700, 5_000, 200_000])
+@pytest.mark.script
 def test_brackets_in_brackets(tmp_path, depth):
     path = tmp_path / "a.json"
     path.write_text("[" * depth + "]" * depth)

@@ -159,6 +159,7 @@ def test_damage_never_raises(form, data):
     assert isinstance(found, Skipped) and "\n" not in found.reason or found.mode == "RGB"
 
 
+@pytest.mark.script
 def test_files_are_opened_as_images_in_narrow_formats_only():
     code = [path for folder in ("datasets", "engine", "models", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     for path in (*code, *ROOT.glob("*.py")):

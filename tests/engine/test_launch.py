@@ -108,6 +108,7 @@ def test_an_assertion_is_a_bug():
         run(wrong)
 
 
+@pytest.mark.script
 def test_an_interrupt_says_so(ended):
     def interrupted():
         raise KeyboardInterrupt

@@ -17,6 +17,8 @@ from datasets.tasks.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from datasets.tasks.vqa import Images, VQATrainDataset, candidates, file_questions
 from tests.fuzz.damage import check, damaged_bytes, damaged_json, fuzzed, same
 
+pytestmark = pytest.mark.script
+
 BOX = [0, 0, 9, 9.5]
 REGION = {"bb": BOX, "caption": ["a", "b"], "attributes": "red"}
 

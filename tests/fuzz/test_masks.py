@@ -32,6 +32,8 @@ from tests.fuzz.damage import (
     same,
 )
 
+pytestmark = pytest.mark.script
+
 torch.manual_seed(0)
 SHAPES = {"vision.a.weight": (3, 5), "vision.b.weight": (8, 16), "text.c.weight": (2, 3, 2, 2)}
 BITS = {name: torch.rand(shape) > 0.4 for name, shape in SHAPES.items()}

@@ -13,6 +13,8 @@ from sparsity.errors import UserError
 from sparsity.statistics.row_stores import File, Scratch
 from tests.fuzz.damage import check, damaged_bytes, damaged_json, fuzzed, same
 
+pytestmark = pytest.mark.script
+
 torch.manual_seed(0)
 KEYS = ("step", "identity", "model", "optimizer", "precision")
 STATE = {

@@ -261,6 +261,7 @@ def public_file(tmp_path):
     return path
 
 
+@pytest.mark.script
 def test_the_full_size_file_fits_the_full_size_model(public_file):
     """On the meta device, where copying costs nothing: every name and shape is checked."""
     with torch.device("meta"):
@@ -268,6 +269,7 @@ def test_the_full_size_file_fits_the_full_size_model(public_file):
     load_weights(model, public_file, positions=xvlm.POSITIONS, ignored=xvlm.HARMLESS)
 
 
+@pytest.mark.script
 def test_the_full_size_file_does_not_fit_the_small_model(public_file):
     model = xvlm.XVLM(CONFIG)
     told = refusal(model, public_file, positions=xvlm.POSITIONS, ignored=xvlm.HARMLESS)

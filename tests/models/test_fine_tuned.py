@@ -18,6 +18,7 @@ SIZES = {"xvlm": CONFIG, "blip": BLIP_CONFIG}
 @pytest.mark.parametrize("side", [48, 80])
 @pytest.mark.parametrize("task", ["retrieval", "vqa"])
 @pytest.mark.parametrize("name", SIZES)
+@pytest.mark.script
 def test_weights_say_what_images_they_were_tuned_on(name, task, side, tmp_path):
     torch.manual_seed(0)
     pretrained = SIZES[name]

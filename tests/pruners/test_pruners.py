@@ -210,7 +210,10 @@ def test_a_pool_that_is_not_the_pruners_own_is_refused(name):
         pruners.build(name, pool="layer")
 
 
-@pytest.mark.parametrize("name", pruners.available())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.script] * (name in ("alps", "admm"))) for name in pruners.available()],
+)
 def test_totals_are_exact(view, batches, name):
     for pool in ("global", None) if name in OWN_POOL else (*POOLS, None):
         plan = pruners.build(name).plan

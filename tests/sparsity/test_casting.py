@@ -23,6 +23,7 @@ QUICK = settings(max_examples=200, deadline=None)
     st.sampled_from([torch.float64, torch.float32]),
     st.sampled_from(FLOATS),
 )
+@pytest.mark.script
 def test_what_is_counted_is_what_is_lost(values, source, target):
     weight = torch.tensor(values, dtype=source)
     narrow = weight.to(target)

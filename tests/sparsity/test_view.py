@@ -92,6 +92,7 @@ def test_conv1d_is_seen_as_out_in_on_its_own_storage():
     assert weight.as_stored(torch.ones(3, 5)).shape == (5, 3)
 
 
+@pytest.mark.script
 def test_a_compiled_or_wrapped_model_has_the_names_of_the_plain_one():
     model = Attention()
     plain = list(view_of(model).weights)

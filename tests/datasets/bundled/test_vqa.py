@@ -93,6 +93,7 @@ def test_training_items(glyphs, words):
         BundledQuestions(glyphs, words, 0, side=SIDE, seed=1)
 
 
+@pytest.mark.script
 def test_evaluation_asks_everything_about_fixed_scenes(glyphs, words):
     questions = bundled_questions("unseen_scenes", 12, SIDE, words, seed=0)
     again = bundled_questions("unseen_scenes", 12, SIDE, words, seed=0)

@@ -70,12 +70,14 @@ def test_no_more_than_there_are(read, imagenet):
     assert len(data) == len(list(data)) == 3
 
 
+@pytest.mark.script
 def test_the_seed_decides_and_workers_do_not(read, config):
     first, other = list(read(config, seed=1)), list(read(config, seed=2))
     helped = list(read(dataclasses.replace(config, workers=2), seed=1))
     assert all(map(same, first, helped)) and not any(map(same, first, other))
 
 
+@pytest.mark.script
 def test_ranks_share_the_batches_of_fresh_epochs(read, config):
     data = read(config, num_batches=3)
     whole = [batch for epoch in range(3) for batch in data.at(epoch)]

@@ -136,6 +136,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killed_at", [3, 13, 23])  # batches, of which a step has two
+@pytest.mark.script
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, view, masks, monkeypatch, killed_at):
     whole, expected = recovered(tmp_path / "whole", view, masks)
     stream = SomeBatches.stream
@@ -170,6 +171,7 @@ def test_a_checkpoint_of_other_masks_is_refused(tmp_path, view, masks):
         recovered(tmp_path, view, other)
 
 
+@pytest.mark.script
 def test_several_masks_are_recovered_one_after_the_other(tmp_path, view, masks):
     _, expected = recovered(tmp_path / "alone", view, masks)
     other = Masks({name: ~mask for name, mask in masks.items()}, {}, view.aliases)

@@ -40,6 +40,7 @@ def test_groups_have_the_sparsity_of_their_weights_not_the_mean_of_the_layers(tm
     assert sum(pictures.magnitudes["63"]["all"]) == 320 - gone
 
 
+@pytest.mark.script
 def test_alone_there_is_no_overlap(tmp_path, view):
     stale = tmp_path / "omp" / "overlap.png"
     stale.parent.mkdir()
@@ -49,6 +50,7 @@ def test_alone_there_is_no_overlap(tmp_path, view):
     assert {p.name for p in (tmp_path / "omp").glob("*.png")} == {picture.file for picture in drawn}
 
 
+@pytest.mark.script
 def test_masks_of_the_same_model_sparsity_and_seed_are_compared(tmp_path, view, monkeypatch):
     for pruner, options in (("lamp", {}), ("rand", {"seed": 1}), ("l2", {"label": "64", "sparsity": "0.64"})):
         run(tmp_path, view, pruner, **options)

@@ -27,6 +27,7 @@ def scheduler(kind, schedule, prediction, **options):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.script
 def test_betas_are_those_of_diffusers(schedule):
     theirs = scheduler("DDPMScheduler", schedule, "noise")
     torch.testing.assert_close(SCHEDULES[schedule](1000).float(), theirs.betas, rtol=1e-5, atol=1e-8)

@@ -125,6 +125,7 @@ MASK_KEYS = json.loads(Path("tests/data/checkpoints/mask_file_keys_xvlm.json").r
 
 
 @pytest.mark.parametrize("task", ["retrieval", "captioning", "captioning_pretrain", "vqa"])
+@pytest.mark.script
 def test_a_public_mask_file_is_for_every_task(tmp_path, task):
     """With all keys of the published files, also those of heads and layers that the task does not have."""
     vision = dataclasses.replace(CONFIG.vision, layers=12, width=16, heads=2, mlp_width=16)

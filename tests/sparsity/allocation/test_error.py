@@ -62,6 +62,7 @@ def best(hulls, sizes, total):
 
 @PROFILE
 @given(st.data())
+@pytest.mark.script
 def test_it_is_the_optimum_of_the_linear_programme(data):
     sizes = data.draw(st.lists(st.integers(20, 90), min_size=3, max_size=3))
     steps = ladder(data.draw(st.sampled_from(["0.2", "0.5", "0.61", "0.9"])))

@@ -11,6 +11,8 @@ from sparsity.errors import UserError
 from tests.sparsity.allocation.parts import part_of
 from tests.toys import layers, view_of
 
+pytestmark = pytest.mark.script
+
 settings.register_profile("allocation", deadline=None, derandomize=True, max_examples=200)
 PROFILE = settings.get_profile("allocation")
 
