@@ -1,6 +1,7 @@
 """The reconstructions on layers of ViT-S and ViT-B, end to end with the statistics that each needs, against SparseGPT's
-joint sweep: least squares and ADMM after a mask by Wanda's score, ALPS and ADMM with a mask of their own. Interleaved,
-medians; and the relative error of each.
+joint sweep: least squares and ADMM after a mask by Wanda's score, ALPS and ADMM with a mask of their own; least squares
+and ALPS towards half of the dense model's output, too. Interleaved, medians; and the relative error of each towards its
+own target.
 
     OMP_NUM_THREADS=1 python -m benchmarks.solvers             # ViT-B, about two minutes
     OMP_NUM_THREADS=1 python -m benchmarks.solvers --full      # all statistics over 512 images, three runs
@@ -12,6 +13,7 @@ images are measured, and the seconds of the statistics counted as of 512.
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,8 +29,11 @@ from sparsity.reconstruction.lsq import LeastSquares
 from sparsity.reconstruction.projection import project
 from sparsity.reconstruction.sparsegpt import SparseGPT
 from sparsity.statistics.hessian import triangle
+from sparsity.statistics.sums import add
 
-GOALS = {"lsq": 1.6, "alps": 4.0}  # times SparseGPT's, end to end
+GOALS = {"lsq": 1.6, "alps": 4.0, "alps dense": 4.0}  # times SparseGPT's, end to end
+DENSE = 0.5  # of the target that is the dense model's output
+_PRUNED = 0.1  # how far the pruned model's inputs are from the dense model's, of their size
 IMAGES = 512  # of a calibration
 _DISTINCT = 4  # batches, which are read again and again: for the time it makes no difference
 Solve = Callable[[Problem], tuple[Tensor, Tensor]]
@@ -38,7 +43,16 @@ def masked(solver: Reconstruction, problem: Problem) -> tuple[Tensor, Tensor]:
     """Return mask and weights of a solver after a mask by |w| ||X_j||."""
     norms = triangle(problem.statistics["hessian"], problem.weight.shape[1]).diagonal().sqrt()
     kept = project(problem, problem.weight.abs() * norms.to(problem.weight))
-    return solver.solve(Problem(problem.name, problem.weight, problem.statistics, kept, pattern=problem.pattern))
+    return solver.solve(replace(problem, kept=kept, sparsity=None))
+
+
+def cross_products(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return X'Xh / n, (in, in), of the dense model's inputs X and the pruned one's Xh, as the engine adds it up."""
+    total, seen = torch.zeros(batches[0][0].shape[1], batches[0][0].shape[1], dtype=torch.float64), 0
+    for dense, pruned in batches:
+        add(total, dense.t() @ pruned)
+        seen += len(dense)
+    return total.div_(seen)
 
 
 SOLVERS: dict[str, Solve] = {
@@ -48,7 +62,14 @@ SOLVERS: dict[str, Solve] = {
     "admm mask": partial(masked, ADMM()),
     "admm": ADMM().solve,
     "alps": ALPS().solve,
+    "lsq dense": partial(masked, LeastSquares()),
+    "alps dense": ALPS().solve,
 }
+
+
+def statistics_of(solver: str) -> tuple[str, ...]:
+    """Return the statistics that a solver needs."""
+    return ("hessian", "cross") if solver.endswith("dense") else ("hessian",)
 
 
 def measure(
@@ -59,19 +80,25 @@ def measure(
     repeats: int,
     pattern: NM | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return solver -> median of its seconds, with "statistics", and solver -> relative error, of one layer."""
+    """Return solver or statistic -> median of its seconds, and solver -> relative error, of one layer."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * 0.02
     number = max(1, images // batch)
     drawn = inputs(batch * min(_DISTINCT, number), shape[1], generator).split(batch * TOKENS)
-    batches = [drawn[i % len(drawn)] for i in range(number)]
+    moved = [(rows, rows + _PRUNED * inputs(batch, shape[1], generator)) for rows in drawn]
+    pairs = [moved[i % len(moved)] for i in range(number)]
+    batches = [pruned for _, pruned in pairs]
     seconds: dict[str, list[float]] = {}
     errors: dict[str, float] = {}
     for _ in range(repeats):
         elapsed, hessian = timed(clock, our_hessian, batches)
-        seconds.setdefault("statistics", []).append(elapsed)
-        problem = Problem("layer", weight, {"hessian": hessian}, None, "0.5", "block", pattern)
+        seconds.setdefault("hessian", []).append(elapsed)
+        elapsed, cross = timed(clock, cross_products, pairs)
+        seconds.setdefault("cross", []).append(elapsed)
+        found = {"hessian": hessian, "cross": cross, "dense_hessian": our_hessian([dense for dense, _ in moved])}
+        same = Problem("layer", weight, found, None, "0.5", "block", pattern)
         for name, solve in SOLVERS.items():
+            problem = replace(same, dense_share=DENSE) if "cross" in statistics_of(name) else same
             elapsed, (_, updated) = timed(clock, solve, problem)
             seconds.setdefault(name, []).append(elapsed)
             errors[name] = relative_error(problem, updated, 0.01)
@@ -79,11 +106,11 @@ def measure(
 
 
 def report(label: str, total: dict[str, float], errors: dict[str, float] | None = None) -> None:
-    """Print each solver's seconds, alone and with the statistics, these over SparseGPT's, and its error."""
-    summed = total["statistics"]
-    print(f"{label}: statistics {summed:.3f} s")
-    for name in SOLVERS:
-        both, theirs = summed + total[name], summed + total["sparsegpt"]
+    """Print each solver's seconds, alone and with its statistics, these over SparseGPT's, and its error."""
+    print(f"{label}: Gram matrix {total['hessian']:.3f} s, products with the dense inputs {total['cross']:.3f} s")
+    ends = {name: total[name] + sum(total[statistic] for statistic in statistics_of(name)) for name in SOLVERS}
+    for name, both in ends.items():
+        theirs = ends["sparsegpt"]
         goal = f"   goal at most {GOALS[name]}" if name in GOALS else ""
         error = f"   error {errors[name]:.5f}" if errors else ""
         told = f"{total[name]:9.3f} s   end to end {both:9.3f} s, SparseGPT {theirs:9.3f} s: {both / theirs:5.2f} times"
@@ -113,7 +140,8 @@ def main() -> None:
             shape = shapes(WIDTHS[model])[layer]
             pattern = parse_pattern(args.pattern)
             medians, errors = measure(CLOCKS[args.clock], shape, args.images, args.batch, args.repeats, pattern)
-            medians["statistics"] *= IMAGES / args.images
+            for statistic in ("hessian", "cross"):
+                medians[statistic] *= IMAGES / args.images
             report(f"{model} {layer} {shape}", medians, errors)
             for name, median in medians.items():
                 total[name] = total.get(name, 0) + median
