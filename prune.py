@@ -95,7 +95,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     from datasets.calibration.data_kinds import clear_skipped
     from engine.pruning.data_kinds import SUBJECTS
-    from engine.pruning.free_memory import free_memory
     from engine.pruning.run import Results, calibrations, preflight, timed
     from engine.pruning.start import load_start
     from engine.ranks import place_of
@@ -107,10 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     request = replace(request, start=load_start(view, args.from_mask, args.from_weights))
     clear_skipped(folder, place_of(fabric))
     data = subject.calibration(folder, args.num_batches, args.seed) if engine.plan.statistics or args.recover else None
-    preflight(engine, view, request, data, folder, args.devices)
+    free = preflight(engine, view, request, data, folder, args.devices)
     evaluate = subject.evaluation(folder) if args.evaluate else None
     results = Results(folder, view, vars(args), config, subject.metrics, fabric)
-    results.recovery = build_recovery(args, fabric, view, data, config, free_memory(view, args.devices))
+    results.recovery = build_recovery(args, fabric, view, data, config, free)
     if evaluate:
         results.dense(evaluate())
     passes = calibrations(data, fabric, args.seed, args.pruner, folder, config, args.capture_budget)

@@ -38,6 +38,7 @@ from sparsity.files import write_atomic
 from sparsity.masks import Masks
 from sparsity.pattern import NM, Block
 from sparsity.run.engine import Engine
+from sparsity.run.memory import Memory
 from sparsity.run.request import Request
 from sparsity.solvers.share import check_same
 from sparsity.statistics.gradient_rows import Scratch
@@ -70,13 +71,16 @@ def preflight(
     data: Any = None,
     folder: Path | None = None,
     processes: int = 1,
-) -> None:
-    """Raise UserError for what this model cannot have or this machine has no memory for, before any data is read.
+) -> Memory:
+    """Return what memory is free. UserError for what this model cannot have or this machine has no memory for, before
+    any data is read.
 
     data: that are read, if any. folder: for what is too large for memory. processes: of this run on this machine.
     """
     rounds = None if data is None else data.rounds
-    engine.preflight(view, request, rounds=rounds, folder=folder, free=free_memory(view, processes))
+    free = free_memory(view, processes)
+    engine.preflight(view, request, rounds=rounds, folder=folder, free=free)
+    return free
 
 
 def calibrations(

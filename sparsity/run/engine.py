@@ -33,7 +33,7 @@ from sparsity.run.plan import Plan
 from sparsity.run.probing import Probing, forget
 from sparsity.run.request import Request
 from sparsity.run.select import Budget, Kept, Quota, check_budgets, chosen_of, follow, parts_of, quotas, shared
-from sparsity.run.sequential import Blocks, Solved, origin_of
+from sparsity.run.sequential import Blocks, Solved, forget_blocks, origin_of
 from sparsity.selection import Named, lowered
 from sparsity.sensitivity.measured import Measured as Measured
 from sparsity.statistics.checks import check_weights
@@ -216,6 +216,7 @@ class Engine:
                 facts |= plan.reconstruction.facts(measured.whole)
             trails.append(Trail(measured.origin if plan.steps > 1 else None, facts))
             yield one.target, self._in_steps(view, measured, one, calibrations, facts, trails[-1])
+            forget_blocks(measured.origin)
         for trail in trails:
             trail.forget()
         forget(measured.origin)
@@ -384,8 +385,7 @@ class Engine:
     ) -> Masks:
         """The masks of a reconstruction that solves all layers together."""
         alive = before and {name: alive_of(view, before, name) for name in view.weights}
-        before_it = sum(map(lost, (alive or {}).values()))
-        pruned = 0 if target.pattern else max(budget(target.target, view.numel), before_it)
+        pruned = 0 if target.pattern else max(budget(target.target, view.numel), sum(map(lost, (alive or {}).values())))
         done = Blocks(view, folder=reading.scratch and reading.scratch.path.parent)
         for number, (name, *solved) in enumerate(solver.solve_all(view, measured.whole, pruned, target.pattern, alive)):
             done.save(number, {name: Solved(solved[0], solved[1])})

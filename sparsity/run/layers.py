@@ -88,7 +88,8 @@ class Layers:
                 train = partial(self._train, replayed)
             by_blocks(replayed.order, partial(self._measure, replayed), prune, done, share, train)
         masks = as_masks(self.view, done.kept, self.facts, done.updates, biases=done.biases, errors=done.errors)
-        done.forget()
+        if self.origin is None or self.plan.steps > 1:  # else they stay until the results of this target are written
+            done.forget()
         return masks
 
     def _replayed(self, folder: Path | None) -> Replayed:

@@ -201,19 +201,27 @@ class Blocks:
         """Remove the files; what they held can be read as long as this lives."""
         if self._temporary is not None:
             self._temporary.cleanup()
-        if self._origin is None:
-            return
-        for path in self._origin.path.parent.glob(self._path("*").name):
-            path.unlink(missing_ok=True)
+        forget_blocks(self._origin, self._label)
 
     def _path(self, number: int | str) -> Path:
         if self._origin is not None:
-            return self._origin.path.with_name(f"{self._origin.path.name}_{self._label}.block{number}")
+            return _file(self._origin, self._label, number)
         if self._temporary is None:
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._temporary = tempfile.TemporaryDirectory(prefix=".updated_weights_", dir=self._folder)
         return Path(self._temporary.name) / f"block{number}"
+
+
+def forget_blocks(origin: Scratch | None, label: str = "*") -> None:
+    """Remove the files of the stages that were kept for a target, or for all; what is open can still be read."""
+    if origin is not None:
+        for path in origin.path.parent.glob(_file(origin, label, "*").name):
+            path.unlink(missing_ok=True)
+
+
+def _file(origin: Scratch, label: str, number: int | str) -> Path:
+    return origin.path.with_name(f"{origin.path.name}_{label}.block{number}")
 
 
 def biases_of(view: PrunableView, block: Mapping[str, Solved]) -> dict[str, Tensor]:

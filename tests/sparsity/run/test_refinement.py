@@ -229,8 +229,9 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("finished", [1, 2])
+@pytest.mark.parametrize("finished", [1, 2, 3])
 def test_killed_runs_go_on_with_the_same_bits(view, tmp_path, finished, monkeypatch):
+    """Killed within the layers, or after them: while results are evaluated, recovered and written."""
     options = {"reconstruct": "alps", "target": "dense:0.5", "correct_bias": True, "damp": "auto", "swaps": 3}
     whole = once("wanda", view, batches_of(), **options)
 
@@ -246,7 +247,9 @@ def test_killed_runs_go_on_with_the_same_bits(view, tmp_path, finished, monkeypa
 
         monkeypatch.setattr(engine.plan.reconstruction, "solve", counted)
         reading = CalibrationPass(batches_of(), scratch=Scratch(tmp_path / "run", "data"))
-        ((_, masks),) = engine.masks(view, engine.measure(view, reading), Request(["0.6"]), lambda epoch: reading)
+        for _, masks in engine.masks(view, engine.measure(view, reading), Request(["0.6"]), lambda epoch: reading):
+            if len(solved) == limit:
+                raise KilledError
         return masks, solved
 
     with pytest.raises(KilledError):
