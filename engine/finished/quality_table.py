@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.reports.measures import axis_name, level_name
+from engine.reports.measures import axis_name, level_name, lower_is_better
 from engine.reports.plots import Panel, plot_panels
 from engine.reports.report import markdown_table, mean_and_error, with_error
 from sparsity.errors import MissingFileError, UserError
@@ -25,8 +25,8 @@ PICTURE = "quality.png"  # the first measure of all studies, in a panel each
 ERRORS = 2.0  # standard errors by which a plan has to be ahead
 COSTS = ("calibration_seconds", "selection_seconds", "peak_mb")
 COLUMNS = ("config", "date", "pruner", "sparsity", "seed", *COSTS)
-# Columns of a model's results that are shown, how many of them decide (their mean), and what the best is.
-MEASURES = ((("top-1",), 1, max), (("i2t R@1", "t2i R@1"), 2, max), (("Frechet", "as asked %"), 1, min))
+# Columns of a model's results that are shown, and how many of them decide (their mean).
+MEASURES = ((("top-1",), 1), (("i2t R@1", "t2i R@1"), 2), (("Frechet", "as asked %"), 1))
 WHAT = f"""Quality without training, in per cent (Frechet: a distance, lower is better): mean ± standard error over
 seeds, which does not contain what other test images would change. Seconds (statistics and masks, without evaluation)
 are the mean of one level and seed; MB is the highest peak of memory, of the process or, on a GPU, of tensors. "dense
@@ -109,7 +109,8 @@ def _study(name: str, rows: Sequence[Row]) -> Study:
     known = [measure for measure in MEASURES if {*measure[0]} <= rows[0].keys()]
     if not known:
         raise UserError(f"study {name!r}: has none of the columns {', '.join(m[0][0] for m in MEASURES)}")
-    columns, count, best = known[0]
+    columns, count = known[0]
+    best = min if lower_is_better(columns[0]) else max
     plans: dict[str, Plan] = {}
     for row in rows:
         plans.setdefault(_plan(row), Plan(_plan(row))).add(row, columns)

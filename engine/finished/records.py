@@ -47,7 +47,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     command = folder / "command"
     try:
         told = json.loads(path.read_text())
-        columns = next(columns[:count] for columns, count, _ in MEASURES if columns[0] in told["measures"])
+        columns = next(columns[:count] for columns, count in MEASURES if columns[0] in told["measures"])
         rows = {row["sparsity"]: row for row in told["rows"]}
         found = []
         for level in [label for label in rows if label != DENSE and not label.endswith(RECOVERED)]:

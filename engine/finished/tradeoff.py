@@ -107,7 +107,7 @@ def write_tradeoff(folder: Path) -> tuple[Path, str]:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         try:
-            columns = next(columns for columns, _, _ in MEASURES if {*columns} <= rows[0].keys())
+            columns = next(columns for columns, _ in MEASURES if {*columns} <= rows[0].keys())
             models.setdefault(name, _Model(name, columns)).add(level_of(level), rows)
         except (ValueError, KeyError, IndexError, StopIteration, ZeroDivisionError):
             raise UserError(f"{path}: not what benchmark.py --evaluate writes; delete it, and run that again") from None
