@@ -19,8 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 DEMO := $(BIN)/python prune.py -m xvlm --output_dir output/demo
 demo: $(VENV)/.installed
 	$(DEMO) -p multiflow -s 63,75 --num_batches 500 --evaluate
-	$(DEMO) -p alps --target dense:0.5 --correct_bias -s 63,75 --num_batches 16 --evaluate
-	$(DEMO) -p wanda --allocation error -s 75 --num_batches 8
+	$(DEMO) -p best -s 63,75 --num_batches 16 --evaluate
 	$(BIN)/python compare.py --pruned output/demo
 
 # All tests but the slow ones: with lint, what must pass before a change is accepted.
