@@ -8,8 +8,9 @@ peak of anonymous memory (and of the accelerator's), seconds, and whether the ti
 
 A plan is what follows `prune.py -m hf:FOLDER`. Each is a process of its own, whose RssAnon is read until it ends
 (mapped files do not count). Allowed are the bytes of the model and `ALLOWED`. Seconds of a block are those between two
-lines of its log; those of the language model, all of one size, are compared: the median of the last third over that of
-the first. --limit: seconds for all; what does not fit is left out and named. Pictures are not drawn.
+lines of its log, on a CPU those that the process has computed; those of the language model, all of one size, are
+compared: the median of the last third over that of the first. --limit: seconds for all; what does not fit is left out
+and named. Pictures are not drawn.
 """
 
 import argparse
@@ -25,8 +26,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -136,7 +138,8 @@ def measured(plan: str, folder: Path, accelerator: str, limit: float) -> Run:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         assert process.stdout, "it is a pipe"
-        reader = threading.Thread(target=_read, args=(process.stdout, times, run))
+        clock = time.perf_counter if accelerator == "gpu" else partial(processor_seconds, process.pid)
+        reader = threading.Thread(target=_read, args=(process.stdout, clock, times, run))
         reader.start()
         while process.poll() is None:
             run.peak = max(run.peak, anonymous(process.pid))
@@ -150,12 +153,12 @@ def measured(plan: str, folder: Path, accelerator: str, limit: float) -> Run:
     return run
 
 
-def _read(lines: IO[str], times: list[float], run: Run) -> None:
+def _read(lines: IO[str], clock: Callable[[], float], times: list[float], run: Run) -> None:
     """Note when the lines of the log come in which a block begins."""
     for line in lines:
         found = re.search(r"block (\d+) of (\d+)", line)
         if found:
-            times.append(time.perf_counter())
+            times.append(clock())
         elif line.startswith("device peak "):
             run.device = int(line.split()[-1])
         run.last = line.strip() or run.last
@@ -168,6 +171,12 @@ def anonymous(pid: int) -> int:
             if line.startswith("RssAnon"):
                 return 1024 * int(line.split()[1])
     return 0
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the time that a process has computed, without the processes that it has started."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def flatness(blocks: list[float], layers: int) -> float:
