@@ -43,5 +43,5 @@ def test_rounds_that_the_devices_cannot_share():
 
 
 def test_wider_layers_have_lower_rates():
-    assert usual_lr([64, 192, 768]) == usual_lr([8]) == 1e-3
-    assert usual_lr([768, 768, 3072]) == pytest.approx(2.5e-4)
+    assert usual_lr([64, 192, 768]) == usual_lr([8]) == 3e-4
+    assert usual_lr([768, 768, 3072]) == pytest.approx(7.5e-5)
