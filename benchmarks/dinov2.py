@@ -190,7 +190,7 @@ def cosines(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Level:
-    """What is pruned to: a pattern, or one sparsity."""
+    """Hold how much is pruned: by a pattern, or one sparsity."""
 
     pattern: NM | None
     sparsities: list[Sparsity]
