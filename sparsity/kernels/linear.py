@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from sparsity.pattern import Block
 
 # Inputs that are multiplied together, tokens x in, by single weights and by blocks: they stay in the processor's cache
-# while a sparse matrix is gone through. All of a batch of eight images at once take two to three times as long.
+# while a sparse matrix is gone through. All of a batch of eight images at once take two to three times as long. Threads
+# share out the rows of the matrix, so that more of them take more inputs.
 _OF_WEIGHTS, _OF_BLOCKS = 9 << 12, 3 << 16
 _TOKENS = 32  # at least
 
@@ -26,7 +27,7 @@ class SparseLinear(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR|Sparse BSR")  # that the layouts are in beta state
             self.matrix = weight.to_sparse_bsr((block.rows, block.columns)) if block else weight.to_sparse_csr()
-        self.together = max(_TOKENS, (_OF_BLOCKS if block else _OF_WEIGHTS) // self.in_features)  # tokens
+        self._block = block
         self.register_buffer("column", None if bias is None else bias[:, None])
 
     @property
@@ -48,8 +49,10 @@ class SparseLinear(nn.Module):
         """Return the layer's output (..., out) for inputs (..., in)."""
         flat = inputs.reshape(-1, self.in_features)  # (tokens, in)
         found = flat.new_empty(flat.shape[0], self.out_features)  # (tokens, out)
+        together = _OF_BLOCKS if self._block else _OF_WEIGHTS * torch.get_num_threads()
+        count = max(_TOKENS, together // self.in_features)
         with torch.no_grad():  # there are kernels of the product alone
-            for tokens, output in zip(flat.split(self.together), found.split(self.together), strict=True):
+            for tokens, output in zip(flat.split(count), found.split(count), strict=True):
                 # The sparse matrix must stand first: W x^T; F.linear with one takes ten times as long.
                 right = tokens.t()
                 product = self.matrix @ right if self.column is None else torch.addmm(self.column, self.matrix, right)
