@@ -17,12 +17,12 @@ import statistics
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ from datasets.transforms import IMAGENET, EvalTransform, RandAugment, TrainTrans
 from engine.options.plans import PlanFile, read_plans
 from engine.reports.report import markdown_table
 from models.external.model import prunable_view, timm_model
-from sparsity.allocation.budget import Sparsity, parse_sparsities
+from sparsity.allocation.budget import parse_sparsities
 from sparsity.errors import MissingFileError, UserError
-from sparsity.pattern import NM, parse_pattern
+from sparsity.pattern import parse_pattern
+from sparsity.run.request import Request
 
 NAME, SIDE, PATCH = "vit_small_patch14_dinov2.lvd142m", 224, 14
 BATCH = 8
@@ -188,16 +189,8 @@ def cosines(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
     return float(alike[:, 0].mean()), float(alike[:, 1:].mean())
 
 
-@dataclass(frozen=True)
-class Level:
-    """Hold how much is pruned: by a pattern, or one sparsity."""
-
-    pattern: NM | None
-    sparsities: list[Sparsity]
-
-
 def measure(
-    plan: PlanFile, model: nn.Module, halves: list[list[Image.Image]], crops: int, level: Level, device: torch.device
+    plan: PlanFile, model: nn.Module, halves: list[list[Image.Image]], crops: int, goal: Request, device: torch.device
 ) -> dict[str, str]:
     """Return the row of a plan: cosines on the photographs that it is calibrated on and on the others, and seconds."""
     view = prunable_view(model)
@@ -207,8 +200,8 @@ def measure(
         rng = np.random.default_rng(seed)
         drawn = torch.stack([crop(own[i % len(own)], rng).to("cpu") for i in range(crops)]).to(device)
         begin = time.perf_counter()
-        engine = pruners.build(plan.pruner, pattern=level.pattern, sparsities=level.sparsities, **plan.options)
-        ((_, masks),) = engine.prune(view, list(drawn.split(BATCH)), level.sparsities, pattern=level.pattern, seed=seed)
+        engine = pruners.build(plan.pruner, pattern=goal.pattern, sparsities=goal.sparsities, **plan.options)
+        ((_, masks),) = engine.prune(view, list(drawn.split(BATCH)), goal.sparsities, pattern=goal.pattern, seed=seed)
         seconds.append(time.perf_counter() - begin)
         for images, found in ((own, seen), (others, unseen)):
             tested = resized(images).to(device)
@@ -234,11 +227,11 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=128, help="that are calibrated on (default: %(default)s)")
     parser.add_argument("--save", type=Path, help="write the weights here, with timm's names (default: no)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Fabric(accelerator="auto", devices=1).device
     if args.sparsity:
-        told, goal = f"{args.sparsity} %", Level(None, [*parse_sparsities(args.sparsity)])
+        told, goal = f"{args.sparsity} %", Request(parse_sparsities(args.sparsity))
     else:
-        told, goal = args.pattern, Level(parse_pattern(args.pattern), [])
+        told, goal = args.pattern, Request(pattern=parse_pattern(args.pattern))
     if len(goal.sparsities) + (goal.pattern is not None) != 1:
         parser.error("expected one pattern N:M, or one --sparsity")
     content = onnx_bytes(args.weights)

@@ -35,6 +35,7 @@ from typing import IO
 import numpy as np
 import torch
 import transformers
+from lightning.fabric import Fabric
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -89,8 +90,7 @@ def make(size: Size, folder: Path, accelerator: str) -> None:
     """Write the model, its processor, and images with captions."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    device = "cuda" if accelerator == "gpu" else "cpu"
-    with torch.device(device):
+    with Fabric(accelerator=accelerator, devices=1).device:
         model = transformers.LlavaForConditionalGeneration(config(size))
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "model", max_shard_size=size.shard)

@@ -27,7 +27,6 @@ class SparseLinear(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR|Sparse BSR")  # that the layouts are in beta state
             self.matrix = weight.to_sparse_bsr((block.rows, block.columns)) if block else weight.to_sparse_csr()
-        self._block = block
         self.register_buffer("column", None if bias is None else bias[:, None])
 
     @property
@@ -49,7 +48,7 @@ class SparseLinear(nn.Module):
         """Return the layer's output (..., out) for inputs (..., in)."""
         flat = inputs.reshape(-1, self.in_features)  # (tokens, in)
         found = flat.new_empty(flat.shape[0], self.out_features)  # (tokens, out)
-        together = _OF_BLOCKS if self._block else _OF_WEIGHTS * torch.get_num_threads()
+        together = _OF_BLOCKS if self.matrix.layout == torch.sparse_bsr else _OF_WEIGHTS * torch.get_num_threads()
         count = max(_TOKENS, together // self.in_features)
         with torch.no_grad():  # there are kernels of the product alone
             for tokens, output in zip(flat.split(count), found.split(count), strict=True):
