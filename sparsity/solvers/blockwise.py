@@ -15,10 +15,7 @@ whole problem chooses how many weights each block keeps, a step in each block wh
 in closed form. Sums over n are kept in float64.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +24,7 @@ from torch import Tensor
 
 from sparsity.pattern import NM
 from sparsity.selection import keep, keep_rows, lowest_of_rows, thresholds
+from sparsity.solvers.threads import side_by_side
 from sparsity.statistics.gradient_rows import Rows
 
 BLOCK = 10_000  # weights of a block, at most
@@ -235,24 +233,13 @@ def _solve_weight(
             kept[begin:end] = blocks.mask.view(-1)
         solved[begin:end] = blocks.refit().view(-1)
 
-    with _workers(rows) as run:
-        run(solve_batch, _batches(bounds, rows.piece()))
+    batches = list(_batches(bounds, rows.piece()))
+    if rows.independent:
+        side_by_side(solve_batch, batches)
+    else:
+        for batch in batches:
+            solve_batch(batch)
     return kept, solved
-
-
-@contextmanager
-def _workers(rows: Rows) -> Iterator[Callable[[Callable, Iterable], object]]:
-    """Calls a function with each item, in as many threads as torch has. Blocks are too small to share one of them."""
-    threads = torch.get_num_threads()
-    if threads == 1 or not rows.independent:
-        yield lambda function, items: deque(map(function, items), maxlen=0)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield lambda function, items: deque(pool.map(function, items), maxlen=0)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _batches(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:

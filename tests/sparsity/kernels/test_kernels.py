@@ -1,6 +1,7 @@
 """Kernels give the outputs of the dense layer, and what is chosen for a layer is the fastest way that was tried."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def test_sums_without_rounding_are_equal_to_the_bit() -> None:
     inputs = torch.randint(-8, 8, (300, 64)).float()
     for block in (None, Block(4, 4), Block(16, 16)):
         assert torch.equal(SparseLinear(weight, None, block)(inputs), inputs @ weight.t())
+
+
+@pytest.mark.parametrize("block", [None, Block(4, 4)], ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_threads_take_pieces_of_inputs(block: Block | None, mode: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsity.kernels.linear._OF_WEIGHTS", 32 * 64)  # 600 inputs are 19 pieces
+    monkeypatch.setattr("sparsity.kernels.linear._OF_BLOCKS", 32 * 64)
+    layer = SparseLinear(sparse(16, 64, 0.3, block).mul(8).round(), torch.arange(16.0), block)
+    inputs = torch.randint(-8, 8, (600, 64)).float().requires_grad_()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with mode():
+            assert torch.equal(layer(inputs), inputs.detach() @ layer.weight.t() + torch.arange(16.0))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_layer_that_is_all_zeros_gives_its_bias() -> None:
