@@ -4,13 +4,13 @@
 # two cores. The table is in output/records/table.md. Stopped, it goes on when it is started again. A new record is a
 # change of `plan` below, with the new table and the log of its run.
 #   scripts/records.sh [OPTION ...]      options of prune.py for all runs, such as --accelerator cpu
-#   MODELS="dino xvlm blip"  LEVELS=2:4,50,63,75,90     only these      STEPS=300  of recovery
+#   MODELS="dino xvlm blip"  LEVELS=2:4,50,63,75,90     only these      STEPS=200  of recovery
 #   JOBS=2  runs at a time, on one core each     DEBUG=1  two batches, three steps, 75 %     OUTPUT, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON=${PYTHON:-python} output=${OUTPUT:-output/records} DEBUG=${DEBUG:-} more="$*"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive steps=${DEBUG:+3}
-export steps=${steps:-${STEPS:-300}}
+export steps=${steps:-${STEPS:-200}}
 . scripts/turns.sh
 levels=${LEVELS:-2:4,50,63,75,90}
 [ -z "$DEBUG" ] || levels=75
@@ -19,7 +19,8 @@ models=${MODELS:-$every}
 
 plan() { # MODEL LEVEL: the options of prune.py that give the best quality known
     case $1,$2 in
-        *) echo "-p best" ;;
+        dino,*) echo "-p best --recover_lr 1e-3" ;;
+        *) echo "-p best --recover_lr 1e-4" ;;
     esac
 }
 
