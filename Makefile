@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # times as long), measure how sensitive its layers are, and put all of it into one file, output/demo/report.html.
 DEMO := $(BIN)/python prune.py -m xvlm --output_dir output/demo
 demo: $(VENV)/.installed
-	$(DEMO) -p multiflow -s 63,75 --num_batches 500 --evaluate
+	$(DEMO) -p multiflow -s 63,75 --num_batches 100 --evaluate
 	$(DEMO) -p best -s 63,75 --num_batches 16 --evaluate
 	$(BIN)/python compare.py --pruned output/demo
 
