@@ -4,7 +4,7 @@
 # two cores. The table is in output/records/table.md. Stopped, it goes on when it is started again. A new record is a
 # change of `plan` below, with the new table and the log of its run.
 #   scripts/records.sh [OPTION ...]      options of prune.py for all runs, such as --accelerator cpu
-#   MODELS="dino xvlm blip"  LEVELS=2:4,50,63,75,90     only these      STEPS=200  of recovery
+#   MODELS="dino xvlm blip"  LEVELS=50,63,75,90,2:4     only these      STEPS=200  of recovery
 #   JOBS=2  runs at a time, on one core each     DEBUG=1  two batches, three steps, 75 %     OUTPUT, PYTHON
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,9 +12,9 @@ export PYTHON=${PYTHON:-python} output=${OUTPUT:-output/records} DEBUG=${DEBUG:-
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive steps=${DEBUG:+3}
 export steps=${steps:-${STEPS:-200}}
 . scripts/turns.sh
-levels=${LEVELS:-2:4,50,63,75,90}
+levels=${LEVELS:-50,63,75,90,2:4} # the longest first
 [ -z "$DEBUG" ] || levels=75
-every="xvlm blip dino" # the longest first
+every="xvlm blip dino" # the longest first, too
 models=${MODELS:-$every}
 
 plan() { # MODEL LEVEL: the options of prune.py that give the best quality known

@@ -31,7 +31,7 @@ from engine.training.optimizer import adamw
 from engine.training.schedule import warmup_cosine
 from sparsity.errors import UserError
 from sparsity.masks import Masks, state_digest
-from sparsity.run.memory import Memory
+from sparsity.run.memory import Memory, lacking
 from sparsity.view import PrunableView, accelerators, canonical
 
 HELD_BATCHES = 32  # of each kind of data, on all ranks: what a validation reads
@@ -262,10 +262,8 @@ def build_recovery(
     options = recovery_options(args)
     if options is None:
         return None
-    needed = needed_memory(view)
-    if needed.device > free.device or needed.host > free.host:
-        told = f"--recover needs {needed}, besides the model and its activations, where {free} are free"
-        raise UserError(f"{told}: leave it out, or use a machine with more memory")
+    if told := lacking(needed_memory(view), free):
+        raise UserError(f"--recover needs {told}: leave it out, or use a machine with more memory")
     settings = {name: getattr(args, name) for name in SETTINGS}
     return Recovery(options, fabric, view, data, config, seed=args.seed, settings=settings)
 

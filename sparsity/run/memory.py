@@ -154,13 +154,17 @@ def check_memory(needed: Memory, free: Memory, demand: Demand) -> None:
 
     free: as read before the run, after the model was loaded.
     """
+    if told := lacking(needed, free):
+        remedies = _remedies(demand, device=needed.device > free.device)
+        raise UserError(f"pruning needs {told}: {', or '.join(remedies)}")
+
+
+def lacking(needed: Memory, free: Memory) -> str:
+    """Return where more is needed than is free, for a message; nothing where all fits."""
     places = (("the device", needed.device, free.device), ("the host", needed.host, free.host))
     short = [(place, wanted, there) for place, wanted, there in places if wanted > there]
-    if not short:
-        return
     told = " and ".join(f"{human(wanted)} on {place}, where {human(there)} are free" for place, wanted, there in short)
-    remedies = _remedies(demand, device=needed.device > free.device)
-    raise UserError(f"pruning needs {told}, besides the model and its activations: {', or '.join(remedies)}")
+    return told and f"{told}, besides the model and its activations"
 
 
 def _remedies(demand: Demand, *, device: bool) -> list[str]:
