@@ -21,7 +21,8 @@ PLANS = [
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("plan", "demand"), PLANS)
 def test_predicted_slope_bounds_the_measured_one(plan, demand, tmp_path):
-    (few, least), (many, most) = (measured(plan, blocks, tmp_path) for blocks in (SMALL, LARGE))
+    # The highest of three: readings on a machine that others share can miss a peak, but find none that is not there.
+    (few, least), (many, most) = (max(measured(plan, blocks, tmp_path) for _ in range(3)) for blocks in (SMALL, LARGE))
     slope = (most - least) / (many - few)
     low, high = (preflight_bytes(demand, stack(blocks)).host for blocks in (SMALL, LARGE))
     predicted = (high - low) / (many - few)
