@@ -10,7 +10,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 # WORKERS processes of one thread each; tests/conftest.py says which tests share one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-all test-newest lint format docs lock
 
@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # times as long), measure how sensitive its layers are, and put all of it into one file, output/demo/report.html.
 DEMO := $(BIN)/python prune.py -m xvlm --output_dir output/demo
 demo: $(VENV)/.installed
-	$(DEMO) -p multiflow -s 63,75 --num_batches 100 --evaluate
+	$(DEMO) -p multiflow -s 63,75 --num_batches 32 --evaluate
 	$(DEMO) -p best -s 63,75 --num_batches 16 --evaluate
 	$(BIN)/python compare.py --pruned output/demo
 
