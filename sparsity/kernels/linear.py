@@ -69,7 +69,9 @@ class SparseLinear(nn.Module):
 
 
 def _short(matrix: Tensor) -> Tensor:
-    """The matrix with indices of 32 bits, which take half the memory's time; a layer has no more weights."""
+    """The matrix with indices of 32 bits, where these are enough: half as much to read."""
+    if matrix.values().numel() > torch.iinfo(torch.int32).max:
+        return matrix
     return torch.sparse_compressed_tensor(
         matrix.crow_indices().int(),
         matrix.col_indices().int(),
