@@ -10,7 +10,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 # WORKERS processes of one thread each; tests/conftest.py says which tests share one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-fast test-all test-newest lint format docs lock
 

@@ -44,15 +44,13 @@ BLIP_CONFIG = blip.Config(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """For `pytest -n ... --dist loadgroup --no-loadscope-reorder`: tests that start processes never run beside each
-    other, since these need the cores; else a file is on one worker, since its fixtures are for all its tests. What
-    takes longest begins first: the many short tests fill what is left of the workers' time.
+    """For `pytest -n ... --dist loadgroup`: tests that start processes never run beside each other, since these need
+    the cores; else a file is on one worker, since its fixtures are for all its tests.
     """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             together = "processes" if item.get_closest_marker("multiprocess") else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(together))
-        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("multiprocess", "script")])
 
 
 @pytest.fixture
