@@ -159,6 +159,8 @@ def _choose(
     made = partial(Choice, name, (matrix.shape[0], matrix.shape[1]), kept)
     if shape is None:
         return made(0, DENSE, {}, "it is not called as a layer in this forward pass"), None
+    if reason := _more_than_linear(module):
+        return made(0, DENSE, {}, reason), None
     tokens = shape[:-1].numel()
     bias = module._parameters.get("bias")
     ways, reasons = candidates(matrix.contiguous(), None if bias is None else bias.detach(), tokens)
@@ -181,6 +183,17 @@ def _choose(
         best = DENSE
     why = "; ".join([*others, *reasons])
     return made(tokens, best, seconds, why), None if best == DENSE else layers[best]
+
+
+def _more_than_linear(module: nn.Module) -> str:
+    """Return why nothing may take a layer's place, since it computes more than a product and a bias; or nothing."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention computes more than this product"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks"
+    return ""
 
 
 def _trial(

@@ -223,3 +223,33 @@ def test_two_of_four_on_a_gpu(shape: tuple[int, int]) -> None:
     inputs, bias = torch.randn(7, shape[1], device="cuda").bfloat16(), torch.randn(shape[0], device="cuda").bfloat16()
     ways, _ = candidates(weight, bias, 7)
     torch.testing.assert_close(ways[SEMI]()(inputs), nn.functional.linear(inputs, weight, bias), rtol=2e-2, atol=5e-2)
+
+
+class Doubled(nn.Linear):
+    """A linear layer that computes more."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(inputs)
+
+
+def test_what_computes_more_than_a_product_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_trial", timed({CSR: 1.0}))
+    model, batch = pruned()
+    own = Doubled(64, 128)
+    own.weight.data, model[0] = model[0].weight.data, own
+    model[2].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    expected = model(batch)
+    found = accelerate(model, batch=batch)
+    assert [choice.kind for choice in found.choices] == [DENSE] * 3
+    assert torch.equal(model(batch), expected)
+
+
+def test_attention_of_torch_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    for parameter in (model.self_attn.in_proj_weight, model.self_attn.out_proj.weight):
+        parameter.data *= torch.rand_like(parameter) < 0.05
+    batch = torch.randn(2, 5, 32)
+    expected = model(batch)
+    accelerate(model, batch=batch)
+    torch.testing.assert_close(model(batch), expected)
